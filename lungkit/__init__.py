@@ -1,0 +1,26 @@
+"""lungkit: segmentation of lung tumours in CT, with fused native kernels under a small PyTorch library."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_SUBPACKAGES = ("data", "inference", "losses", "metrics", "nn", "ops", "report", "training")
+
+if TYPE_CHECKING:
+    from lungkit import data, inference, losses, metrics, nn, ops, report, training
+
+__all__ = ["__version__", *_SUBPACKAGES]
+
+
+def __getattr__(name: str) -> Any:
+    # Subpackages load on first use, so that `import lungkit` costs neither nibabel, Fabric nor matplotlib.
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"lungkit.{name}")
+    raise AttributeError(f"module 'lungkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,39 @@
+"""Errors that lungkit raises for its users, each with the exit code a command ends with."""
+
+from __future__ import annotations
+
+
+class LungkitError(Exception):
+    """Base of every error that lungkit raises on purpose; ``exit_code`` is what a command returns."""
+
+    exit_code = 1
+
+
+class UsageError(LungkitError, ValueError):
+    """An option, argument or configuration value is wrong."""
+
+    exit_code = 2
+
+
+class DataError(LungkitError, ValueError):
+    """A scan, a mask or a dataset cannot be used; the message names the file."""
+
+    exit_code = 3
+
+
+class CheckpointError(LungkitError):
+    """A checkpoint is missing, corrupt or belongs to another model."""
+
+    exit_code = 4
+
+
+class ResourceError(LungkitError):
+    """The machine ran out of something: disk, memory, a device."""
+
+    exit_code = 5
+
+
+class Interrupted(LungkitError):
+    """The run was interrupted and its state saved; it can be resumed."""
+
+    exit_code = 75
