@@ -1,0 +1,103 @@
+"""Writing files so that a reader sees the old file or the whole new one, never a part."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lungkit.errors import ResourceError, UsageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+
+
+@contextlib.contextmanager
+def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path next to ``final``; on success it becomes ``final``, on failure it is removed.
+
+    The temporary name ends with the whole name of ``final``, so that writers which look at the suffix
+    (``numpy.save``, nibabel) behave as they would with the final name. File and folder are flushed to the
+    disk before the name changes hands.
+
+    Raises:
+        ResourceError: the disk or the quota is full.
+        UsageError: the folder does not exist or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with atomic_path(folder / "report.txt") as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> (folder / "report.txt").read_text()
+        'whole'
+    """
+    final = Path(final)
+    # A leading dot hides the file from globs over cases; a random part keeps concurrent writers apart.
+    temporary = final.with_name(f".{uuid.uuid4().hex[:12]}.tmp-{final.name}")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(final)
+        _flush(final.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        translated = _translate(error, temporary, final)
+        if translated is not None:
+            raise translated from error
+        raise
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write ``content`` to ``path`` through :func:`atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path`` through :func:`atomic_path`."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_json_atomic(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+    """Write ``value`` as JSON to ``path`` through :func:`atomic_path`; NaN is refused, as JSON has none."""
+    write_text_atomic(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder; its rename is already journalled
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems do not know fsync of a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _translate(error: BaseException, temporary: Path, final: Path) -> Exception | None:
+    """The error to raise in place of ``error``, or None where it is not about writing this file."""
+    text = str(error)
+    # numpy.tofile and torch's zip writer report a short write without an errno.
+    short_write = (isinstance(error, OSError) and error.errno is None and "requested and" in text) or (
+        isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text)
+    )
+    if short_write or (isinstance(error, OSError) and error.errno in _FULL):
+        return ResourceError(
+            f"{final}: not written, the disk or quota is full ({text}); free some space and run again"
+        )
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        mine = {str(temporary), str(final), str(final.parent)}
+        if {str(error.filename), str(error.filename2)} & mine:
+            return UsageError(
+                f"{final}: cannot be written ({error.strerror}); name a folder that exists and is writable"
+            )
+    return None
