@@ -1,0 +1,70 @@
+# lungkit_cpu.so, lungkit_cuda.so and, for the tests, lungkit_emulated.so. An op is a folder csrc/<op>/ with cpu.cpp
+# (registration), kernel_cpu.cpp (compiled once for each instruction set) and cuda.cu; naming it here is all it takes.
+set(LUNGKIT_OPS confusion_counts)
+
+set(csrc ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
+list(TRANSFORM LUNGKIT_OPS PREPEND ${csrc}/ OUTPUT_VARIABLE op_folders)
+list(TRANSFORM op_folders APPEND /cpu.cpp OUTPUT_VARIABLE cpu_sources)
+list(TRANSFORM op_folders APPEND /kernel_cpu.cpp OUTPUT_VARIABLE kernel_sources)
+list(TRANSFORM op_folders APPEND /cuda.cu OUTPUT_VARIABLE cuda_sources)
+
+set(warnings -Wall -Wextra -Wno-unknown-pragmas)
+
+function(lungkit_place_library target)
+  set_target_properties(${target} PROPERTIES PREFIX "" SKIP_BUILD_RPATH ON)
+  if(LUNGKIT_IN_PLACE OR SKBUILD_STATE STREQUAL "editable")
+    set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}/lungkit/_native)
+  endif()
+  install(TARGETS ${target} DESTINATION lungkit/_native)
+endfunction()
+
+# No global fast-math: a loop asks for reassociation where it wants it (omp simd), and only there.
+set(kernel_flags -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math ${warnings})
+
+function(lungkit_add_kernels isa)
+  add_library(kernels_${isa} OBJECT ${kernel_sources})
+  target_include_directories(kernels_${isa} SYSTEM PRIVATE ${LUNGKIT_TORCH_DIR}/include)
+  target_compile_definitions(kernels_${isa} PRIVATE LUNGKIT_ISA=${isa} $<$<BOOL:${LUNGKIT_X86}>:LUNGKIT_X86_KERNELS>)
+  target_compile_options(kernels_${isa} PRIVATE ${kernel_flags} ${ARGN})
+  target_sources(lungkit_cpu PRIVATE $<TARGET_OBJECTS:kernels_${isa}>)
+endfunction()
+
+string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" processor)
+if(processor MATCHES "^(x86_64|amd64)$")
+  set(LUNGKIT_X86 ON)
+endif()
+
+add_library(lungkit_cpu MODULE ${csrc}/library.cpp ${csrc}/support/isa.cpp ${cpu_sources})
+target_link_libraries(lungkit_cpu PRIVATE torch_stable)
+target_compile_definitions(lungkit_cpu PRIVATE $<$<BOOL:${LUNGKIT_X86}>:LUNGKIT_X86_KERNELS>)
+target_compile_options(lungkit_cpu PRIVATE ${warnings})
+lungkit_place_library(lungkit_cpu)
+lungkit_add_kernels(baseline)
+if(LUNGKIT_X86)
+  lungkit_add_kernels(avx2 -march=x86-64-v3)
+  lungkit_add_kernels(avx512 -march=x86-64-v4 -mprefer-vector-width=512)
+endif()
+
+if(LUNGKIT_HAVE_CUDA)
+  add_library(lungkit_cuda MODULE ${cuda_sources})
+  target_link_libraries(lungkit_cuda PRIVATE torch_stable)
+  target_compile_definitions(lungkit_cuda PRIVATE USE_CUDA)
+  target_compile_options(
+    lungkit_cuda PRIVATE --expt-relaxed-constexpr --extended-lambda -lineinfo -Xfatbin=-compress-all
+                         -Xcompiler=-fvisibility=hidden,-Wall)
+  set_target_properties(lungkit_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  lungkit_place_library(lungkit_cuda)
+endif()
+
+if(LUNGKIT_EMULATOR)
+  set(emulator ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda_on_cpu)
+  set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX)
+  add_library(lungkit_emulated MODULE ${csrc}/library.cpp ${cuda_sources})
+  target_link_libraries(lungkit_emulated PRIVATE torch_stable)
+  target_compile_definitions(lungkit_emulated PRIVATE LUNGKIT_EMULATE)
+  target_compile_options(
+    lungkit_emulated PRIVATE -x c++ -include ${emulator}/cuda_on_cpu.h -O2 -g1 -Wall
+                             $<$<BOOL:${LUNGKIT_SANITIZE}>:-fsanitize=address,undefined>)
+  target_link_options(lungkit_emulated PRIVATE $<$<BOOL:${LUNGKIT_SANITIZE}>:-fsanitize=address,undefined>)
+  set_target_properties(lungkit_emulated PROPERTIES PREFIX "")
+endif()

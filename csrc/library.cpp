@@ -1,0 +1,12 @@
+// The schemas of every op, in the namespace lungkit or, for the emulated CUDA kernels, lungkit_emulated.
+#include <torch/csrc/stable/library.h>
+
+#include "confusion_counts/schema.h"
+
+#ifdef LUNGKIT_EMULATE
+STABLE_TORCH_LIBRARY(lungkit_emulated, m) {
+#else
+STABLE_TORCH_LIBRARY(lungkit, m) {
+#endif
+  lungkit::define_confusion_counts(m);
+}

@@ -1,0 +1,8 @@
+"""The fused ops: each a function with a plain-PyTorch twin (``reference`` in its module) and, where built, native kernels."""
+
+from __future__ import annotations
+
+from lungkit.ops.attention_gate import attention_gate
+from lungkit.ops.confusion_counts import confusion_counts
+
+__all__ = ["attention_gate", "confusion_counts"]
