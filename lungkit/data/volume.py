@@ -1,0 +1,231 @@
+"""Reading and writing NIfTI volumes: every byte checked on the way in, nothing half written on the way out."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lungkit._atomic import atomic_path
+from lungkit.data.integrity import VerifiedStream, open_verified
+from lungkit.data.nifti_header import NiftiHeader, check_affine, read_header
+from lungkit.errors import DataError, ResourceError, UsageError
+
+_LOG = logging.getLogger("lungkit")
+
+DEFAULT_MAX_VOXELS = 2**29
+"""Largest volume read unless told otherwise: 512 x 512 x 2048 voxels, 1 GiB of int16."""
+
+_SUFFIXES = (".nii", ".nii.gz")
+
+
+class NanPolicy(enum.Enum):
+    """What to do with voxels that are NaN or infinite."""
+
+    REFUSE = "refuse"
+    """Raise DataError with their number and the first position."""
+    MINIMUM = "minimum"
+    """Replace each with the smallest finite value of the volume, and warn with their number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan or a mask as it lies in its file.
+
+    ``array`` has shape (X, Y, Z), a 2D file (X, Y, 1); ``affine`` (4, 4) maps voxel indices to millimetres in
+    RAS+ world space (x to the right, y to the front, z to the head), as in nibabel.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    path: Path | None = None
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along X, Y, Z in mm.
+
+        Example:
+            >>> Volume(np.zeros((4, 4, 2)), np.diag([-0.7, -0.7, 2.5, 1])).spacing_mm
+            (0.7, 0.7, 2.5)
+        """
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+
+def read_volume(
+    path: str | os.PathLike[str],
+    *,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    nan_policy: NanPolicy = NanPolicy.REFUSE,
+) -> Volume:
+    """Read a 2D or 3D ``.nii`` or ``.nii.gz`` file, verified to its last byte.
+
+    A gzip stream is decompressed whole and its checksums compared; a plain ``.nii`` carries no checksum, so
+    there only its length is. Voxels keep their stored type where the header asks for no scaling, and
+    ``scl_slope * stored + scl_inter`` is applied where it does: the result is int16 or int32 if slope,
+    intercept and voxels are whole numbers, else float32.
+
+    Args:
+        path: the file.
+        max_voxels: refuse a header that claims more; checked before memory is allocated.
+        nan_policy: what to do with voxels that are not finite.
+
+    Raises:
+        DataError: absent, empty, truncated or corrupt file; trailing bytes; not NIfTI; complex or RGB voxels;
+            more than three axes; too many voxels; unusable affine; voxels that are not finite.
+        ResourceError: the memory does not suffice.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "scan.nii.gz"
+        >>> write_nifti(path, np.full((4, 3, 2), -1000, np.int16), np.diag([0.7, 0.7, 2.5, 1.0]))
+        >>> volume = read_volume(path)
+        >>> volume.array.shape, volume.array.dtype.name, int(volume.array[0, 0, 0])
+        ((4, 3, 2), 'int16', -1000)
+    """
+    path = Path(path)
+    if not path.name.lower().endswith(_SUFFIXES):
+        raise DataError(f"{path}: not a .nii or .nii.gz file; convert the scan to NIfTI first")
+    with open_verified(path) as stream:
+        header = read_header(stream, path, max_voxels=max_voxels)
+        stored = _read_voxels(stream, header, path)
+        stream.finish()
+    array = _refuse_or_replace_nan(_scale(stored, header), path, nan_policy)
+    return Volume(array=array, affine=header.affine, path=path)
+
+
+def write_nifti(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndarray) -> None:
+    """Write ``array`` (X, Y, Z) or (X, Y) with ``affine`` (4, 4) as NIfTI-1, whole or not at all.
+
+    bool is written as uint8; integers wider than 32 bits as the smallest of uint8, int16, int32 that holds
+    their values; float16 as float32. The same array gives the same bytes.
+
+    Raises:
+        UsageError: the name does not end with .nii or .nii.gz, or the array or the affine cannot be written.
+        ResourceError: the disk is full; nothing is left behind.
+    """
+    from nibabel.nifti1 import Nifti1Header
+
+    path = Path(path)
+    if not path.name.lower().endswith(_SUFFIXES):
+        raise UsageError(f"path: {path} does not end with .nii or .nii.gz")
+    array = _storable(np.asarray(array))
+    affine = np.asarray(affine, dtype=np.float64)
+    try:
+        check_affine(affine, "affine")
+    except DataError as error:
+        raise UsageError(str(error)) from error
+    header = Nifti1Header(endianness="<")
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    header.set_xyzt_units("mm")
+    # Spacing first: set_sform and set_qform do not agree on whether they write it.
+    header.set_zooms(np.linalg.norm(affine[:3, : array.ndim], axis=0))
+    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=1)
+    if not np.allclose(header.get_qform(), affine, atol=1e-3):
+        header.set_qform(affine, code=0)  # a quaternion cannot hold shear; readers then take the sform
+    header["vox_offset"] = 352
+    header["scl_slope"], header["scl_inter"] = 1.0, 0.0
+    head = header.binaryblock + b"\0\0\0\0"
+    voxels = np.asfortranarray(array, dtype=array.dtype.newbyteorder("<")).ravel(order="K")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        if path.name.lower().endswith(".gz"):
+            # zlib writes no time stamp, so equal arrays give equal files.
+            deflate = zlib.compressobj(level=4, wbits=16 + zlib.MAX_WBITS)
+            file.write(deflate.compress(head))
+            file.write(deflate.compress(memoryview(voxels).cast("B")))
+            file.write(deflate.flush())
+        else:
+            file.write(head)
+            file.write(memoryview(voxels).cast("B"))
+
+
+def _read_voxels(stream: VerifiedStream, header: NiftiHeader, path: Path) -> np.ndarray:
+    _skip(stream, header.skip_bytes)
+    count = int(np.prod(header.shape, dtype=np.int64))
+    try:
+        voxels = np.empty(count, dtype=header.dtype)
+    except MemoryError as error:
+        raise ResourceError(f"{path}: no memory for {count} voxels of {header.dtype.name}") from error
+    view = memoryview(voxels.view(np.uint8))
+    got = stream.readinto(view)
+    if got < len(view):
+        raise DataError(
+            f"{path}: the header describes {header.shape} voxels of {header.dtype.name} ({len(view)} bytes), "
+            f"the file holds {got}; it is truncated or damaged: copy or download it again"
+        )
+    if not header.dtype.isnative:
+        voxels = voxels.byteswap(inplace=True).view(header.dtype.newbyteorder("="))
+    return voxels.reshape(header.shape, order="F")
+
+
+def _skip(stream: VerifiedStream, count: int) -> None:
+    scratch = memoryview(bytearray(min(count, 1 << 20)))
+    while count > 0:
+        got = stream.readinto(scratch[: min(count, len(scratch))])
+        if got == 0:
+            return  # the voxels are missing too, and their reader says so
+        count -= got
+
+
+def _scale(stored: np.ndarray, header: NiftiHeader) -> np.ndarray:
+    slope, intercept = header.slope, header.intercept
+    if slope == 1 and intercept == 0:
+        return stored.astype(np.float32) if stored.dtype == np.float64 else stored
+    whole = slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**31
+    if stored.dtype.kind in "iu" and whole:
+        # CT stored with an offset (0 to 4095, intercept -1024) is whole HU: no need for floats.
+        ends = [
+            int(stored.min()) * int(slope) + int(intercept),
+            int(stored.max()) * int(slope) + int(intercept),
+        ]
+        for dtype in (np.int16, np.int32):
+            if np.iinfo(dtype).min <= min(ends) and max(ends) <= np.iinfo(dtype).max:
+                # A wrap-around on the way is harmless, since the final values fit.
+                scaled = stored.astype(np.int64) if stored.dtype.itemsize > 4 else stored.astype(np.int32)
+                return (scaled * int(slope) + int(intercept)).astype(dtype)
+    scaled = stored.astype(np.float64 if stored.dtype.itemsize >= 4 else np.float32)
+    scaled *= slope
+    scaled += intercept
+    return scaled.astype(np.float32, copy=False)
+
+
+def _refuse_or_replace_nan(array: np.ndarray, path: Path, policy: NanPolicy) -> np.ndarray:
+    # Minimum and maximum carry NaN and infinity along, without a mask as large as the volume.
+    if array.dtype.kind != "f" or (np.isfinite(array.min()) and np.isfinite(array.max())):
+        return array
+    bad = ~np.isfinite(array)
+    count = int(np.count_nonzero(bad))
+    first = tuple(int(axis) for axis in np.unravel_index(int(np.argmax(bad)), bad.shape))
+    found = f"{count} of {array.size} voxels are NaN or infinite, the first at (x, y, z) = {first}"
+    if policy is NanPolicy.REFUSE or count == array.size:
+        raise DataError(f"{path}: {found}; repair the file, or read it with NanPolicy.MINIMUM")
+    _LOG.warning("%s: %s; replaced with the smallest finite value", path, found)
+    array[bad] = array[~bad].min()
+    return array
+
+
+def _storable(array: np.ndarray) -> np.ndarray[Any, Any]:
+    if array.ndim not in (2, 3) or array.size == 0 or max(array.shape) > 32767:
+        raise UsageError(
+            f"array: shape {array.shape} cannot be written; expected (X, Y, Z) or (X, Y), each from 1 to 32767"
+        )
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8)
+    if array.dtype == np.float16:
+        return array.astype(np.float32)
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        low, high = int(array.min()), int(array.max())
+        for dtype in (np.uint8, np.int16, np.int32):
+            if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+                return array.astype(dtype)
+    elif array.dtype.kind in "iu" or array.dtype in (np.float32, np.float64):
+        return array
+    raise UsageError(f"array: dtype {array.dtype} cannot be written; convert it to uint8, int16 or float32")
