@@ -13,27 +13,34 @@ namespace {
 
 constexpr int64_t chunk_voxels = 1 << 16;
 
-// Names the first class index of `tensor` outside 0 .. num_classes - 1; runs only once an error is certain.
-void fail_on_invalid(const char* name, const Tensor& tensor, const VoxelLayout& layout,
-                     const ConfusionArguments& a) {
+// Reads the class index of voxel v of image b of a tensor of any label dtype.
+int64_t class_at(const Tensor& tensor, const VoxelLayout& layout, int64_t b, int64_t v) {
+  int64_t value = 0;
   dispatch_labels(tensor.scalar_type(), "confusion_counts", [&](auto zero) {
-    using Label = decltype(zero);
-    const auto* data = static_cast<const Label*>(tensor.const_data_ptr());
-    for (int64_t b = 0; b < layout.batch; ++b) {
-      for (int64_t v = 0; v < layout.voxels; ++v) {
-        const int64_t value = data[b * layout.batch_stride + v * layout.voxel_stride];
-        if ((value >= 0 && value < a.num_classes) || (a.ignore_index && value == *a.ignore_index)) continue;
-        std::ostringstream ignored;
-        if (a.ignore_index) {
-          ignored << "ignore_index is " << *a.ignore_index;
-        } else {
-          ignored << "no ignore_index is set";
-        }
-        fail("confusion_counts: ", name, " holds the value ", value, " in image ", b, "; classes are 0..",
-             a.num_classes - 1, " (num_classes=", a.num_classes, ") and ", ignored.str());
-      }
-    }
+    const auto* data = static_cast<const decltype(zero)*>(tensor.const_data_ptr());
+    value = data[b * layout.batch_stride + v * layout.voxel_stride];
   });
+  return value;
+}
+
+// Names the first class index outside 0 .. num_classes - 1; runs only once an error is certain.
+[[noreturn]] void fail_on_invalid(const ConfusionArguments& a) {
+  const std::string ignored =
+      a.ignore_index ? "ignore_index is " + std::to_string(*a.ignore_index) : "no ignore_index is set";
+  const auto check = [&](const char* name, int64_t value, int64_t image) {
+    LUNGKIT_CHECK(value >= 0 && value < a.num_classes, "confusion_counts: ", name, " holds the value ", value,
+                  " in image ", image, "; classes are 0..", a.num_classes - 1, " (num_classes=", a.num_classes,
+                  ") and ", ignored);
+  };
+  for (int64_t b = 0; b < a.label_layout.batch; ++b) {
+    for (int64_t v = 0; v < a.label_layout.voxels; ++v) {
+      const int64_t label = class_at(a.labels, a.label_layout, b, v);
+      if (a.ignore_index && label == *a.ignore_index) continue;
+      check("labels", label, b);
+      if (!a.logits) check("pred", class_at(a.pred, a.pred_layout, b, v), b);
+    }
+  }
+  fail("confusion_counts: pred or labels changed while they were read");
 }
 
 std::tuple<Tensor, Tensor> confusion_counts_cpu(const Tensor& pred, const Tensor& labels, int64_t num_classes,
@@ -69,16 +76,12 @@ std::tuple<Tensor, Tensor> confusion_counts_cpu(const Tensor& pred, const Tensor
         .pred_voxel_stride = p.voxel_stride,
         .label_voxel_stride = l.voxel_stride,
         .num_classes = num_classes,
-        .ignore_index = ignore_index.value_or(0),
-        .has_ignore_index = ignore_index.has_value()};
+        .ignore_index = ignore_index};
     const int64_t i = b * chunks + chunk;
     counted[i] = kernels.count(work, &partial[i * width]);
     if (counted[i] < 0) valid = false;
   });
-  if (!valid) {
-    fail_on_invalid("labels", a.labels, l, a);
-    fail_on_invalid("pred", a.pred, p, a);
-  }
+  if (!valid) fail_on_invalid(a);
 
   auto* count_out = static_cast<int64_t*>(counts.mutable_data_ptr());
   auto* voxel_out = static_cast<int64_t*>(voxels.mutable_data_ptr());

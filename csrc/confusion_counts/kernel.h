@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -26,13 +27,12 @@ struct ConfusionChunk {
   int64_t pred_voxel_stride;
   int64_t label_voxel_stride;
   int64_t num_classes;
-  int64_t ignore_index;
-  bool has_ignore_index;
+  std::optional<int64_t> ignore_index;
 };
 
 struct ConfusionKernels {
   // Adds the chunk's TP, FP, FN of every class to counts (num_classes, 3), which starts at zero, and returns the
-  // voxels counted, or -1 where a class index lies outside 0 .. num_classes - 1 and is not the ignored one.
+  // voxels counted, or -1 where a counted voxel has a class index outside 0 .. num_classes - 1.
   int64_t (*count)(const ConfusionChunk& chunk, int64_t* counts);
 };
 

@@ -2,6 +2,8 @@
 // comparing codes, 8 to 32 voxels an instruction. Compiled once for each instruction set (support/isa.h).
 #include "kernel.h"
 
+#include <type_traits>
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -15,22 +17,20 @@ using torch::headeronly::ScalarType;
 constexpr int tile_voxels = 2048;  // codes of a tile fit in L1; their number fits in 16-bit counters
 constexpr int64_t compare_up_to = 32;  // more classes than this are counted by table, not by comparison
 
-// Class indices to codes. Returns false where one is neither a class nor the ignored index.
+// Class indices to codes. Bytes are compared as 16-bit numbers, so that 32 of them fill the widest register.
 template <class Label>
-bool encode_labels(const Label* labels, int64_t stride, int n, const ConfusionChunk& chunk, ClassCode* codes) {
-  int invalid = 0;
-  const bool has_ignore = chunk.has_ignore_index;
-  const int64_t ignore = chunk.ignore_index;
-  const int64_t classes = chunk.num_classes;
-#pragma omp simd reduction(+ : invalid)
+void encode_labels(const Label* labels, int64_t stride, int n, int64_t num_classes, std::optional<int64_t> ignore,
+                   ClassCode* codes) {
+  using Wide = std::conditional_t<sizeof(Label) == 1, uint16_t, int64_t>;
+  const Wide classes = static_cast<Wide>(num_classes);
+  const bool has_ignore = ignore.has_value() && static_cast<Label>(*ignore) == *ignore;
+  const Wide ignored = has_ignore ? static_cast<Wide>(*ignore) : Wide(-1);
+#pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const int64_t label = labels[i * stride];
-    const bool ignored = has_ignore && label == ignore;
-    const bool known = label >= 0 && label < classes;
-    codes[i] = ignored ? ignored_code : known ? static_cast<ClassCode>(label) : invalid_code;
-    invalid += !ignored && !known;
+    const Wide label = static_cast<Wide>(labels[i * stride]);
+    const ClassCode code = label >= 0 && label < classes ? static_cast<ClassCode>(label) : invalid_code;
+    codes[i] = has_ignore && label == ignored ? ignored_code : code;
   }
-  return invalid == 0;
 }
 
 // The most probable class of each voxel; the lowest index wins a tie and NaN counts as the largest, as in
@@ -91,19 +91,17 @@ void count_by_table(const ClassCode* pred, const ClassCode* labels, int n, int64
   }
 }
 
-// The codes of n labels from voxel `first` of the chunk on, whatever their dtype.
-bool encode(const void* labels, ScalarType type, int64_t stride, int64_t first, int n, const ConfusionChunk& chunk,
-            ClassCode* codes) {
-  const int64_t offset = first * stride;
+// The codes of n class indices, whatever their dtype.
+void encode(const void* labels, ScalarType type, int64_t offset, int64_t stride, int n, int64_t num_classes,
+            std::optional<int64_t> ignore, ClassCode* codes) {
+  const auto encode_as = [&](auto zero) {
+    encode_labels(static_cast<const decltype(zero)*>(labels) + offset, stride, n, num_classes, ignore, codes);
+  };
   switch (type) {
-    case ScalarType::Short:
-      return encode_labels(static_cast<const int16_t*>(labels) + offset, stride, n, chunk, codes);
-    case ScalarType::Int:
-      return encode_labels(static_cast<const int32_t*>(labels) + offset, stride, n, chunk, codes);
-    case ScalarType::Long:
-      return encode_labels(static_cast<const int64_t*>(labels) + offset, stride, n, chunk, codes);
-    default:  // uint8 and bool; cpu.cpp has refused all others
-      return encode_labels(static_cast<const uint8_t*>(labels) + offset, stride, n, chunk, codes);
+    case ScalarType::Short: return encode_as(int16_t{});
+    case ScalarType::Int: return encode_as(int32_t{});
+    case ScalarType::Long: return encode_as(int64_t{});
+    default: return encode_as(uint8_t{});  // uint8 and bool; cpu.cpp has refused all others
   }
 }
 
@@ -123,24 +121,26 @@ int64_t count(const ConfusionChunk& chunk, int64_t* counts) {
   alignas(64) ClassCode pred[tile_voxels];
   alignas(64) ClassCode labels[tile_voxels];
   int64_t counted = 0;
-  bool valid = true;
   for (int64_t first = 0; first < chunk.voxels; first += tile_voxels) {
     const int64_t left = chunk.voxels - first;
     const int n = static_cast<int>(left < tile_voxels ? left : tile_voxels);
-    valid &= encode(chunk.labels, chunk.label_type, chunk.label_voxel_stride, first, n, chunk, labels);
+    encode(chunk.labels, chunk.label_type, first * chunk.label_voxel_stride, chunk.label_voxel_stride, n,
+           chunk.num_classes, chunk.ignore_index, labels);
     if (chunk.pred_channels > 0) {
       encode_argmax(first, n, chunk, pred);
     } else {
-      valid &= encode(chunk.pred, chunk.pred_type, chunk.pred_voxel_stride, first, n, chunk, pred);
+      encode(chunk.pred, chunk.pred_type, first * chunk.pred_voxel_stride, chunk.pred_voxel_stride, n,
+             chunk.num_classes, std::nullopt, pred);
     }
-    if (!valid) return -1;
-    int ignored = 0;
-#pragma omp simd reduction(+ : ignored)
+    uint16_t ignored = 0, invalid = 0;
+#pragma omp simd reduction(+ : ignored, invalid)
     for (int i = 0; i < n; ++i) {
       const bool skip = labels[i] == ignored_code;
       pred[i] = skip ? ignored_code : pred[i];
       ignored += skip;
+      invalid += (pred[i] == invalid_code) | (labels[i] == invalid_code);
     }
+    if (invalid != 0) return -1;
     counted += n - ignored;
     if (chunk.num_classes <= compare_up_to) {
       count_by_comparison(pred, labels, n, chunk.num_classes, counts);
