@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
 _SUBPACKAGES = ("data", "inference", "losses", "metrics", "nn", "ops", "report", "training")
-
-if TYPE_CHECKING:
-    from lungkit import data, inference, losses, metrics, nn, ops, report, training
 
 __all__ = ["__version__", *_SUBPACKAGES]
 

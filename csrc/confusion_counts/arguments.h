@@ -28,15 +28,17 @@ inline bool is_floating(ScalarType type) {
          type == ScalarType::BFloat16;
 }
 
-inline ConfusionArguments check_confusion_counts(const Tensor& pred, const Tensor& labels, int64_t num_classes,
-                                                 std::optional<int64_t> ignore_index) {
+inline ConfusionArguments check_confusion_counts(const Tensor& pred, const Tensor& labels,
+                                                 int64_t num_classes, std::optional<int64_t> ignore_index) {
   LUNGKIT_CHECK(num_classes >= 2 && num_classes <= max_classes,
                 "confusion_counts: num_classes must be between 2 and ", max_classes, ", got ", num_classes);
   LUNGKIT_CHECK(pred.get_device_index() == labels.get_device_index() && pred.is_cuda() == labels.is_cuda(),
                 "confusion_counts: pred and labels must be on the same device");
   const bool logits = is_floating(pred.scalar_type());
-  LUNGKIT_CHECK(pred.dim() >= (logits ? 3 : 2), "confusion_counts: pred must be (B, C, *S) logits or (B, *S) class"
-                " indices with at least one spatial axis, got ", shape_of(pred));
+  LUNGKIT_CHECK(pred.dim() >= (logits ? 3 : 2),
+                "confusion_counts: pred must be (B, C, *S) logits or (B, *S) class"
+                " indices with at least one spatial axis, got ",
+                shape_of(pred));
   const bool pred_has_channel = logits || (pred.dim() == labels.dim() + 1 && pred.size(1) == 1);
   const int64_t dims = pred.dim() + (pred_has_channel ? 0 : 1);  // axes with a channel axis counted in
   const bool labels_have_channel = labels.dim() == dims && labels.size(1) == 1;
@@ -47,8 +49,9 @@ inline ConfusionArguments check_confusion_counts(const Tensor& pred, const Tenso
   LUNGKIT_CHECK(same, "confusion_counts: pred ", shape_of(pred), " and labels ", shape_of(labels),
                 " do not agree; labels must be (B, *S) or (B, 1, *S) over pred's batch and voxels");
   LUNGKIT_CHECK(!logits || pred.size(1) == num_classes || (pred.size(1) == 1 && num_classes == 2),
-                "confusion_counts: logits ", shape_of(pred), " have ", pred.size(1), " channels for num_classes=",
-                num_classes, "; expected num_classes channels, or one for two classes");
+                "confusion_counts: logits ", shape_of(pred), " have ", pred.size(1),
+                " channels for num_classes=", num_classes,
+                "; expected num_classes channels, or one for two classes");
   ConfusionArguments a{.pred = with_flat_voxels(pred, pred_has_channel ? 2 : 1),
                        .labels = with_flat_voxels(labels, labels_have_channel ? 2 : 1),
                        .pred_layout = {},
@@ -62,7 +65,8 @@ inline ConfusionArguments check_confusion_counts(const Tensor& pred, const Tenso
 }
 
 // counts (B, K, 3) and voxels (B,), both int64 zeros on the device of `like`.
-inline std::pair<Tensor, Tensor> new_confusion_outputs(const Tensor& like, int64_t batch, int64_t num_classes) {
+inline std::pair<Tensor, Tensor> new_confusion_outputs(const Tensor& like, int64_t batch,
+                                                       int64_t num_classes) {
   return {torch::stable::new_zeros(like, {batch, num_classes, 3}, ScalarType::Long),
           torch::stable::new_zeros(like, {batch}, ScalarType::Long)};
 }

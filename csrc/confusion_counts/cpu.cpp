@@ -29,8 +29,8 @@ int64_t class_at(const Tensor& tensor, const VoxelLayout& layout, int64_t b, int
       a.ignore_index ? "ignore_index is " + std::to_string(*a.ignore_index) : "no ignore_index is set";
   const auto check = [&](const char* name, int64_t value, int64_t image) {
     LUNGKIT_CHECK(value >= 0 && value < a.num_classes, "confusion_counts: ", name, " holds the value ", value,
-                  " in image ", image, "; classes are 0..", a.num_classes - 1, " (num_classes=", a.num_classes,
-                  ") and ", ignored);
+                  " in image ", image, "; classes are 0..", a.num_classes - 1,
+                  " (num_classes=", a.num_classes, ") and ", ignored);
   };
   for (int64_t b = 0; b < a.label_layout.batch; ++b) {
     for (int64_t v = 0; v < a.label_layout.voxels; ++v) {
@@ -94,6 +94,8 @@ std::tuple<Tensor, Tensor> confusion_counts_cpu(const Tensor& pred, const Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lungkit, CPU, m) { m.impl("confusion_counts", TORCH_BOX(&confusion_counts_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(lungkit, CPU, m) {
+  m.impl("confusion_counts", TORCH_BOX(&confusion_counts_cpu));
+}
 
 }  // namespace lungkit

@@ -1,8 +1,9 @@
-// One thread a voxel at a time over a fixed grid; TP, FP and FN are counted in shared memory (integers: the order
-// of additions does not matter, so the result is exact and reproducible) and added to the output once a block.
+// One thread a voxel at a time over a fixed grid; TP, FP and FN are counted in shared memory (integers: the
+// order of additions does not matter, so the result is exact and reproducible) and added to the output once a
+// block.
 //
-// A class index outside 0 .. num_classes - 1 cannot raise without a synchronisation: such a voxel is left out of
-// `counts` and of `voxels`, so that voxels + ignored < the image's voxels reveals it.
+// A class index outside 0 .. num_classes - 1 cannot raise without a synchronisation: such a voxel is left out
+// of `counts` and of `voxels`, so that voxels + ignored < the image's voxels reveals it.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +18,8 @@ namespace {
 using Count = unsigned long long;  // CUDA's 64-bit atomicAdd takes this type; the output tensors hold int64
 
 constexpr int block_threads = 256;
-constexpr int64_t max_shared_classes = 2048;  // 3 counters of 4 bytes each: half of the 48 KB that need no opt-in
+constexpr int64_t max_shared_classes =
+    2048;  // 3 counters of 4 bytes each: half of the 48 KB that need no opt-in
 
 // A block's 32-bit counters hold its share of one image: the grid is widened past this many voxels a block.
 constexpr int64_t max_voxels_per_block = int64_t{1} << 30;
@@ -76,8 +78,10 @@ __global__ void confusion_counts_kernel(const Pred* __restrict__ pred, const Lab
     }
   };
   const int64_t step = static_cast<int64_t>(gridDim.x) * block_threads;
-  for (int64_t v = static_cast<int64_t>(blockIdx.x) * block_threads + threadIdx.x; v < view.labels.voxels; v += step) {
-    const int64_t label = static_cast<int64_t>(labels[image * view.labels.batch_stride + v * view.labels.voxel_stride]);
+  for (int64_t v = static_cast<int64_t>(blockIdx.x) * block_threads + threadIdx.x; v < view.labels.voxels;
+       v += step) {
+    const int64_t label =
+        static_cast<int64_t>(labels[image * view.labels.batch_stride + v * view.labels.voxel_stride]);
     if (view.has_ignore_index && label == view.ignore_index) continue;
     const int64_t guess = predicted_class<Pred, logits>(
         pred + image * view.pred.batch_stride + v * view.pred.voxel_stride, view.pred);
@@ -123,8 +127,8 @@ void launch_confusion_counts(const ConfusionArguments& a, const Tensor& counts, 
   }
 }
 
-std::tuple<Tensor, Tensor> confusion_counts_cuda(const Tensor& pred, const Tensor& labels, int64_t num_classes,
-                                                 std::optional<int64_t> ignore_index) {
+std::tuple<Tensor, Tensor> confusion_counts_cuda(const Tensor& pred, const Tensor& labels,
+                                                 int64_t num_classes, std::optional<int64_t> ignore_index) {
   const ConfusionArguments a = check_confusion_counts(pred, labels, num_classes, ignore_index);
   LUNGKIT_CHECK(on_device(a.labels), "confusion_counts: pred and labels must be on the GPU");
   const DeviceGuard guard(a.labels);
@@ -147,6 +151,8 @@ std::tuple<Tensor, Tensor> confusion_counts_cuda(const Tensor& pred, const Tenso
 
 }  // namespace
 
-LUNGKIT_CUDA_LIBRARY(m) { m.impl("confusion_counts", TORCH_BOX(&confusion_counts_cuda)); }
+LUNGKIT_CUDA_LIBRARY(m) {
+  m.impl("confusion_counts", TORCH_BOX(&confusion_counts_cuda));
+}
 
 }  // namespace lungkit

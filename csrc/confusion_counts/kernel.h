@@ -31,8 +31,8 @@ struct ConfusionChunk {
 };
 
 struct ConfusionKernels {
-  // Adds the chunk's TP, FP, FN of every class to counts (num_classes, 3), which starts at zero, and returns the
-  // voxels counted, or -1 where a counted voxel has a class index outside 0 .. num_classes - 1.
+  // Adds the chunk's TP, FP, FN of every class to counts (num_classes, 3), which starts at zero, and returns
+  // the voxels counted, or -1 where a counted voxel has a class index outside 0 .. num_classes - 1.
   int64_t (*count)(const ConfusionChunk& chunk, int64_t* counts);
 };
 

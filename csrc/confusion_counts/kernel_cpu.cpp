@@ -14,13 +14,13 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-constexpr int tile_voxels = 2048;  // codes of a tile fit in L1; their number fits in 16-bit counters
+constexpr int tile_voxels = 2048;      // codes of a tile fit in L1; their number fits in 16-bit counters
 constexpr int64_t compare_up_to = 32;  // more classes than this are counted by table, not by comparison
 
 // Class indices to codes. Bytes are compared as 16-bit numbers, so that 32 of them fill the widest register.
 template <class Label>
-void encode_labels(const Label* labels, int64_t stride, int n, int64_t num_classes, std::optional<int64_t> ignore,
-                   ClassCode* codes) {
+void encode_labels(const Label* labels, int64_t stride, int n, int64_t num_classes,
+                   std::optional<int64_t> ignore, ClassCode* codes) {
   using Wide = std::conditional_t<sizeof(Label) == 1, uint16_t, int64_t>;
   const Wide classes = static_cast<Wide>(num_classes);
   const bool has_ignore = ignore.has_value() && static_cast<Label>(*ignore) == *ignore;
@@ -110,7 +110,8 @@ void encode_argmax(int64_t first, int n, const ConfusionChunk& chunk, ClassCode*
   switch (chunk.pred_type) {
     case ScalarType::Double:
       return encode_logits(static_cast<const double*>(chunk.pred) + offset, n, chunk, codes);
-    case ScalarType::Half: return encode_logits(static_cast<const Half*>(chunk.pred) + offset, n, chunk, codes);
+    case ScalarType::Half:
+      return encode_logits(static_cast<const Half*>(chunk.pred) + offset, n, chunk, codes);
     case ScalarType::BFloat16:
       return encode_logits(static_cast<const BFloat16*>(chunk.pred) + offset, n, chunk, codes);
     default: return encode_logits(static_cast<const float*>(chunk.pred) + offset, n, chunk, codes);

@@ -27,7 +27,8 @@ inline std::string shape_of(const torch::stable::Tensor& tensor) {
 
 }  // namespace lungkit
 
-// The message says which op, what was found and what is expected: LUNGKIT_CHECK(ok, "op: labels are ", shape).
+// The message says which op, what was found and what is expected: LUNGKIT_CHECK(ok, "op: labels are ",
+// shape).
 #define LUNGKIT_CHECK(condition, ...) \
   do {                                \
     if (!(condition)) {               \

@@ -17,11 +17,15 @@
 
 namespace lungkit {
 
-inline bool on_device(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
+inline bool on_device(const torch::stable::Tensor& tensor) {
+  return tensor.is_cpu();
+}
 struct DeviceGuard {
   explicit DeviceGuard(const torch::stable::Tensor&) {}
 };
-inline cudaStream_t current_stream(const torch::stable::Tensor&) { return {}; }
+inline cudaStream_t current_stream(const torch::stable::Tensor&) {
+  return {};
+}
 
 }  // namespace lungkit
 
@@ -43,7 +47,9 @@ inline cudaStream_t current_stream(const torch::stable::Tensor&) { return {}; }
 
 namespace lungkit {
 
-inline bool on_device(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+inline bool on_device(const torch::stable::Tensor& tensor) {
+  return tensor.is_cuda();
+}
 struct DeviceGuard {
   explicit DeviceGuard(const torch::stable::Tensor& tensor) : guard(tensor.get_device_index()) {}
   torch::stable::accelerator::DeviceGuard guard;
@@ -59,13 +65,13 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
 #define LUNGKIT_UNPACK(...) __VA_ARGS__
 // `kernel` stands in parentheses, so that its template arguments may hold commas:
 //   LUNGKIT_LAUNCH((reduce<float, 256>), grid, 256, 0, stream, pointer, count);
-#define LUNGKIT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)              \
-  do {                                                                              \
+#define LUNGKIT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                 \
+  do {                                                                                 \
     LUNGKIT_UNPACK kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__); \
-    STD_CUDA_KERNEL_LAUNCH_CHECK();                                                 \
+    STD_CUDA_KERNEL_LAUNCH_CHECK();                                                    \
   } while (false)
 #define LUNGKIT_CUDA_CHECK(call) STD_CUDA_CHECK(call)
-#define LUNGKIT_DYNAMIC_SHARED(type, name)                    \
+#define LUNGKIT_DYNAMIC_SHARED(type, name)                      \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
 

@@ -1,4 +1,5 @@
-// How a tensor (B, C, *S) lies in memory, so that kernels read channels-first and channels-last without a copy.
+// How a tensor (B, C, *S) lies in memory, so that kernels read channels-first and channels-last without a
+// copy.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,7 @@ inline Tensor with_flat_voxels(const Tensor& tensor, int64_t first_spatial) {
 
 // Layout of (B, C, *S); call with_flat_voxels(tensor, 2) first.
 inline VoxelLayout channel_layout(const Tensor& tensor) {
-  VoxelLayout layout{tensor.size(0), tensor.size(1), 1,
+  VoxelLayout layout{tensor.size(0),   tensor.size(1),   1,
                      tensor.stride(0), tensor.stride(1), voxel_stride_of(tensor, 2)};
   for (int64_t d = 2; d < tensor.dim(); ++d) layout.voxels *= tensor.size(d);
   return layout;

@@ -8,7 +8,9 @@
 
 namespace lungkit {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Calls body(image, chunk, first_voxel, last_voxel) for every chunk of `chunk_voxels` voxels of every image.
 // A body writes only what belongs to its own (image, chunk); partial sums are added up afterwards, in order.

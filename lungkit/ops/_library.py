@@ -28,13 +28,17 @@ def _load(backend: str) -> LibraryStatus:
     path = _NATIVE_FOLDER / f"lungkit_{backend}.so"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
         oldest = ".".join(map(str, _OLDEST_TORCH))
-        return LibraryStatus(backend, False, f"torch {torch.__version__} is older than {oldest}; upgrade torch")
+        return LibraryStatus(
+            backend, False, f"torch {torch.__version__} is older than {oldest}; upgrade torch"
+        )
     if backend == "cuda" and torch.version.cuda is None:
         return LibraryStatus(backend, False, f"torch {torch.__version__} is a build without CUDA")
     if not path.exists():
         tool = "nvcc" if backend == "cuda" else "C++20 compiler"
         return LibraryStatus(
-            backend, False, f"not built: no {tool} was found when lungkit was installed; install it, then lungkit again"
+            backend,
+            False,
+            f"not built: no {tool} was found when lungkit was installed; install it, then lungkit again",
         )
     try:
         torch.ops.load_library(str(path))
@@ -45,7 +49,9 @@ def _load(backend: str) -> LibraryStatus:
 
 CPU_LIBRARY = _load("cpu")
 CUDA_LIBRARY = (
-    _load("cuda") if CPU_LIBRARY.loaded else LibraryStatus("cuda", False, "the CPU library, which it extends, is not loaded")
+    _load("cuda")
+    if CPU_LIBRARY.loaded
+    else LibraryStatus("cuda", False, "the CPU library, which it extends, is not loaded")
 )
 
 _ops: dict[str, str] = {}

@@ -124,4 +124,6 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     _check_arguments(pred, labels, num_classes)
     batch = labels.shape[0]
-    return labels.new_empty((batch, num_classes, 3), dtype=torch.int64), labels.new_empty((batch,), dtype=torch.int64)
+    return labels.new_empty((batch, num_classes, 3), dtype=torch.int64), labels.new_empty(
+        (batch,), dtype=torch.int64
+    )

@@ -1,0 +1,117 @@
+"""``lungkit-info``: versions, devices, and which ops run on native kernels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import lungkit
+from lungkit.ops import _library
+
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "nibabel",
+    "isal",
+    "safetensors",
+    "lightning-fabric",
+    "jsonargparse",
+    "rich",
+    "matplotlib",
+    "cupy",
+)
+_BACKENDS = {"cpu": _library.CPU_LIBRARY, "cuda": _library.CUDA_LIBRARY}
+
+
+def collect() -> dict[str, Any]:
+    """What ``lungkit-info --json`` prints.
+
+    Example:
+        >>> info = collect()
+        >>> sorted(info)
+        ['devices', 'lungkit', 'ops', 'platform', 'python', 'versions']
+    """
+    return {
+        "lungkit": lungkit.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "devices": _devices(),
+        "ops": {
+            name: {backend: _op_status(name, backend) for backend in _BACKENDS}
+            for name in sorted(_library.defined_ops())
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    return {
+        "cpu": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "kernel instruction set": _library.cpu_isa(),
+            "instruction sets available": list(_library.available_isas()),
+        },
+        "cuda": [
+            {
+                "name": torch.cuda.get_device_name(i),
+                "compute capability": ".".join(map(str, torch.cuda.get_device_capability(i))),
+                "memory GiB": round(torch.cuda.get_device_properties(i).total_memory / 2**30, 1),
+            }
+            for i in range(torch.cuda.device_count())
+        ],
+    }
+
+
+def _op_status(name: str, backend: str) -> dict[str, Any]:
+    if _library.is_native(name, backend):
+        return {"native": True}
+    return {"native": False, "reason": _BACKENDS[backend].reason or "this op has no kernel for the backend"}
+
+
+def _render(info: dict[str, Any]) -> str:
+    lines = [f"lungkit {info['lungkit']}, Python {info['python']}, {info['platform']}", "", "Versions"]
+    lines += [f"  {name:18} {version or 'not installed'}" for name, version in info["versions"].items()]
+    lines += ["", "Devices"]
+    lines += [f"  cpu: {key}: {_text(value)}" for key, value in info["devices"]["cpu"].items()]
+    lines += [f"  cuda {i}: {_text(list(gpu.values()))}" for i, gpu in enumerate(info["devices"]["cuda"])]
+    if not info["devices"]["cuda"]:
+        lines.append("  cuda: none")
+    lines += ["", "Ops (an op that is not native runs in plain PyTorch, with the same results)"]
+    for name, backends in info["ops"].items():
+        for backend, status in backends.items():
+            state = "native" if status["native"] else f"plain PyTorch: {status['reason']}"
+            lines.append(f"  {name:24} {backend:5} {state}")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="lungkit-info",
+        description="Versions, devices, and which of lungkit's ops run on native kernels.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--version", action="version", version=lungkit.__version__)
+    options = parser.parse_args(arguments)
+    info = collect()
+    sys.stdout.write((json.dumps(info, indent=2) if options.json else _render(info)) + "\n")
+    return 0
