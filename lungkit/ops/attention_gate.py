@@ -1,4 +1,4 @@
-r"""Additive attention gate: one attention map per image, applied to the skip features it was computed from."""
+r"""Additive attention gate: one attention map, applied to the skip features it was computed from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def attention_gate(
         \alpha = \mathrm{sigmoid}(w_\psi \cdot q + b_\psi), \qquad
         \mathrm{out} = \alpha\, x
 
-    ``up`` is linear interpolation to x's grid (``align_corners=False``; the identity where the grids are equal).
+    ``up`` is linear interpolation to x's grid (``align_corners=False``; the identity on equal grids).
 
     Args:
         x: skip features (B, Cx, \*S), 2D or 3D; float64, float32, bfloat16 or float16.
