@@ -1,4 +1,4 @@
-"""CT in, patches out: reading, dataset layouts, splits, preprocessing, cache, patch sampling, augmentation."""
+"""CT in, patches out: reading, layouts, splits, preprocessing, cache, patch sampling, augmentation."""
 
 from __future__ import annotations
 

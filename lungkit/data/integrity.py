@@ -180,7 +180,7 @@ class _GzipStream:
         return taken
 
     def _start_member(self) -> zlib._Decompress | None:
-        """Parse the header of the next member; None at the end of the file (zero padding is allowed there)."""
+        """Parse the header of the next member; None at the end of the file, where zero padding is allowed."""
         if not self._pending:
             self._pending = self._file.read(_INPUT_BYTES)
         if self._members and not self._pending.startswith(b"\x1f"):

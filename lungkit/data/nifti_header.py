@@ -46,7 +46,7 @@ _REFUSED_DTYPES = {
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """What is needed to read the voxels: ``shape`` (X, Y, Z), stored ``dtype``, scaling, affine, bytes to skip."""
+    """What it takes to read the voxels; ``shape`` is (X, Y, Z), ``dtype`` the stored one."""
 
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
@@ -92,8 +92,8 @@ def read_header(stream: VerifiedStream, path: Path, *, max_voxels: int) -> Nifti
     claimed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if claimed > stream.capacity:
         raise DataError(
-            f"{path}: the header describes {shape} voxels of {dtype.name} ({claimed} bytes), more than the file "
-            "can hold; it is truncated or damaged: copy or download it again"
+            f"{path}: the header describes {shape} voxels of {dtype.name} ({claimed} bytes), more than the "
+            "file can hold; it is truncated or damaged: copy or download it again"
         )
     try:
         slope, intercept = header.get_slope_inter()
@@ -162,13 +162,15 @@ def _dtype(header: Any, path: Path) -> np.dtype[Any]:
     if code not in _DTYPES:
         name = _REFUSED_DTYPES.get(code, "unknown")
         raise DataError(
-            f"{path}: voxels of NIfTI datatype {code} ({name}) are not supported; write int16, uint8 or float32"
+            f"{path}: voxels of NIfTI datatype {code} ({name}) are not supported; "
+            "write int16, uint8 or float32"
         )
     dtype = np.dtype(_DTYPES[code]).newbyteorder(header.endianness)
     bits = int(header["bitpix"])
     if bits != 8 * dtype.itemsize:
         raise DataError(
-            f"{path}: the header says {bits} bits a voxel, datatype {code} has {8 * dtype.itemsize}; it is damaged"
+            f"{path}: the header says {bits} bits a voxel, datatype {code} has {8 * dtype.itemsize}; "
+            "the header is damaged"
         )
     return dtype
 

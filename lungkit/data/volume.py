@@ -1,4 +1,4 @@
-"""Reading and writing NIfTI volumes: every byte checked on the way in, nothing half written on the way out."""
+"""NIfTI volumes: every byte checked on the way in, nothing half written on the way out."""
 
 from __future__ import annotations
 
@@ -215,7 +215,8 @@ def _refuse_or_replace_nan(array: np.ndarray, path: Path, policy: NanPolicy) -> 
 def _storable(array: np.ndarray) -> np.ndarray[Any, Any]:
     if array.ndim not in (2, 3) or array.size == 0 or max(array.shape) > 32767:
         raise UsageError(
-            f"array: shape {array.shape} cannot be written; expected (X, Y, Z) or (X, Y), each from 1 to 32767"
+            f"array: shape {array.shape} cannot be written; "
+            "expected (X, Y, Z) or (X, Y), each from 1 to 32767"
         )
     if array.dtype == np.bool_:
         return array.astype(np.uint8)

@@ -1,0 +1,292 @@
+"""Finding the cases of a dataset: nnU-Net raw, Medical Segmentation Decathlon, or two plain folders.
+
+nnU-Net raw (Isensee et al. 2021): ``imagesTr/<case>_0000.nii.gz`` (one file a channel),
+``labelsTr/<case>.nii.gz`` and ``dataset.json`` with ``labels`` and ``channel_names`` (or ``modality``, as in
+version 1). Decathlon (Antonelli et al. 2022): ``dataset.json`` lists ``training`` pairs of image and label.
+Folders: ``images`` and ``masks`` (or ``labels``) with files of the same names, values 0 and 1.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, shorten
+from lungkit.errors import DataError, UsageError
+
+_LOG = logging.getLogger("lungkit")
+
+_SUFFIXES = (".nii.gz", ".nii")
+_MASK_FOLDERS = ("masks", "labels")
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+
+
+def open_dataset(root: str | os.PathLike[str], *, layout: str = "auto") -> Dataset:
+    """Open the dataset in folder ``root``; files are listed, not read.
+
+    Args:
+        root: folder with ``dataset.json``, or with ``images`` and ``masks`` (or ``labels``).
+        layout: "nnunet", "decathlon", "folders", or "auto" to look which it is.
+
+    Raises:
+        UsageError: ``layout`` is none of these.
+        DataError: the folder is absent or of no known layout; ``dataset.json`` is malformed, or points
+            outside the folder; an image has no label or a label no image; a case id occurs twice; there
+            is no case.
+
+    Example:
+        >>> import tempfile
+        >>> from lungkit.data import write_phantom_dataset
+        >>> root = write_phantom_dataset(tempfile.mkdtemp() + "/phantoms", cases=2, shape=(8, 32, 32), dims=3)
+        >>> dataset = open_dataset(root)
+        >>> dataset.layout, len(dataset.cases), dataset.num_classes
+        ('nnunet', 2, 2)
+    """
+    root = Path(root)
+    readers = {"nnunet": _open_nnunet, "decathlon": _open_decathlon, "folders": _open_folders}
+    if layout != "auto" and layout not in readers:
+        raise UsageError(f"layout: {layout!r} is none of auto, {', '.join(readers)}")
+    if not root.is_dir():
+        raise DataError(
+            f"{root}: no such folder; name the folder that holds dataset.json or images/ and masks/"
+        )
+    dataset = readers[_detect(root) if layout == "auto" else layout](root)
+    if not dataset.cases:
+        raise DataError(f"{root}: no cases found (layout {dataset.layout}); add images and labels")
+    repeated = [name for name, count in Counter(case.case_id for case in dataset.cases).items() if count > 1]
+    if repeated:
+        raise DataError(f"{root}: case id occurs more than once: {shorten(repeated)}; rename the files")
+    return dataset
+
+
+def _detect(root: Path) -> str:
+    if (root / "dataset.json").is_file():
+        training = _read_json(root / "dataset.json").get("training")
+        if isinstance(training, list) and training:
+            # nnU-Net version 1 lists Decathlon's pairs too, but its files carry a channel number.
+            first = training[0].get("image", "") if isinstance(training[0], dict) else ""
+            if not (
+                isinstance(first, str) and not (root / first).exists() and _is_numbered(root / "imagesTr")
+            ):
+                return "decathlon"
+        return "nnunet"
+    if (root / "images").is_dir() and any((root / name).is_dir() for name in _MASK_FOLDERS):
+        return "folders"
+    raise DataError(
+        f"{root}: no known dataset layout; looked for dataset.json (nnU-Net raw, Medical Segmentation "
+        "Decathlon) and for the folders images/ and masks/ or labels/"
+    )
+
+
+def _is_numbered(folder: Path) -> bool:
+    return any(_CHANNEL.fullmatch(stem) for stem, _ in _nifti_files(folder))
+
+
+def _open_nnunet(root: Path) -> Dataset:
+    json_path = root / "dataset.json"
+    content = _read_json(json_path)
+    labels, ignore_label = _parse_labels(content, json_path)
+    channel_names = _parse_channels(content, json_path)
+    suffix = content.get("file_ending", ".nii.gz")
+    if suffix not in _SUFFIXES:
+        raise DataError(f"{json_path}: file_ending {suffix!r} is not supported; convert the files to .nii.gz")
+    images: dict[str, dict[int, Path]] = {}
+    for stem, path in _nifti_files(_need_folder(root / "imagesTr"), suffix):
+        match = _CHANNEL.fullmatch(stem)
+        if match is None:
+            raise DataError(f"{path}: no channel number; nnU-Net images are named <case>_0000{suffix}")
+        images.setdefault(match["case"], {})[int(match["channel"])] = path
+    masks = dict(_nifti_files(_need_folder(root / "labelsTr"), suffix))
+    _check_pairs(images, masks, root / "imagesTr", root / "labelsTr")
+    expected = set(range(len(channel_names)))
+    for case_id, channels in images.items():
+        if set(channels) != expected:
+            raise DataError(
+                f"{root / 'imagesTr'}: case {case_id} has the channels {sorted(channels)}, dataset.json "
+                f"declares {sorted(expected)} ({', '.join(channel_names)}); add the missing files or correct it"
+            )
+    _warn_of_count(content, json_path, len(images))
+    cases = tuple(
+        Case(case_id, tuple(channels[index] for index in sorted(channels)), masks[case_id], case_id)
+        for case_id, channels in sorted(images.items())
+    )
+    return Dataset(root, _name(content, root), cases, labels, channel_names, ignore_label, "nnunet")
+
+
+def _open_decathlon(root: Path) -> Dataset:
+    json_path = root / "dataset.json"
+    content = _read_json(json_path)
+    labels, ignore_label = _parse_labels(content, json_path)
+    channel_names = _parse_channels(content, json_path)
+    if len(channel_names) > 1:
+        raise DataError(
+            f"{json_path}: {len(channel_names)} channels in 4D files ({', '.join(channel_names)}); "
+            "write one 3D file for each channel in the nnU-Net layout (<case>_0000.nii.gz, _0001.nii.gz)"
+        )
+    training = content.get("training")
+    if not isinstance(training, list):
+        raise DataError(f"{json_path}: 'training' must be a list of {{image, label}}, found {training!r:.80}")
+    cases = []
+    for entry in training:
+        if not (isinstance(entry, dict) and {"image", "label"} <= entry.keys()):
+            raise DataError(
+                f"{json_path}: 'training' must hold {{image, label}} entries, found {entry!r:.80}"
+            )
+        image = _inside(root, entry["image"], json_path)
+        label = _inside(root, entry["label"], json_path)
+        for path, kind in ((image, "image"), (label, "label")):
+            if not path.is_file():
+                raise DataError(
+                    f"{path}: {kind} listed in {json_path} is missing; add it or remove the entry"
+                )
+        case_id = _stem(image.name)
+        if case_id is None:
+            raise DataError(f"{image}: listed in {json_path}, but not a .nii or .nii.gz file")
+        cases.append(Case(case_id, (image,), label, case_id))
+    _warn_of_count(content, json_path, len(cases))
+    cases.sort(key=lambda case: case.case_id)
+    return Dataset(root, _name(content, root), tuple(cases), labels, channel_names, ignore_label, "decathlon")
+
+
+def _open_folders(root: Path) -> Dataset:
+    found = [root / name for name in _MASK_FOLDERS if (root / name).is_dir()]
+    if len(found) != 1:
+        raise DataError(f"{root}: expected one of the folders masks/ and labels/, found {len(found)}")
+    images = _unique_files(_need_folder(root / "images"))
+    masks = _unique_files(found[0])
+    _check_pairs(images, masks, root / "images", found[0])
+    cases = tuple(Case(case_id, (path,), masks[case_id], case_id) for case_id, path in sorted(images.items()))
+    return Dataset(root, root.resolve().name, cases, {"background": 0, "tumour": 1}, ("CT",), None, "folders")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; this layout needs it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _parse_labels(content: dict[str, Any], path: Path) -> tuple[dict[str, int], int | None]:
+    declared = content.get("labels")
+    if not isinstance(declared, dict) or not declared:
+        raise DataError(f'{path}: \'labels\' must map names to values, e.g. {{"background": 0, "tumour": 1}}')
+    labels: dict[str, int] = {}
+    for key, value in declared.items():
+        if isinstance(value, list):
+            raise DataError(
+                f"{path}: label {key!r} is a region {value}; regions are not supported, list classes"
+            )
+        # nnU-Net 2 writes name: value, Decathlon and nnU-Net 1 write "value": name.
+        name, number = (key, value) if _as_int(value) is not None and not key.isdigit() else (value, key)
+        parsed = _as_int(number)
+        if parsed is None or not isinstance(name, str):
+            raise DataError(f"{path}: label {key!r}: {value!r} is not a name with a whole number")
+        if name in labels or parsed in labels.values():
+            raise DataError(f"{path}: label {name!r} or its value {parsed} is declared twice")
+        labels[name] = parsed
+    ignore_label = labels.pop("ignore", None)
+    if 0 not in labels.values():
+        raise DataError(f'{path}: no label has the value 0; declare "background": 0')
+    if not 2 <= len(labels) <= IGNORE_INDEX:
+        raise DataError(
+            f"{path}: {len(labels)} labels declared; expected the background and 1 to 254 classes"
+        )
+    return labels, ignore_label
+
+
+def _as_int(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value) else None
+
+
+def _parse_channels(content: dict[str, Any], path: Path) -> tuple[str, ...]:
+    declared = content.get("channel_names", content.get("modality"))
+    if not isinstance(declared, dict) or set(declared) != {str(index) for index in range(len(declared))}:
+        raise DataError(
+            f"{path}: 'channel_names' (or 'modality') must map \"0\", \"1\", ... to names, "
+            f"found {declared!r:.80}"
+        )
+    if not declared:
+        raise DataError(f'{path}: \'channel_names\' is empty; declare e.g. {{"0": "CT"}}')
+    return tuple(str(declared[str(index)]) for index in range(len(declared)))
+
+
+def _name(content: dict[str, Any], root: Path) -> str:
+    return str(content.get("name") or root.resolve().name)
+
+
+def _warn_of_count(content: dict[str, Any], path: Path, found: int) -> None:
+    declared = content.get("numTraining")
+    if declared is not None and declared != found:
+        _LOG.warning("%s: numTraining is %s, but %d cases were found", path, declared, found)
+
+
+def _inside(root: Path, entry: object, source: Path) -> Path:
+    """Path of ``entry`` under ``root``: a dataset from elsewhere must not make us read the whole disk."""
+    if not isinstance(entry, str) or not entry or "\0" in entry:
+        raise DataError(f"{source}: {entry!r:.80} is not a file name")
+    absolute = PurePosixPath(entry).is_absolute() or PureWindowsPath(entry).drive or entry.startswith("\\")
+    path = root / entry
+    try:
+        escapes = absolute or not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise DataError(f"{source}: {entry!r} cannot be followed ({error})") from error
+    if escapes:
+        raise DataError(f"{source}: {entry!r} lies outside {root}; list files inside the dataset folder only")
+    return path
+
+
+def _stem(name: str) -> str | None:
+    for suffix in _SUFFIXES:
+        if name.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+def _nifti_files(folder: Path, suffix: str | None = None) -> list[tuple[str, Path]]:
+    """(name without suffix, path) of the NIfTI files in ``folder``, sorted; hidden files are left out."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        stem = _stem(path.name)
+        if stem is not None and not path.name.startswith(".") and suffix in (None, path.name[len(stem) :]):
+            found.append((stem, path))
+    return found
+
+
+def _unique_files(folder: Path) -> dict[str, Path]:
+    files = _nifti_files(folder)
+    repeated = [name for name, count in Counter(name for name, _ in files).items() if count > 1]
+    if repeated:
+        raise DataError(f"{folder}: {shorten(repeated)} exist as .nii and as .nii.gz; keep one of each")
+    return dict(files)
+
+
+def _need_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; this layout needs it")
+    return folder
+
+
+def _check_pairs(images: Iterable[str], masks: Iterable[str], image_folder: Path, mask_folder: Path) -> None:
+    unlabelled = sorted(set(images) - set(masks))
+    if unlabelled:
+        raise DataError(f"{mask_folder}: no label for {shorten(unlabelled)}; add them or remove the images")
+    orphaned = sorted(set(masks) - set(images))
+    if orphaned:
+        raise DataError(f"{image_folder}: no image for the label of {shorten(orphaned)}; add or remove them")
