@@ -20,6 +20,8 @@ PINNED_TORCH = "torch==2.13.0"
 
 get_requires_for_build_sdist = _backend.get_requires_for_build_sdist
 build_sdist = _backend.build_sdist
+prepare_metadata_for_build_wheel = _backend.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = _backend.prepare_metadata_for_build_editable
 
 
 def installed_torch() -> Path | None:

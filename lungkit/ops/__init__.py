@@ -1,4 +1,4 @@
-"""The fused ops: functions with a plain-PyTorch twin (``reference`` in each module) and, where built, native kernels."""
+"""The fused ops: functions with a plain-PyTorch twin (``reference`` in each module) and, where built, kernels."""
 
 from __future__ import annotations
 
