@@ -1,0 +1,64 @@
+"""Fixtures of the op tests: every instruction set of the CPU kernels, and the CUDA kernels on the CPU emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lungkit.ops import _library
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_BUILD = REPOSITORY / "build" / "emulator"
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each instruction set of the CPU kernels that this processor has."""
+    if request.param not in _library.available_isas():
+        pytest.skip(
+            f"no {request.param} kernels here: {_library.CPU_LIBRARY.reason or 'the processor lacks it'}"
+        )
+    with _library.use_isa(request.param):
+        yield request.param
+
+
+def build_emulated(folder: Path, *options: str) -> Path:
+    """Compiles csrc's CUDA kernels for the CPU emulator, incrementally; returns the library."""
+    missing = [tool for tool in ("g++", "cmake") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"the CUDA emulator needs {' and '.join(missing)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_folder = Path(torch.__file__).parent
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    with (folder / "lock").open("w") as lock:  # several pytest workers share one build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", str(REPOSITORY), "-B", str(folder), *generator, "-DLUNGKIT_CUDA=OFF",
+             "-DLUNGKIT_EMULATOR=ON", f"-DLUNGKIT_TORCH_DIR={torch_folder}", *options],
+            ["cmake", "--build", str(folder), "--target", "lungkit_emulated"],
+        ):  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
+    return folder / "lungkit_emulated.so"
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> Path:
+    return build_emulated(_BUILD)
+
+
+@pytest.fixture(params=["forward", "reverse", "random"])
+def emulated(request: pytest.FixtureRequest, emulated_library: Path) -> Iterator[object]:
+    """``torch.ops.lungkit_emulated``: the CUDA kernels, run thread by thread in three thread orders."""
+    torch.ops.load_library(str(emulated_library))
+    control = ctypes.CDLL(str(emulated_library))
+    control.lungkit_emulator_set_order(["forward", "reverse", "random"].index(request.param), 1)
+    yield torch.ops.lungkit_emulated
+    control.lungkit_emulator_set_order(0, 0)

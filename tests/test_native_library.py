@@ -1,0 +1,89 @@
+"""The op libraries: what they need from torch, and what happens where they are absent."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lungkit.ops import _library
+
+LIBRARIES = sorted(_library._NATIVE_FOLDER.glob("lungkit_*.so"))
+# What libtorch exports in C: the stable shims. All else that is allowed comes from the C and C++ run-time libraries.
+C_SHIM = re.compile(r"(aoti_)?torch_[a-z0-9_]+$")
+RUN_TIME = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$|_ITM_\w+|__gmon_start__$|__cxa_finalize")
+
+
+def run(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_only_c_shims_are_needed_from_torch(library):
+    needed = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", str(library)).splitlines()]
+    others = [name for name in needed if not C_SHIM.match(name) and not RUN_TIME.match(name)]
+    assert any(C_SHIM.match(name) for name in needed)
+    assert others == []
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_libraries_name_libtorch_and_no_folder(library):
+    dynamic = run("readelf", "-d", str(library))
+    needed = re.findall(r"NEEDED.*\[(.+)\]", dynamic)
+    assert "libtorch.so" in needed
+    assert not [name for name in needed if name.startswith(("libtorch_", "libc10", "libpython", "libcuda"))]
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+@pytest.mark.skipif(not _library.CPU_LIBRARY.loaded, reason=f"no CPU library: {_library.CPU_LIBRARY.reason}")
+@pytest.mark.parametrize(("name", "schema"), sorted(_library.defined_ops().items()))
+def test_native_schema_is_the_one_that_python_falls_back_to(name, schema):
+    native = getattr(torch.ops.lungkit, name).default._schema
+    assert native == torch._C.parse_schema(f"lungkit::{schema}")
+
+
+@pytest.mark.skipif(not _library.CPU_LIBRARY.loaded, reason=f"no CPU library: {_library.CPU_LIBRARY.reason}")
+def test_use_isa_restores_what_was_in_use():
+    before = _library.cpu_isa()
+    with _library.use_isa("baseline"):
+        assert _library.cpu_isa() == "baseline"
+    assert _library.cpu_isa() == before
+
+
+def test_an_instruction_set_that_is_absent_is_refused():
+    with pytest.raises(ValueError, match="'avx1024' is not available"), _library.use_isa("avx1024"):
+        pass
+
+
+TWINS_ONLY = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+import lungkit.ops
+from lungkit.ops import _library, confusion_counts
+assert not _library.CPU_LIBRARY.loaded
+print(_library.CPU_LIBRARY.reason)
+counts, _ = torch.compile(confusion_counts, fullgraph=True, backend="aot_eager")(
+    torch.tensor([[0, 1]]), torch.tensor([[1, 1]]), 2
+)
+print(counts.tolist())
+"""
+
+
+def test_without_native_libraries_every_op_runs_on_its_twin(tmp_path: Path):
+    package = _library._NATIVE_FOLDER.parent
+    shutil.copytree(package, tmp_path / "lungkit", ignore=shutil.ignore_patterns("_native", "__pycache__"))
+    script = TWINS_ONLY.format(folder=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no C++20 compiler was found when lungkit was installed" in done.stdout
+    assert "[[[0, 1, 0], [1, 0, 1]]]" in done.stdout
