@@ -185,22 +185,23 @@ class PatchSampler:
     def _crop(
         self, case: PatchSource, start: Sequence[int], size: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        source, target = [], []
+        inside, target = [], []
         for first, length, extent in zip(start, size, case.label.shape, strict=True):
             low, high = max(first, 0), min(first + length, extent)
-            source.append(slice(low, high))
+            inside.append(slice(low, high))
             target.append(slice(low - first, high - first))
-        inside = tuple(source)
-        stored = case.image[(slice(None), *inside)]
+        z, y, x = inside
+        stored = case.image[:, z, y, x]
         if stored.shape[1:] == tuple(size):
-            label = np.array(case.label[inside], dtype=np.uint8)
+            label = np.array(case.label[z, y, x], dtype=np.uint8)
             image = stored.astype(np.float32)
         else:
             label = np.full(size, self.pad_label, np.uint8)
-            label[tuple(target)] = case.label[inside]
+            label[tuple(target)] = case.label[z, y, x]
             image = np.empty((stored.shape[0], *size), np.float32)
             image[:] = self._air_of(case)[:, None, None, None]
-            image[(slice(None), *target)] = stored
+            z, y, x = target
+            image[:, z, y, x] = stored
         image *= np.float32(case.slope)
         image += np.float32(case.intercept)
         return image, label

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from lungkit.errors import UsageError
 
@@ -119,7 +120,8 @@ class AugmentConfig:
             >>> dataclasses.replace(AugmentConfig.none(), blur_probability=1.0).flip_probability
             0.0
         """
-        return cls(**dict.fromkeys(probability_fields(), 0.0))
+        off: dict[str, Any] = dict.fromkeys(probability_fields(), 0.0)
+        return cls(**off)
 
 
 def probability_fields() -> tuple[str, ...]:
