@@ -1,0 +1,8 @@
+"""Segmentation losses: Dice + cross-entropy and its family, all made from the statistics of one fused op."""
+
+from __future__ import annotations
+
+from lungkit.losses.deep_supervision import DeepSupervisionLoss
+from lungkit.losses.dice_ce import DiceCELoss
+
+__all__ = ["DeepSupervisionLoss", "DiceCELoss"]
