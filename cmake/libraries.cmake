@@ -45,6 +45,22 @@ if(LUNGKIT_X86)
   lungkit_add_kernels(avx512 -march=x86-64-v4 -mprefer-vector-width=512)
 endif()
 
+# The geometry module works on numpy arrays and knows nothing of torch; without Python's headers numpy does its work.
+find_package(Python 3.10 COMPONENTS Interpreter Development.Module)
+execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir OUTPUT_VARIABLE pybind11_folder
+                OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+find_package(pybind11 2.13 CONFIG HINTS ${pybind11_folder})
+if(Python_Development.Module_FOUND AND pybind11_FOUND AND EXISTS ${csrc}/geometry)
+  file(GLOB geometry_sources CONFIGURE_DEPENDS ${csrc}/geometry/*.cpp)
+  find_package(Threads REQUIRED)
+  pybind11_add_module(_geometry MODULE ${geometry_sources})
+  target_link_libraries(_geometry PRIVATE Threads::Threads)
+  target_compile_options(_geometry PRIVATE ${kernel_flags})
+  lungkit_place_library(_geometry)
+else()
+  message(STATUS "lungkit: no Python headers or no pybind11, so surface distances are computed in numpy")
+endif()
+
 if(LUNGKIT_HAVE_CUDA)
   add_library(lungkit_cuda MODULE ${cuda_sources})
   target_link_libraries(lungkit_cuda PRIVATE torch_stable)
