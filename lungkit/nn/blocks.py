@@ -1,4 +1,4 @@
-"""Building blocks of the networks: convolution blocks, upsampling, normalisation and initialisation."""
+"""Building blocks of the networks: convolution blocks, upsampling and initialisation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
+from lungkit.nn.norms import make_norm
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED_CONVOLUTIONS = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-BATCH_NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DROPOUTS = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _AVERAGE_POOLS = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
-NORMS = ("instance", "batch", "group", "none")
 UPSAMPLINGS = ("transposed", "interpolate")
 LEAKY_SLOPE = 0.01
 # The first three overwrite their input: neither a norm nor a convolution needs its output for the backward pass.
@@ -31,44 +30,6 @@ _ACTIVATIONS = {
 ACTIVATIONS = tuple(_ACTIVATIONS)
 
 
-def make_norm(norm: str, dims: int, channels: int, *, groups: int = 8) -> nn.Module:
-    """Normalisation layer by name.
-
-    Instance norm is a group norm with one channel a group: the same numbers as ``nn.InstanceNorm``, but several
-    times faster on CPU, where PyTorch computes instance norm as a batch norm over B x C channels.
-
-    Args:
-        norm: "instance", "batch", "group" or "none".
-        dims: 2 or 3.
-        channels: channels of the tensor to normalise.
-        groups: number of groups of the group norm; divides ``channels``.
-
-    Raises:
-        UsageError: unknown ``norm``, or ``groups`` that does not divide ``channels``.
-
-    Source: Ulyanov et al., "Instance Normalization", 2016; Wu and He, "Group Normalization", 2018;
-    Ioffe and Szegedy, "Batch Normalization", 2015.
-
-    Example:
-        >>> norm = make_norm("instance", 2, 16)
-        >>> norm.num_groups, norm.num_channels
-        (16, 16)
-    """
-    if norm == "instance":
-        return nn.GroupNorm(channels, channels)
-    if norm == "batch":
-        return BATCH_NORMS[dims](channels)
-    if norm == "group":
-        if channels % groups:
-            raise UsageError(
-                f"groups must divide the channels of every level, got {groups} for {channels} channels"
-            )
-        return nn.GroupNorm(groups, channels)
-    if norm == "none":
-        return nn.Identity()
-    raise UsageError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
-
-
 def make_activation(activation: str) -> nn.Module:
     """Activation layer by name; leaky ReLU has slope 0.01.
 
@@ -76,6 +37,7 @@ def make_activation(activation: str) -> nn.Module:
         UsageError: unknown name.
 
     Example:
+        >>> from lungkit.nn.blocks import make_activation
         >>> make_activation("relu")
         ReLU(inplace=True)
     """
@@ -95,7 +57,7 @@ class ConvUnit(nn.Sequential):
         out_channels: channels of the output.
         kernel_size: odd size along each axis; zero padding keeps the grid (divided by ``stride``).
         stride: stride along each axis.
-        norm: see :func:`make_norm`.
+        norm: see :func:`lungkit.nn.norms.make_norm`.
         groups: groups of a group norm.
         activation: see :func:`make_activation`; None for none.
 
@@ -103,6 +65,8 @@ class ConvUnit(nn.Sequential):
         (B, in_channels, *S) -> (B, out_channels, *ceil(S / stride))
 
     Example:
+        >>> import torch
+        >>> from lungkit.nn.blocks import ConvUnit
         >>> unit = ConvUnit(2, 1, 4, kernel_size=(3, 3), stride=(2, 2))
         >>> unit(torch.zeros(1, 1, 8, 8)).shape
         torch.Size([1, 4, 4, 4])
@@ -155,6 +119,8 @@ class ConvBlock(nn.Module):
     Source: Isensee et al., "nnU-Net", Nature Methods 2021; He et al., "Deep residual learning", 2016.
 
     Example:
+        >>> import torch
+        >>> from lungkit.nn.blocks import ConvBlock
         >>> block = ConvBlock(3, 2, 4, kernel_size=(1, 3, 3), stride=(1, 2, 2), residual=True)
         >>> block(torch.zeros(1, 2, 4, 8, 8)).shape
         torch.Size([1, 4, 4, 4, 4])
@@ -239,6 +205,8 @@ class Upsample(nn.Module):
         (B, in_channels, *S) -> (B, out_channels, *S * stride)
 
     Example:
+        >>> import torch
+        >>> from lungkit.nn.blocks import Upsample
         >>> Upsample(2, 8, 4, stride=(2, 2))(torch.zeros(1, 8, 4, 4)).shape
         torch.Size([1, 4, 8, 8])
     """
@@ -281,8 +249,10 @@ def initialise(module: nn.Module) -> None:
     Source: He et al., "Delving deep into rectifiers", 2015.
 
     Example:
+        >>> import torch
+        >>> from lungkit.nn.blocks import initialise
         >>> _ = torch.manual_seed(0)
-        >>> layer = nn.Conv2d(64, 64, 3)
+        >>> layer = torch.nn.Conv2d(64, 64, 3)
         >>> _ = layer.apply(initialise)
         >>> bool(abs(layer.weight.std() - (2 / (64 * 9)) ** 0.5) < 1e-3), bool((layer.bias == 0).all())
         (True, True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lungkit.errors import UsageError
 from lungkit.nn import _options
 from lungkit.nn._grid import crop_to, pad_to_multiple
-from lungkit.nn.blocks import ACTIVATIONS, CONVOLUTIONS, NORMS, UPSAMPLINGS, ConvBlock, Upsample, initialise
+from lungkit.nn.blocks import ACTIVATIONS, CONVOLUTIONS, UPSAMPLINGS, ConvBlock, Upsample, initialise
+from lungkit.nn.norms import NORMS
 
 Logits = Tensor | tuple[Tensor, ...]
 
