@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,13 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR,
 
 
 @contextlib.contextmanager
-def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(final: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path next to ``final``; on success it becomes ``final``, on failure it is removed.
 
     The temporary name ends with the whole name of ``final``, so that writers which look at the suffix
     (``numpy.save``, nibabel) behave as they would with the final name. File and folder are flushed to the
-    disk before the name changes hands.
+    disk before the name changes hands, unless ``durable`` is false: then a power cut may lose the file, which
+    is good enough for what can be made again and costs no wait for the disk.
 
     Raises:
         ResourceError: the disk or the quota is full.
@@ -38,16 +40,47 @@ def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
         'whole'
     """
     final = Path(final)
-    # A leading dot hides the file from globs over cases; a random part keeps concurrent writers apart.
-    temporary = final.with_name(f".{uuid.uuid4().hex[:12]}.tmp-{final.name}")
+    temporary = _temporary_name(final)
     try:
         yield temporary
-        _flush(temporary)
+        if durable:
+            _flush(temporary)
         temporary.replace(final)
-        _flush(final.parent)
+        if durable:
+            _flush(final.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        translated = _translate(error, temporary, final)
+        if translated is not None:
+            raise translated from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give an empty temporary folder next to ``final``; on success it becomes ``final``, else it is removed.
+
+    Where another process has put ``final`` there in the meantime, theirs stays and ours is removed. Nothing
+    is flushed to the disk: this is for what can be made again, and its reader must check it.
+
+    Raises:
+        ResourceError: the disk or the quota is full.
+        UsageError: the parent folder does not exist or cannot be written.
+    """
+    final = Path(final)
+    temporary = _temporary_name(final)
+    try:
+        temporary.mkdir()
+        yield temporary
+        try:
+            temporary.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         translated = _translate(error, temporary, final)
         if translated is not None:
             raise translated from error
@@ -68,6 +101,11 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 def write_json_atomic(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
     """Write ``value`` as JSON to ``path`` through :func:`atomic_path`; NaN is refused, as JSON has none."""
     write_text_atomic(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def _temporary_name(final: Path) -> Path:
+    # A leading dot hides it from globs over cases; a random part keeps concurrent writers apart.
+    return final.with_name(f".{uuid.uuid4().hex[:12]}.tmp-{final.name}")
 
 
 def _flush(path: Path) -> None:

@@ -109,7 +109,7 @@ def _open_nnunet(root: Path) -> Dataset:
         if set(channels) != expected:
             raise DataError(
                 f"{root / 'imagesTr'}: case {case_id} has the channels {sorted(channels)}, dataset.json "
-                f"declares {sorted(expected)} ({', '.join(channel_names)}); add the missing files or correct it"
+                f"declares {sorted(expected)} ({', '.join(channel_names)}); add files or correct it"
             )
     _warn_of_count(content, json_path, len(images))
     cases = tuple(

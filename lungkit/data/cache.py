@@ -1,0 +1,307 @@
+"""Preprocessed cases as memory maps on disk, keyed by what went into them and checked when they are opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lungkit._atomic import atomic_folder, atomic_path
+from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case
+from lungkit.data.preprocessing import Preprocessing, preprocess_image, preprocess_label, quantise
+from lungkit.data.source_hash import SourceHashes
+from lungkit.data.volume import DEFAULT_MAX_VOXELS
+from lungkit.errors import ResourceError, UsageError
+
+_LOG = logging.getLogger("lungkit")
+
+_FORMAT = 1
+_MAX_FOREGROUND = 20_000
+_ARRAYS = ("image", "label", "foreground")
+# Files up to this size are checked whole when they are opened, larger ones in evenly spaced blocks.
+_CHECK_WHOLE_BYTES = 8 << 20
+_CHECK_BLOCK_BYTES = 64 << 10
+_CHECK_BLOCKS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class CachedCase:
+    """One preprocessed case; its arrays are memory maps, opened on first use and reopened after pickling.
+
+    Normalised intensity = ``image`` * ``slope`` + ``intercept``.
+    """
+
+    case_id: str
+    directory: Path
+    shape: tuple[int, int, int]
+    """(Z, Y, X)."""
+    spacing_mm: tuple[float, float, float]
+    """(z, y, x)."""
+    slope: float
+    intercept: float
+    class_voxels: tuple[int, ...]
+    """Voxels of each class index."""
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """int16 (C, Z, Y, X)."""
+        return self._open("image")
+
+    @cached_property
+    def label(self) -> np.ndarray:
+        """uint8 (Z, Y, X): class indices, 255 to ignore."""
+        return self._open("label")
+
+    @cached_property
+    def foreground(self) -> np.ndarray:
+        """int32 (N, 3): voxel indices (z, y, x) of foreground, at most 20,000 and every class among them."""
+        return self._open("foreground")
+
+    def image_float(self) -> np.ndarray:
+        """The whole normalised image, float32 (C, Z, Y, X), in memory."""
+        image = self.image.astype(np.float32)
+        image *= np.float32(self.slope)
+        image += np.float32(self.intercept)
+        return image
+
+    def _open(self, name: str) -> np.ndarray:
+        path = self.directory / f"{name}.npy"
+        try:
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise ResourceError(
+                f"{path}: cached array cannot be opened ({error}); was the cache removed? prepare the case again"
+            ) from error
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memory map would carry its whole contents to every worker.
+        return {name: value for name, value in self.__dict__.items() if name not in _ARRAYS}
+
+
+class CaseCache:
+    """Preprocessed cases of ``dataset`` in ``directory``.
+
+    An entry is keyed by the contents of the source files (BLAKE2b), the preprocessing, the labels and the
+    version of this format, so a changed file or option gives another entry and never a stale one. Several
+    processes may prepare the same case at once: each writes a folder of its own and the first to finish
+    stays. Entries carry checksums; one that is damaged is made again, with a warning.
+
+    Args:
+        directory: where entries go; made where absent.
+        dataset: the dataset.
+        preprocessing: how to preprocess.
+        max_voxels: refuse larger scans, before and after resampling.
+        verify_all: read every byte when an entry is opened; otherwise files beyond 8 MiB are checked in 16
+            blocks.
+
+    Raises:
+        UsageError: ``directory`` cannot be made.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        dataset: Dataset,
+        preprocessing: Preprocessing,
+        *,
+        max_voxels: int = DEFAULT_MAX_VOXELS,
+        verify_all: bool = False,
+    ) -> None:
+        self.directory = Path(directory)
+        self.dataset = dataset
+        self.preprocessing = preprocessing
+        self.max_voxels = max_voxels
+        self.verify_all = verify_all
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"directory: {self.directory} cannot be made ({error.strerror}); name a writable one"
+            ) from error
+        self._hashes = SourceHashes(self.directory / "sources")
+
+    def prepare(self, case_id: str) -> CachedCase:
+        """Open the entry of ``case_id``, making it first where it is absent or damaged.
+
+        Raises:
+            UsageError: no such case, or it has no label.
+            DataError: a source file cannot be used.
+            ResourceError: the disk is full.
+        """
+        case = self.dataset.case(case_id)
+        if case.label is None:
+            raise UsageError(f"case_id: {case_id} has no label; the cache is for training cases")
+        key = self._key(case)
+        folder = self.directory / f"{case_id}-{key[:20]}"
+        if folder.exists():
+            opened, damage = self._open(folder, case_id, key)
+            if opened is not None:
+                return opened
+            _LOG.warning("%s: cached case is damaged (%s); making it again", folder, damage)
+            _discard(folder)
+        self._build(case, key, folder)
+        opened, damage = self._open(folder, case_id, key)
+        if opened is None:
+            raise ResourceError(f"{folder}: {damage} just after it was written; check the disk")
+        return opened
+
+    def prepare_all(
+        self,
+        case_ids: Iterable[str],
+        *,
+        workers: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[CachedCase]:
+        """:meth:`prepare` for many cases, in order, on ``workers`` threads (the number of CPUs, at most 4).
+
+        ``progress`` is called with (cases done, cases in all).
+        """
+        names = list(case_ids)
+        prepared = []
+        pool = ThreadPoolExecutor(max_workers=workers or min(4, os.cpu_count() or 1))
+        try:
+            for done, case in enumerate(pool.map(self.prepare, names), start=1):
+                prepared.append(case)
+                if progress is not None:
+                    progress(done, len(names))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return prepared
+
+    def _key(self, case: Case) -> str:
+        assert_label = [] if case.label is None else [case.label]
+        content = {
+            "format": _FORMAT,
+            "sources": [self._hashes.of(path) for path in (*case.images, *assert_label)],
+            "preprocessing": self.preprocessing.to_dict(),
+            "labels": {str(value): index for value, index in self.dataset.label_map.items()},
+        }
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=32).hexdigest()
+
+    def _build(self, case: Case, key: str, folder: Path) -> None:
+        volumes, mask = read_case(case, self.preprocessing.label_map, max_voxels=self.max_voxels)
+        if mask is None:
+            raise UsageError(f"case_id: {case.case_id} has no label")
+        image = preprocess_image(volumes, self.preprocessing, max_voxels=self.max_voxels)
+        label = preprocess_label(mask, image.geometry)
+        slope, intercept = self.preprocessing.quantisation
+        num_classes = 1 + max(i for i in self.preprocessing.label_map.values() if i != IGNORE_INDEX)
+        arrays = {
+            "image": quantise(image.array, self.preprocessing),
+            "label": label,
+            "foreground": _foreground(label, num_classes),
+        }
+        with atomic_folder(folder) as temporary:
+            for name, array in arrays.items():
+                np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+            entry = {
+                "key": key,
+                "case_id": case.case_id,
+                "shape": list(label.shape),
+                "spacing_mm": list(image.spacing_mm),
+                "slope": slope,
+                "intercept": intercept,
+                "class_voxels": [int(np.count_nonzero(label == index)) for index in range(num_classes)],
+                "files": {name: _checksums(temporary / f"{name}.npy") for name in arrays},
+            }
+            text = json.dumps(entry)
+            (temporary / "case.json").write_text(
+                json.dumps({"entry": entry, "crc32": zlib.crc32(text.encode())})
+            )
+
+    def _open(self, folder: Path, case_id: str, key: str) -> tuple[CachedCase | None, str]:
+        """The case in ``folder``, or None and what is wrong with it."""
+        try:
+            content = json.loads((folder / "case.json").read_bytes())
+            entry = content["entry"]
+            if zlib.crc32(json.dumps(entry).encode()) != content["crc32"] or entry["key"] != key:
+                return None, "case.json does not match its checksum"
+            for name in _ARRAYS:
+                damage = _damage(folder / f"{name}.npy", entry["files"][name], whole=self.verify_all)
+                if damage:
+                    return None, f"{name}.npy {damage}"
+            case = CachedCase(
+                case_id=case_id,
+                directory=folder,
+                shape=tuple(entry["shape"]),
+                spacing_mm=tuple(entry["spacing_mm"]),
+                slope=entry["slope"],
+                intercept=entry["intercept"],
+                class_voxels=tuple(entry["class_voxels"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return None, f"{error.__class__.__name__}: {error}"
+        return case, ""
+
+
+def _foreground(label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Voxel indices (N, 3) of the foreground; each class keeps its share of the limit, so none is crowded out."""
+    flat = label.ravel()
+    indices = [np.flatnonzero(flat == index) for index in range(1, num_classes)]
+    if sum(found.size for found in indices) > _MAX_FOREGROUND:
+        random = np.random.default_rng(0)
+        share = _MAX_FOREGROUND // len(indices)
+        indices = [
+            np.sort(random.choice(found, share, replace=False)) if found.size > share else found
+            for found in indices
+        ]
+    return np.stack(np.unravel_index(np.concatenate(indices), label.shape), axis=1).astype(np.int32)
+
+
+def _checksums(path: Path) -> dict[str, int]:
+    size = path.stat().st_size
+    return {
+        "bytes": size,
+        "crc32": _crc_of_file(path, size, whole=True),
+        "blocks_crc32": _crc_of_file(path, size, whole=False),
+    }
+
+
+def _damage(path: Path, expected: dict[str, int], *, whole: bool) -> str:
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"has {size} bytes, expected {expected['bytes']}"
+    whole = whole or size <= _CHECK_WHOLE_BYTES
+    if _crc_of_file(path, size, whole=whole) != expected["crc32" if whole else "blocks_crc32"]:
+        return "does not match its checksum"
+    return ""
+
+
+def _crc_of_file(path: Path, size: int, *, whole: bool) -> int:
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        if whole:
+            while block := file.read(1 << 20):
+                crc = zlib.crc32(block, crc)
+        else:
+            for block_index in range(_CHECK_BLOCKS):
+                file.seek(max(0, size - _CHECK_BLOCK_BYTES) * block_index // (_CHECK_BLOCKS - 1))
+                crc = zlib.crc32(file.read(_CHECK_BLOCK_BYTES), crc)
+    return crc
+
+
+def _discard(folder: Path) -> None:
+    """Remove ``folder`` under another name first, so that nobody finds half of it under its own."""
+    doomed = folder.with_name(f".{uuid.uuid4().hex[:12]}.old-{folder.name}")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return  # another process was quicker
+    except OSError as error:
+        raise ResourceError(
+            f"{folder}: damaged and cannot be removed ({error.strerror}); remove it"
+        ) from error
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,290 @@
+"""Preprocessing: canonical orientation, spacing, intensity window, normalisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from lungkit.data.fingerprint import ChannelFingerprint, Fingerprint
+from lungkit.data.geometry import Geometry, orient, plan_geometry
+from lungkit.data.resampling import resample_linear, resample_nearest
+from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume
+from lungkit.errors import DataError, UsageError
+
+WINDOW_PRESETS_HU: dict[str, tuple[float, float]] = {
+    # Setio et al. 2016, "Pulmonary nodule detection in CT images": air to dense tissue, below bright bone.
+    "lung": (-1000.0, 400.0),
+    # The radiologist's soft-tissue window, width 400 at level 40.
+    "mediastinum": (-160.0, 240.0),
+    # All that 12-bit CT can store.
+    "full": (-1024.0, 3071.0),
+}
+"""Named windows (low, high) in HU."""
+
+
+@dataclass(frozen=True)
+class ChannelNormalisation:
+    """normalised = (clip(x, *window) - mean) / std, for one channel; ``units`` are those of the window."""
+
+    window: tuple[float, float]
+    mean: float
+    std: float
+    units: str
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The window's two ends after normalisation."""
+        return (self.window[0] - self.mean) / self.std, (self.window[1] - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Everything that is done to a scan before a network sees it; a model must be used with the one it had.
+
+    ``window``, ``mean``, ``std`` and ``units`` are those of channel 0, ``other_channels`` holds the rest.
+    ``target_spacing_mm`` is (z, y, x), or None for each scan's own. ``label_map`` maps mask values to class
+    indices.
+    """
+
+    window: tuple[float, float]
+    mean: float
+    std: float
+    units: str
+    label_map: Mapping[int, int]
+    target_spacing_mm: tuple[float, float, float] | None = None
+    orientation: str = "RAS"
+    other_channels: tuple[ChannelNormalisation, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for index, channel in enumerate(self.channels):
+            values = (*channel.window, channel.mean, channel.std)
+            if not all(math.isfinite(value) for value in values) or channel.std <= 0:
+                raise UsageError(
+                    f"channel {index}: mean {channel.mean}, std {channel.std} must be finite, std > 0"
+                )
+            if channel.window[0] >= channel.window[1]:
+                raise UsageError(f"window: {channel.window} of channel {index} must have low < high")
+        if self.orientation != "RAS":
+            raise UsageError(f"orientation: {self.orientation!r} is not supported, only 'RAS'")
+        if self.target_spacing_mm is not None and not all(
+            math.isfinite(spacing) and spacing > 0 for spacing in self.target_spacing_mm
+        ):
+            raise UsageError(f"target_spacing_mm: {self.target_spacing_mm} must be three lengths above zero")
+
+    @property
+    def channels(self) -> tuple[ChannelNormalisation, ...]:
+        """One normalisation for each channel of the image."""
+        return (ChannelNormalisation(self.window, self.mean, self.std, self.units), *self.other_channels)
+
+    @property
+    def quantisation(self) -> tuple[float, float]:
+        """(slope, intercept) by which an int16 stands for a normalised intensity: q * slope + intercept.
+
+        The 65,536 values span the window. With one channel the step is a power of two in the image's own
+        units, so whole HU and 8-bit levels are kept exactly (in windows that start at a whole number and are
+        up to 65,535 wide).
+        """
+        low = min(channel.bounds[0] for channel in self.channels)
+        high = max(channel.bounds[1] for channel in self.channels)
+        slope = (high - low) / 65535
+        if not self.other_channels:
+            slope = 2.0 ** math.ceil(math.log2((self.window[1] - self.window[0]) / 65535)) / self.std
+        return slope, low + 32768 * slope
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON and checkpoints."""
+        return {**asdict(self), "label_map": {str(value): index for value, index in self.label_map.items()}}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Preprocessing:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            DataError: an entry is missing or of the wrong kind.
+        """
+        try:
+            spacing = content["target_spacing_mm"]
+            return cls(
+                window=_pair(content["window"]),
+                mean=float(content["mean"]),
+                std=float(content["std"]),
+                units=str(content["units"]),
+                label_map={int(value): int(index) for value, index in content["label_map"].items()},
+                target_spacing_mm=None if spacing is None else _triple(spacing),
+                orientation=str(content["orientation"]),
+                other_channels=tuple(
+                    ChannelNormalisation(
+                        _pair(c["window"]), float(c["mean"]), float(c["std"]), str(c["units"])
+                    )
+                    for c in content["other_channels"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"preprocessing cannot be restored from {dict(content)!r:.200}: {error!r}"
+            ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class PreprocessedImage:
+    """A scan ready for a network: ``array`` float32 (C, Z, Y, X), ``spacing_mm`` (z, y, x)."""
+
+    array: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    geometry: Geometry
+
+
+def plan_preprocessing(
+    fingerprint: Fingerprint,
+    *,
+    window: str | tuple[float, float] = "auto",
+    spacing_mm: str | tuple[float, float, float] = "auto",
+    normalisation: Literal["zscore", "unit"] = "zscore",
+) -> Preprocessing:
+    """Choose the preprocessing for the training cases that ``fingerprint`` describes.
+
+    Args:
+        fingerprint: of the training cases only, so that validation stays unseen.
+        window: "lung", "mediastinum" or "full" (HU data only), "percentiles" (0.5 and 99.5 of the training
+            foreground, Isensee et al. 2021), (low, high), or "auto": "lung" for HU, else "percentiles". With
+            several channels a named or explicit window is for those in HU, the others use percentiles.
+        spacing_mm: "native" (no resampling), (z, y, x), or "auto": the median spacing of the training
+            cases where they differ by more than 1 %, else no resampling.
+        normalisation: "zscore" (mean and standard deviation of the training foreground) or "unit" (the
+            window becomes 0 to 1).
+
+    Raises:
+        UsageError: an option is unknown, or names an HU window for data that are not in HU.
+    """
+    if normalisation not in ("zscore", "unit"):
+        raise UsageError(f"normalisation: {normalisation!r} is neither 'zscore' nor 'unit'")
+    in_hu = any(channel.units == "HU" for channel in fingerprint.channels)
+    channels = []
+    for channel in fingerprint.channels:
+        usable = channel.units == "HU" or not in_hu
+        low, high = _window(channel, window if usable else "percentiles")
+        if normalisation == "unit":
+            mean, std = low, high - low
+        else:
+            # Foreground of a single intensity has no spread to divide by.
+            mean, std = channel.mean, channel.std if channel.std > 0 else high - low
+        channels.append(ChannelNormalisation((low, high), mean, std, channel.units))
+    first, *others = channels
+    return Preprocessing(
+        window=first.window,
+        mean=first.mean,
+        std=first.std,
+        units=first.units,
+        label_map=dict(fingerprint.label_map),
+        target_spacing_mm=_target_spacing(fingerprint, spacing_mm),
+        other_channels=tuple(others),
+    )
+
+
+def preprocess_image(
+    volumes: Volume | Sequence[Volume], preprocessing: Preprocessing, *, max_voxels: int = DEFAULT_MAX_VOXELS
+) -> PreprocessedImage:
+    """Reorient, clip to the window, resample and normalise the channels of one scan.
+
+    Args:
+        volumes: one volume for each channel, on one grid.
+        preprocessing: what to do.
+        max_voxels: refuse a resampled grid larger than this.
+
+    Raises:
+        UsageError: the number of channels is not the one that ``preprocessing`` was made for.
+        DataError: the resampled grid would exceed ``max_voxels``.
+    """
+    volumes = [volumes] if isinstance(volumes, Volume) else list(volumes)
+    if len(volumes) != len(preprocessing.channels):
+        raise UsageError(
+            f"volumes: {len(volumes)} channels, but the preprocessing was made for "
+            f"{len(preprocessing.channels)}"
+        )
+    geometry = plan_geometry(volumes[0], target_spacing_mm=preprocessing.target_spacing_mm)
+    if math.prod(geometry.shape) > max_voxels:
+        raise DataError(
+            f"{volumes[0].path}: resampled to {preprocessing.target_spacing_mm} mm the scan has "
+            f"{geometry.shape} voxels, more than max_voxels = {max_voxels}; "
+            "use a coarser spacing or raise max_voxels"
+        )
+    array = np.empty((len(volumes), *geometry.shape), np.float32)
+    for target, volume, channel in zip(array, volumes, preprocessing.channels, strict=True):
+        oriented = orient(volume.array, geometry).astype(np.float32)
+        # Clipped before resampling: metal beyond the window must not bleed into its neighbours.
+        np.clip(oriented, *channel.window, out=oriented)
+        resampled = resample_linear(oriented, geometry.shape)
+        np.subtract(resampled, np.float32(channel.mean), out=target)
+        target /= np.float32(channel.std)
+    return PreprocessedImage(array, geometry.spacing_mm, geometry)
+
+
+def preprocess_label(label: Volume, geometry: Geometry) -> np.ndarray:
+    """Class indices (Z, Y, X) of ``label`` on the grid of the preprocessed image, by the nearest voxel.
+
+    Nearest neighbours can lose a structure thinner than the target spacing.
+    """
+    return np.ascontiguousarray(resample_nearest(orient(label.array, geometry), geometry.shape))
+
+
+def quantise(array: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """int16 for the normalised ``array``, see :attr:`Preprocessing.quantisation`."""
+    slope, intercept = preprocessing.quantisation
+    scaled = (array - np.float32(intercept)) * np.float32(1 / slope)
+    np.rint(scaled, out=scaled)
+    return np.clip(scaled, -32768, 32767, out=scaled).astype(np.int16)
+
+
+def _window(channel: ChannelFingerprint, window: str | tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(window, str):
+        return _pair(window)
+    if window == "auto":
+        window = "lung" if channel.units == "HU" else "percentiles"
+    if window == "percentiles":
+        low, high = channel.percentile_00_5, channel.percentile_99_5
+        if low < high:
+            return low, high
+        # A foreground of one intensity: fall back on everything there is.
+        return channel.minimum, max(channel.maximum, channel.minimum + 1.0)
+    if window not in WINDOW_PRESETS_HU:
+        raise UsageError(
+            f"window: {window!r} is neither auto, percentiles, {', '.join(WINDOW_PRESETS_HU)} nor (low, high)"
+        )
+    if channel.units != "HU":
+        raise UsageError(
+            f"window: the preset {window!r} is in HU, but the data are {channel.units} "
+            f"({channel.minimum:g} to {channel.maximum:g}); use 'percentiles' or (low, high)"
+        )
+    return WINDOW_PRESETS_HU[window]
+
+
+def _target_spacing(
+    fingerprint: Fingerprint, spacing_mm: str | tuple[float, float, float]
+) -> tuple[float, float, float] | None:
+    if spacing_mm == "native":
+        return None
+    if spacing_mm == "auto":
+        spacings = np.asarray(fingerprint.spacings_mm)
+        median = np.median(spacings, axis=0)
+        if (np.abs(spacings / median - 1) <= 0.01).all():
+            return None
+        return _triple(median.tolist())
+    if isinstance(spacing_mm, str):
+        raise UsageError(f"spacing_mm: {spacing_mm!r} is neither 'auto', 'native' nor (z, y, x) in mm")
+    return _triple(spacing_mm)
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2:
+        raise UsageError(f"window: {values!r} must be (low, high)")
+    return float(values[0]), float(values[1])
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise UsageError(f"spacing_mm: {values!r} must be (z, y, x) in mm")
+    return float(values[0]), float(values[1]), float(values[2])
