@@ -1,4 +1,4 @@
-"""Preprocessed cases as memory maps on disk, keyed by what went into them and checked when they are opened."""
+"""Preprocessed cases as memory maps on disk, keyed by what went into them and checked when opened."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lungkit._atomic import atomic_folder, atomic_path
+from lungkit._atomic import atomic_folder
 from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case
 from lungkit.data.preprocessing import Preprocessing, preprocess_image, preprocess_label, quantise
 from lungkit.data.source_hash import SourceHashes
@@ -82,7 +82,8 @@ class CachedCase:
             array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise ResourceError(
-                f"{path}: cached array cannot be opened ({error}); was the cache removed? prepare the case again"
+                f"{path}: cached array cannot be opened ({error}); "
+                "was the cache removed? prepare the case again"
             ) from error
         return array
 
@@ -94,8 +95,8 @@ class CachedCase:
 class CaseCache:
     """Preprocessed cases of ``dataset`` in ``directory``.
 
-    An entry is keyed by the contents of the source files (BLAKE2b), the preprocessing, the labels and the
-    version of this format, so a changed file or option gives another entry and never a stale one. Several
+    An entry is keyed by the contents of the source files (BLAKE2b), the preprocessing (labels included) and
+    the version of this format, so a changed file or option gives another entry and never a stale one. Several
     processes may prepare the same case at once: each writes a folder of its own and the first to finish
     stays. Entries carry checksums; one that is damaged is made again, with a warning.
 
@@ -144,14 +145,13 @@ class CaseCache:
         case = self.dataset.case(case_id)
         if case.label is None:
             raise UsageError(f"case_id: {case_id} has no label; the cache is for training cases")
-        key = self._key(case)
+        key = self._key((*case.images, case.label))
         folder = self.directory / f"{case_id}-{key[:20]}"
         if folder.exists():
             opened, damage = self._open(folder, case_id, key)
             if opened is not None:
                 return opened
             _LOG.warning("%s: cached case is damaged (%s); making it again", folder, damage)
-            _discard(folder)
         self._build(case, key, folder)
         opened, damage = self._open(folder, case_id, key)
         if opened is None:
@@ -181,13 +181,11 @@ class CaseCache:
             pool.shutdown(cancel_futures=True)
         return prepared
 
-    def _key(self, case: Case) -> str:
-        assert_label = [] if case.label is None else [case.label]
+    def _key(self, sources: tuple[Path, ...]) -> str:
         content = {
             "format": _FORMAT,
-            "sources": [self._hashes.of(path) for path in (*case.images, *assert_label)],
+            "sources": [self._hashes.of(path) for path in sources],
             "preprocessing": self.preprocessing.to_dict(),
-            "labels": {str(value): index for value, index in self.dataset.label_map.items()},
         }
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=32).hexdigest()
 
@@ -217,10 +215,11 @@ class CaseCache:
                 "class_voxels": [int(np.count_nonzero(label == index)) for index in range(num_classes)],
                 "files": {name: _checksums(temporary / f"{name}.npy") for name in arrays},
             }
-            text = json.dumps(entry)
-            (temporary / "case.json").write_text(
-                json.dumps({"entry": entry, "crc32": zlib.crc32(text.encode())})
-            )
+            record = {"entry": entry, "crc32": zlib.crc32(json.dumps(entry).encode())}
+            (temporary / "case.json").write_text(json.dumps(record))
+            # Looked at again only now: another process may have replaced a damaged entry while we worked.
+            if folder.exists() and self._open(folder, case.case_id, key)[0] is None:
+                _discard(folder)
 
     def _open(self, folder: Path, case_id: str, key: str) -> tuple[CachedCase | None, str]:
         """The case in ``folder``, or None and what is wrong with it."""
@@ -248,7 +247,7 @@ class CaseCache:
 
 
 def _foreground(label: np.ndarray, num_classes: int) -> np.ndarray:
-    """Voxel indices (N, 3) of the foreground; each class keeps its share of the limit, so none is crowded out."""
+    """Voxel indices (N, 3) of foreground; each class keeps its share of the limit: none is crowded out."""
     flat = label.ravel()
     indices = [np.flatnonzero(flat == index) for index in range(1, num_classes)]
     if sum(found.size for found in indices) > _MAX_FOREGROUND:

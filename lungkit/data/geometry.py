@@ -54,7 +54,7 @@ def plan_geometry(volume: Volume, *, target_spacing_mm: tuple[float, float, floa
     axes = tuple(int(axis) for axis in orientation[:, 0])
     spacing_by_axis = dict(zip(axes, volume.spacing_mm, strict=True))
     native = Geometry(
-        original_shape=volume.array.shape,  # type: ignore[arg-type]
+        original_shape=volume.array.shape,
         affine=volume.affine,
         axes=axes,  # type: ignore[arg-type]
         flips=tuple(bool(flip < 0) for flip in orientation[:, 1]),  # type: ignore[arg-type]

@@ -7,21 +7,23 @@ stream is read: every gzip member, its CRC32 and its length (RFC 1952, section 2
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from lungkit.errors import DataError
 
-try:  # about twice as fast as zlib, same results
-    from isal import isal_zlib as _codec
-except ImportError:
-    _codec = zlib  # type: ignore[assignment]
+_CODEC: Any = zlib
+with contextlib.suppress(ImportError):  # about twice as fast as zlib, same results
+    from isal import isal_zlib
 
-_CODEC_ERRORS = (zlib.error, _codec.error)
+    _CODEC = isal_zlib
+
+_CODEC_ERRORS: tuple[type[Exception], ...] = (zlib.error, _CODEC.error)
 _INPUT_BYTES = 1 << 18
 _OUTPUT_BYTES = 1 << 20
 # Deflate cannot expand further (258 bytes for 2 bits, RFC 1951): a header that asks for more is lying.
@@ -112,7 +114,7 @@ class _GzipStream:
         self._path = path
         self._file = file
         self._pending = b""
-        self._inflate: zlib._Decompress | None = None
+        self._inflate: Any = None
         self._crc = 0
         self._length = 0
         self._members = 0
@@ -153,7 +155,7 @@ class _GzipStream:
                 block = inflate.decompress(source, limit)
             except _CODEC_ERRORS as error:
                 raise self._damaged(f"the compressed data are invalid ({error})") from error
-            self._crc = _codec.crc32(block, self._crc)
+            self._crc = _CODEC.crc32(block, self._crc)
             self._length += len(block)
             if inflate.eof:
                 self._pending = inflate.unused_data
@@ -179,7 +181,7 @@ class _GzipStream:
         taken, self._pending = self._pending[:count], self._pending[count:]
         return taken
 
-    def _start_member(self) -> zlib._Decompress | None:
+    def _start_member(self) -> Any:
         """Parse the header of the next member; None at the end of the file, where zero padding is allowed."""
         if not self._pending:
             self._pending = self._file.read(_INPUT_BYTES)
@@ -205,7 +207,7 @@ class _GzipStream:
                 raise self._damaged("the checksum of a gzip header does not match")
         self._crc = self._length = 0
         self._members += 1
-        self._inflate = _codec.decompressobj(-zlib.MAX_WBITS)
+        self._inflate = _CODEC.decompressobj(-zlib.MAX_WBITS)
         return self._inflate
 
     def _check_trailer(self) -> None:

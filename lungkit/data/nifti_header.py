@@ -71,7 +71,8 @@ def read_header(stream: VerifiedStream, path: Path, *, max_voxels: int) -> Nifti
     size_little, size_big = struct.unpack("<i", block[:4])[0], struct.unpack(">i", block[:4])[0]
     if _NIFTI2_BYTES in (size_little, size_big):
         block += _read_bytes(stream, path, _NIFTI2_BYTES - _NIFTI1_BYTES)
-        header_class, magic, wanted = Nifti2Header, block[4:12], b"n+2\0\r\n\x1a\n"
+        header_class: type[Nifti1Header] = Nifti2Header
+        magic, wanted = block[4:12], b"n+2\0\r\n\x1a\n"
     else:
         header_class, magic, wanted = Nifti1Header, block[344:348], b"n+1\0"
         if _NIFTI1_BYTES not in (size_little, size_big):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from lungkit._atomic import atomic_path
-from lungkit.errors import DataError
+from lungkit.errors import DataError, UsageError
 
 # A file written within this time of being hashed may change again without its time stamp changing
 # (time stamps are as coarse as 2 s on some file systems), so its hash is not remembered.
@@ -52,7 +52,8 @@ class SourceHashes:
             raise DataError(f"{path}: cannot be read ({error.strerror}); name a readable file") from error
         settled = time.time_ns() - max(identity[1], identity[2]) > _SETTLED_NS
         if settled and not changed_during_hash:
-            with atomic_path(record, durable=False) as temporary:
+            # A cache that somebody else made may be read-only; then the hash is computed each time.
+            with contextlib.suppress(UsageError), atomic_path(record, durable=False) as temporary:
                 temporary.write_text(json.dumps({"identity": identity, "digest": hasher.hexdigest()}))
         return hasher.hexdigest()
 

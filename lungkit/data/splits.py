@@ -69,7 +69,7 @@ def make_or_load_splits(
             shared = {groups[name] for name in split.train} & {groups[name] for name in split.val}
             if shared:
                 _LOG.warning(
-                    "%s: fold %d has cases of %s in training and in validation, which flatters the validation",
+                    "%s: fold %d has cases of %s in training and in validation, which flatters the result",
                     path,
                     index,
                     shorten(sorted(shared)),
@@ -99,7 +99,8 @@ def _groups(dataset: Dataset, patient_pattern: str | None) -> dict[str, str]:
         ) from error
     if pattern.groups != 1:
         raise UsageError(
-            f"patient_pattern: {patient_pattern!r} has {pattern.groups} groups, expected one, such as '(.+)_scan'"
+            f"patient_pattern: {patient_pattern!r} has {pattern.groups} groups, expected one, "
+            "as in '(.+)_scan'"
         )
     matches = {case.case_id: pattern.search(case.case_id) for case in dataset.cases}
     unmatched = [name for name, match in matches.items() if match is None or match[1] is None]

@@ -140,11 +140,11 @@ def write_nifti(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndar
             # zlib writes no time stamp, so equal arrays give equal files.
             deflate = zlib.compressobj(level=4, wbits=16 + zlib.MAX_WBITS)
             file.write(deflate.compress(head))
-            file.write(deflate.compress(memoryview(voxels).cast("B")))
+            file.write(deflate.compress(voxels.view(np.uint8).data))
             file.write(deflate.flush())
         else:
             file.write(head)
-            file.write(memoryview(voxels).cast("B"))
+            file.write(voxels.view(np.uint8).data)
 
 
 def _read_voxels(stream: VerifiedStream, header: NiftiHeader, path: Path) -> np.ndarray:
@@ -154,7 +154,7 @@ def _read_voxels(stream: VerifiedStream, header: NiftiHeader, path: Path) -> np.
         voxels = np.empty(count, dtype=header.dtype)
     except MemoryError as error:
         raise ResourceError(f"{path}: no memory for {count} voxels of {header.dtype.name}") from error
-    view = memoryview(voxels.view(np.uint8))
+    view = voxels.view(np.uint8).data
     got = stream.readinto(view)
     if got < len(view):
         raise DataError(
@@ -191,10 +191,10 @@ def _scale(stored: np.ndarray, header: NiftiHeader) -> np.ndarray:
                 # A wrap-around on the way is harmless, since the final values fit.
                 scaled = stored.astype(np.int64) if stored.dtype.itemsize > 4 else stored.astype(np.int32)
                 return (scaled * int(slope) + int(intercept)).astype(dtype)
-    scaled = stored.astype(np.float64 if stored.dtype.itemsize >= 4 else np.float32)
-    scaled *= slope
-    scaled += intercept
-    return scaled.astype(np.float32, copy=False)
+    floats = stored.astype(np.float64 if stored.dtype.itemsize >= 4 else np.float32)
+    floats *= slope
+    floats += intercept
+    return floats.astype(np.float32, copy=False)
 
 
 def _refuse_or_replace_nan(array: np.ndarray, path: Path, policy: NanPolicy) -> np.ndarray:
