@@ -260,7 +260,8 @@ def _pad(image: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, list[int]]:
     air = image.flatten(1).amin(1).reshape(-1, *(1,) * (image.dim() - 1))
     size = [n + m for n, m in zip(image.shape[1:], missing, strict=True)]
     padded = air.expand(-1, *size).clone()
-    padded[(slice(None), *(slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True)))] = image
+    inside = (slice(None), *(slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True)))
+    padded[inside] = image
     return padded, before
 
 

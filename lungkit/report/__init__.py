@@ -1,0 +1,28 @@
+"""Figures and tables for people; matplotlib is imported when a figure is drawn."""
+
+from __future__ import annotations
+
+from lungkit.report.curves import save_curves
+from lungkit.report.overlays import choose_slice, save_overlays
+from lungkit.report.tables import (
+    case_table_to_dict,
+    format_case_table,
+    format_rows,
+    format_value,
+    metric_title,
+    policy_note,
+    write_case_table,
+)
+
+__all__ = [
+    "case_table_to_dict",
+    "choose_slice",
+    "format_case_table",
+    "format_rows",
+    "format_value",
+    "metric_title",
+    "policy_note",
+    "save_curves",
+    "save_overlays",
+    "write_case_table",
+]

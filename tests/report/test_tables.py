@@ -1,0 +1,88 @@
+"""Tables: what they show, and that files of them read back to the same numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lungkit.errors import UsageError
+from lungkit.metrics import CaseTable, EmptyPolicy
+from lungkit.report import format_case_table, format_rows, policy_note, write_case_table
+
+
+@pytest.fixture
+def table() -> CaseTable:
+    table = CaseTable(empty=EmptyPolicy.NAN)
+    table.add_row("lung_1", "tumour", {"dice": 0.123456789, "hd95_pooled_mm": 3.14159})
+    table.add_row("lung_2", "tumour", {"dice": 0.5, "hd95_pooled_mm": math.inf})
+    touched = frozenset({"dice", "hd95_pooled_mm"})
+    table.add_row("lung_3", "tumour", {"dice": math.nan, "hd95_pooled_mm": math.nan}, touched)
+    return table
+
+
+def test_text_shows_cases_mean_and_what_was_left_out(table: CaseTable) -> None:
+    lines = [line.split() for line in format_case_table(table).splitlines()]
+    assert lines[0] == ["case", "label", "Dice", "hd95_pooled_mm"]
+    assert ["lung_1", "tumour", "0.1235", "3.14"] in lines
+    assert ["mean", "tumour", "0.3117", "inf"] in lines
+    assert ["undefined", "tumour", "1", "1"] in lines
+
+
+def test_note_counts_what_the_policy_decided(table: CaseTable) -> None:
+    assert policy_note(table).endswith('policy "nan" decided 2 values in 1 case.')
+
+
+def test_summary_alone(table: CaseTable) -> None:
+    assert "lung_1" not in format_case_table(table, cases=False)
+
+
+def test_markdown_escapes_the_bar() -> None:
+    assert format_rows(["case"], [["a|b"]], style="markdown").splitlines()[-1] == r"| a\|b |"
+
+
+def test_latex_escapes_the_underscore() -> None:
+    assert r"lung\_1 & 0.5 \\" in format_rows(["case", "dice"], [["lung_1", "0.5"]], style="latex")
+
+
+def test_unknown_style_is_refused() -> None:
+    with pytest.raises(UsageError, match="html"):
+        format_rows(["case"], [], style="html")
+
+
+def test_row_of_another_length_is_refused() -> None:
+    with pytest.raises(UsageError, match="2 cells"):
+        format_rows(["case"], [["a", "b"]])
+
+
+def test_csv_keeps_every_digit(tmp_path: Path, table: CaseTable) -> None:
+    write_case_table(tmp_path, table)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["dice"]) for row in rows[:2]] == [0.123456789, 0.5]
+    assert math.isnan(float(rows[2]["dice"]))
+    assert rows[2]["decided_by_policy"] == "dice hd95_pooled_mm"
+
+
+def test_summary_csv_counts_undefined_cases(tmp_path: Path, table: CaseTable) -> None:
+    write_case_table(tmp_path, table)
+    with (tmp_path / "metrics_summary.csv").open() as file:
+        dice = next(row for row in csv.DictReader(file) if row["metric"] == "dice")
+    assert (dice["cases"], dice["undefined"]) == ("2", "1")
+
+
+def test_json_has_null_for_nan_and_a_string_for_infinity(tmp_path: Path, table: CaseTable) -> None:
+    write_case_table(tmp_path, table, name="eval", extra={"version": "1"})
+    content = json.loads((tmp_path / "eval.json").read_text())
+    assert content["version"] == "1"
+    assert content["cases"][1]["hd95_pooled_mm"] == "inf"
+    assert content["cases"][2]["dice"] is None
+    assert content["summary"]["tumour"]["dice"]["undefined"] == 1
+
+
+def test_empty_table_is_written(tmp_path: Path) -> None:
+    write_case_table(tmp_path, CaseTable())
+    assert json.loads((tmp_path / "metrics.json").read_text())["cases"] == []
