@@ -19,7 +19,8 @@ inline void __threadfence_block() {}
 inline void __threadfence_system() {}
 
 [[noreturn]] inline void __trap() {
-  lungkit_emulator::machine().stop("called __trap");
+  lungkit_emulator::machine().set_error("called __trap");
+  lungkit_emulator::machine().end_block();
 }
 
 // Loads and stores with a cache hint

@@ -115,8 +115,9 @@ class Machine {
                       unsigned source_lane);
   void check_source_lane(const CallSite& site, unsigned mask, unsigned source_lane);
 
-  // An error of the current thread, in two steps: set_error() keeps the message, which goes on "thread (..) ", and
-  // end_block() leaves the thread for good. Its frames stay as they are, so its caller must own nothing by then.
+  // An error of the current thread, in two steps: set_error() keeps the message, which goes on "thread (..)
+  // ", and end_block() leaves the thread for good. Its frames stay as they are, so its caller must own
+  // nothing by then.
   void set_error(const std::string& what);
   [[noreturn]] void end_block();
 
@@ -261,10 +262,11 @@ inline void Machine::work() {
   }
 }
 
-// Ends the block from inside a thread, whose frames are left as they are: a kernel need not be
-// exception-safe.
-inline void Machine::stop(const std::string& what) {
+inline void Machine::set_error(const std::string& what) {
   error_ = std::make_exception_ptr(std::runtime_error(text(location(), describe(*current_), ' ', what)));
+}
+
+inline void Machine::end_block() {
   switch_to(host_);
   __builtin_unreachable();
 }
@@ -370,7 +372,7 @@ inline BarrierResult Machine::barrier(const CallSite& site, bool predicate) {
     arrived_true_ = 0;
   } else if (!(site == first_arrived_->site)) {
     set_error(text("reached ", text_of(site), ", but ", describe(*first_arrived_), " waits at ",
-              text_of(first_arrived_->site), ": all threads of a block must reach the same barrier"));
+                   text_of(first_arrived_->site), ": all threads of a block must reach the same barrier"));
     end_block();
   }
   me.state = ThreadState::at_barrier;
@@ -397,7 +399,7 @@ inline void Machine::check_source_lane(const CallSite& site, unsigned mask, unsi
   const bool in_mask = mask >> source_lane & 1;
   if (in_mask && (lanes_of_warp(current_->warp()) >> source_lane & 1)) return;
   set_error(text("calls ", text_of(site), " with the mask 0x", std::hex, mask, std::dec, " and reads lane ",
-            source_lane, in_mask ? ", which this block does not have" : ", which the mask leaves out"));
+                 source_lane, in_mask ? ", which this block does not have" : ", which the mask leaves out"));
   end_block();
 }
 
@@ -406,7 +408,7 @@ inline uint64_t Machine::collective(const CallSite& site, unsigned mask, Collect
   Thread& me = *current_;
   if (!(mask >> me.lane() & 1)) {
     set_error(text("calls ", text_of(site), " with the mask 0x", std::hex, mask, std::dec,
-              ", which leaves out its own lane ", me.lane()));
+                   ", which leaves out its own lane ", me.lane()));
     end_block();
   }
   me.state = ThreadState::in_collective;
@@ -433,8 +435,8 @@ inline bool Machine::lanes_agree(const Thread& thread, uint32_t lanes) {
     const Thread& other = lane_of(thread, static_cast<unsigned>(std::countr_zero(left)));
     if (other.mask != thread.mask) return false;
     if (!(other.site == thread.site)) {
-      set_error(text("calls ", text_of(thread.site), ", but ", describe(other), " waits in ", text_of(other.site),
-                " with the same mask 0x", std::hex, thread.mask));
+      set_error(text("calls ", text_of(thread.site), ", but ", describe(other), " waits in ",
+                     text_of(other.site), " with the same mask 0x", std::hex, thread.mask));
       end_block();
     }
   }
