@@ -66,12 +66,18 @@ class Fingerprint:
         fractions = np.asarray(self.foreground_fractions)
         lines = [
             f"{len(self.case_ids)} cases",
-            f"size (z, y, x): median {_join(np.median(shapes, axis=0))}, "
-            f"from {_join(shapes.min(axis=0))} to {_join(shapes.max(axis=0))}",
-            f"spacing (z, y, x): median {_join(np.median(spacings, axis=0))} mm, "
-            f"from {_join(spacings.min(axis=0))} to {_join(spacings.max(axis=0))} mm",
-            f"foreground: median {100 * np.median(fractions):.3g} % of a case, "
-            f"{np.count_nonzero(fractions == 0)} cases without",
+            (
+                f"size (z, y, x): median {_join(np.median(shapes, axis=0))}, "
+                f"from {_join(shapes.min(axis=0))} to {_join(shapes.max(axis=0))}"
+            ),
+            (
+                f"spacing (z, y, x): median {_join(np.median(spacings, axis=0))} mm, "
+                f"from {_join(spacings.min(axis=0))} to {_join(spacings.max(axis=0))} mm"
+            ),
+            (
+                f"foreground: median {100 * np.median(fractions):.3g} % of a case, "
+                f"{np.count_nonzero(fractions == 0)} cases without"
+            ),
         ]
         lines += [
             f"channel {c.name}: {c.units}, {c.dtype}, {c.minimum:g} to {c.maximum:g}; foreground mean "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class SourceHashes:
 
 
 def _identity(path: Path) -> list[int]:
-    status = os.stat(path)
+    status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
