@@ -73,6 +73,9 @@ if(LUNGKIT_HAVE_CUDA)
 endif()
 
 if(LUNGKIT_EMULATOR)
+  if(LUNGKIT_HAVE_CUDA)
+    message(FATAL_ERROR "lungkit: LUNGKIT_EMULATOR compiles the .cu files with the C++ compiler; add -DLUNGKIT_CUDA=OFF")
+  endif()
   set(emulator ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda_on_cpu)
   set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX)
   add_library(lungkit_emulated MODULE ${csrc}/library.cpp ${cuda_sources})
@@ -80,7 +83,7 @@ if(LUNGKIT_EMULATOR)
   target_compile_definitions(lungkit_emulated PRIVATE LUNGKIT_EMULATE)
   target_compile_options(
     lungkit_emulated PRIVATE -x c++ -include ${emulator}/cuda_on_cpu.h -O2 -g1 -Wall
-                             $<$<BOOL:${LUNGKIT_SANITIZE}>:-fsanitize=address,undefined>)
+                             $<$<BOOL:${LUNGKIT_SANITIZE}>:-fsanitize=address,undefined;-fno-sanitize-recover=all>)
   target_link_options(lungkit_emulated PRIVATE $<$<BOOL:${LUNGKIT_SANITIZE}>:-fsanitize=address,undefined>)
   set_target_properties(lungkit_emulated PROPERTIES PREFIX "")
 endif()

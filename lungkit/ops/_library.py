@@ -60,12 +60,12 @@ _ops: dict[str, str] = {}
 def define_op(schema: str, twin: Callable[..., object]) -> None:
     """Make ``torch.ops.lungkit.<name>`` callable on every device.
 
-    The native libraries bring the schema and their kernels; ``schema`` is used where they are absent, and ``twin``,
-    plain PyTorch with the schema's arguments, runs on every device that has no native kernel.
+    The native libraries bring the schema and their kernels; ``schema`` is used where they are absent or lack the op,
+    and ``twin``, plain PyTorch with the schema's arguments, runs on every device that has no native kernel.
     """
     name = schema.split("(", maxsplit=1)[0]
     _ops[name] = schema
-    if not CPU_LIBRARY.loaded:
+    if not hasattr(torch.ops.lungkit, name):
         torch.library.define(f"lungkit::{name}", schema.removeprefix(name))
     torch.library.impl(f"lungkit::{name}", "CompositeExplicitAutograd", twin)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from lungkit.ops import _library
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_BUILD = REPOSITORY / "build" / "emulator"
+SANITIZED = "LUNGKIT_TEST_SANITIZED"  # set by test_sanitized.py for the tests that it runs again
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -51,7 +52,10 @@ def build_emulated(folder: Path, *options: str) -> Path:
 
 @pytest.fixture(scope="session")
 def emulated_library() -> Path:
-    return build_emulated(_BUILD)
+    """The emulated kernels; under ASan and UBSan in the process that test_sanitized.py starts."""
+    if SANITIZED in os.environ:
+        return build_emulated(REPOSITORY / "build" / "emulator-sanitized", "-DLUNGKIT_SANITIZE=ON")
+    return build_emulated(REPOSITORY / "build" / "emulator")
 
 
 @pytest.fixture(params=["forward", "reverse", "random"])
