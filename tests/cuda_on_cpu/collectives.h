@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "machine.h"
+#include "synchronisation.h"
 
 namespace lungkit_emulator {
 
@@ -28,13 +29,13 @@ T from_bits(uint64_t bits) {
 }
 
 template <class T>
-T shuffle(const CallSite& site, unsigned mask, T value, unsigned source_lane) {
+T shuffle(const CallSite& site, uint32_t mask, T value, unsigned source_lane) {
   machine().check_source_lane(site, mask, source_lane);
   return from_bits<T>(machine().collective(site, mask, CollectiveKind::shuffle, to_bits(value), source_lane));
 }
 
-inline unsigned vote(const CallSite& site, unsigned mask, bool predicate) {
-  return static_cast<unsigned>(machine().collective(site, mask, CollectiveKind::vote, predicate, 0));
+inline unsigned vote(const CallSite& site, uint32_t mask, bool predicate) {
+  return static_cast<unsigned>(machine().collective(site, mask, CollectiveKind::vote, predicate));
 }
 
 // First lane of the calling lane's group of `width` lanes.

@@ -12,15 +12,8 @@
 #pragma once
 
 #include "types.h"
-
-#include "fibre.h"
-
-#include "machine.h"
-
-#include "launch.h"
-
+// Keywords first: the others use them.
 #include "collectives.h"
-
 #include "device_functions.h"
-
+#include "launch.h"
 #include "runtime_api.h"

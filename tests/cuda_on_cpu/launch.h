@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "machine.h"
+#include "scheduler.h"
 
 // `extern __shared__` of a kernel: csrc/support/cuda_launch.h has the form for CUDA.
 #define LUNGKIT_DYNAMIC_SHARED(type, name) \

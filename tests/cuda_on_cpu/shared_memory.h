@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 #include "types.h"
 
@@ -16,8 +17,8 @@ namespace lungkit_emulator {
 
 inline constexpr unsigned char uninitialised_byte = 0xff;
 
-// `extern __shared__`: a heap block of exactly the launch's size, so that ASan sees an access outside it.
-// Other builds put a guard behind it, which finds a store outside it when the block ends.
+// `extern __shared__`: a heap allocation of exactly the launch's size, so that ASan sees an access outside
+// it. Other builds put a guard behind it, which finds a store outside it when the block ends.
 class DynamicShared {
  public:
   explicit DynamicShared(size_t bytes) : bytes_(bytes) {
@@ -52,37 +53,54 @@ class DynamicShared {
   std::unique_ptr<unsigned char[], Free> memory_;
 };
 
-#if !LUNGKIT_EMULATOR_ASAN
+#if LUNGKIT_EMULATOR_ASAN
+
+// Under ASan a `__shared__` variable is an ordinary static, which nothing tells apart from others.
+struct StaticShared {
+  static StaticShared of_this_thread() { return {}; }
+  void fill() const {}
+};
+
+#else
 
 // Marks the thread-local storage of the library (or program) that this header is compiled into.
 [[gnu::visibility("hidden")]] inline thread_local char tls_marker;
 
-// The zero-initialised thread-local variables of this library, in the calling thread: its `__shared__`
-// variables (and any other `thread_local` that starts at zero, which therefore must not be used beside the
-// emulator).
-struct StaticShared {
-  unsigned char* begin = nullptr;
-  size_t bytes = 0;
-};
+// The thread-local variables of this library that start at zero, in the calling thread. They are its
+// `__shared__` variables: nothing else in the library may be one (so libstdc++ must not be linked into it
+// statically).
+class StaticShared {
+ public:
+  static StaticShared of_this_thread() {
+    StaticShared found;
+    tls_marker = 0;  // the first access allocates the storage
+    dl_iterate_phdr(&visit, &found);
+    if (found.begin_ == nullptr)
+      throw std::runtime_error("cannot find the emulated library's shared variables");
+    return found;
+  }
 
-inline StaticShared find_static_shared() {
-  StaticShared found;
-  tls_marker = 0;  // the first access allocates the storage
-  const auto visit = [](dl_phdr_info* library, size_t, void* result) {
+  void fill() const { std::memset(begin_, uninitialised_byte, bytes_); }
+
+ private:
+  // Returns 1, which ends the search, for the library whose thread-local storage holds the marker.
+  static int visit(dl_phdr_info* library, size_t, void* found) {
+    const auto* const marker = reinterpret_cast<const unsigned char*>(&tls_marker);
+    auto* const begin = static_cast<unsigned char*>(library->dlpi_tls_data);
     for (int i = 0; i < library->dlpi_phnum; ++i) {
       const auto& segment = library->dlpi_phdr[i];
-      if (segment.p_type != PT_TLS || library->dlpi_tls_data == nullptr) continue;
-      auto* const begin = static_cast<unsigned char*>(library->dlpi_tls_data);
-      auto* const marker = reinterpret_cast<unsigned char*>(&tls_marker);
-      if (marker < begin || marker >= begin + segment.p_memsz) continue;
-      *static_cast<StaticShared*>(result) = {begin + segment.p_filesz, segment.p_memsz - segment.p_filesz};
+      if (segment.p_type != PT_TLS || marker < begin || marker >= begin + segment.p_memsz) continue;
+      auto& shared = *static_cast<StaticShared*>(found);
+      shared.begin_ = begin + segment.p_filesz;  // before it: variables with other initial values
+      shared.bytes_ = segment.p_memsz - segment.p_filesz;
       return 1;
     }
     return 0;
-  };
-  dl_iterate_phdr(visit, &found);
-  return found;
-}
+  }
+
+  unsigned char* begin_ = nullptr;
+  size_t bytes_ = 0;
+};
 
 #endif
 
