@@ -2,13 +2,14 @@ r"""Additive attention gate: one attention map, applied to the skip features it 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lungkit.errors import UsageError
-
-_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
+from lungkit.ops._library import define_op
 
 
 def attention_gate(
@@ -51,22 +52,71 @@ def attention_gate(
         dtype = torch.get_autocast_dtype(device)
         x, phi = x.to(dtype), phi.to(dtype)
     _check_arguments(x, phi, w_x, w_psi, b_psi)
-    return reference(x, phi, w_x, w_psi, b_psi)
+    return torch.ops.lungkit.attention_gate(x, phi, w_x, w_psi, b_psi)
 
 
 def reference(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
     """Twin of :func:`attention_gate` in plain PyTorch: same arguments, same result, any device."""
-    axes = (1,) * (x.dim() - 2)
-    weight = w_x.to(x.dtype).reshape(*w_x.shape, *axes)
-    convolution = F.conv2d if len(axes) == 2 else F.conv3d
-    theta = convolution(x, weight)
+    _, alpha = _attend(x, phi, w_x, w_psi, b_psi)
+    return alpha * x, alpha
+
+
+def _attend(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, alpha)`` of the formula."""
     up = phi
     if phi.shape[2:] != x.shape[2:]:
-        up = F.interpolate(phi, size=x.shape[2:], mode=_INTERPOLATION[len(axes)], align_corners=False)
-    q = F.relu(theta + up)
-    psi = convolution(q, w_psi.to(x.dtype).reshape(1, -1, *axes), b_psi.to(x.dtype))
-    alpha = torch.sigmoid(psi)
-    return alpha * x, alpha
+        mode = "bilinear" if x.dim() == 4 else "trilinear"
+        up = F.interpolate(phi, size=x.shape[2:], mode=mode, align_corners=False)
+    q = F.relu(_pointwise(x, w_x) + up)
+    return q, torch.sigmoid(_pointwise(q, w_psi[None], b_psi))
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution with weight (out, in), in x's dtype."""
+    convolution = F.conv2d if x.dim() == 4 else F.conv3d
+    weight = weight.to(x.dtype).reshape(*weight.shape, *(1,) * (x.dim() - 2))
+    return convolution(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _reference_backward(
+    grad_out: Tensor | None,
+    grad_alpha: Tensor | None,
+    x: Tensor,
+    phi: Tensor,
+    w_x: Tensor,
+    w_psi: Tensor,
+    b_psi: Tensor,
+    needs_x: bool,
+    needs_phi: bool,
+    needs_w_x: bool,
+    needs_psi: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Twin of the backward op. Written out: autograd does not reach below the dispatcher."""
+    q, alpha = _attend(x, phi, w_x, w_psi, b_psi)
+    total = torch.zeros_like(alpha) if grad_alpha is None else grad_alpha
+    if grad_out is not None:
+        total = total + (grad_out * x).sum(1, keepdim=True)
+    grad_psi = alpha * (1 - alpha) * total
+    grad_theta = torch.where(q > 0, _pointwise(grad_psi, w_psi[:, None]), 0)
+
+    grad_x = grad_phi = grad_w_x = grad_w_psi = grad_b_psi = x.new_empty(0)
+    if needs_x:
+        grad_x = _pointwise(grad_theta, w_x.t())
+        if grad_out is not None:
+            grad_x = grad_x + alpha * grad_out
+    if needs_phi:
+        grad_phi = grad_theta
+        if phi.shape != grad_theta.shape:
+            upsample = torch.ops.aten.upsample_bilinear2d_backward
+            if x.dim() == 5:
+                upsample = torch.ops.aten.upsample_trilinear3d_backward
+            grad_phi = upsample(grad_theta, x.shape[2:], phi.shape, align_corners=False)
+    if needs_w_x:
+        grad_w_x = torch.einsum("biv,bcv->ic", grad_theta.flatten(2), x.flatten(2)).to(w_x.dtype)
+    if needs_psi:
+        grad_w_psi = torch.einsum("biv,bv->i", q.flatten(2), grad_psi.flatten(1)).to(w_x.dtype)
+        grad_b_psi = grad_psi.sum().reshape(1).to(w_x.dtype)
+    return grad_x, grad_phi, grad_w_x, grad_w_psi, grad_b_psi
 
 
 def _check_arguments(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> None:
@@ -111,3 +161,86 @@ def _check_types(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tens
     for name, tensor in (("phi", phi), ("w_x", w_x), ("w_psi", w_psi), ("b_psi", b_psi)):
         if tensor.device != x.device:
             raise UsageError(f"x and {name} must be on the same device, got {x.device} and {tensor.device}")
+
+
+define_op(
+    "attention_gate(Tensor x, Tensor phi, Tensor w_x, Tensor w_psi, Tensor b_psi) -> (Tensor out, Tensor alpha)",
+    reference,
+)
+define_op(
+    "attention_gate_backward(Tensor? grad_out, Tensor? grad_alpha, Tensor x, Tensor phi, Tensor w_x, Tensor w_psi,"
+    " Tensor b_psi, bool needs_x, bool needs_phi, bool needs_w_x, bool needs_psi)"
+    " -> (Tensor grad_x, Tensor grad_phi, Tensor grad_w_x, Tensor grad_w_psi, Tensor grad_b_psi)",
+    _reference_backward,
+)
+
+
+def _new_features(like: Tensor) -> Tensor:
+    """Uninitialised, in ``like``'s shape: channels-last where ``like`` is, else contiguous."""
+    spatial = like.dim() - 2
+    voxel_stride = [like.stride(d) for d in range(2, like.dim()) if like.shape[d] > 1]
+    flat = all(
+        like.stride(d) == like.stride(d + 1) * like.shape[d + 1]
+        for d in range(2, like.dim() - 1)
+        if like.shape[d] > 1 and like.shape[d + 1] > 1
+    )
+    if like.shape[1] > 1 and like.stride(1) == 1 and flat and voxel_stride and voxel_stride[-1] != 1:
+        return like.new_empty((like.shape[0], *like.shape[2:], like.shape[1])).movedim(spatial + 1, 1)
+    return like.new_empty(like.shape)
+
+
+@torch.library.register_fake("lungkit::attention_gate")
+def _fake(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
+    _check_arguments(x, phi, w_x, w_psi, b_psi)
+    return _new_features(x), x.new_empty((x.shape[0], 1, *x.shape[2:]))
+
+
+@torch.library.register_fake("lungkit::attention_gate_backward")
+def _fake_backward(
+    grad_out: Tensor | None,
+    grad_alpha: Tensor | None,
+    x: Tensor,
+    phi: Tensor,
+    w_x: Tensor,
+    w_psi: Tensor,
+    b_psi: Tensor,
+    needs_x: bool,
+    needs_phi: bool,
+    needs_w_x: bool,
+    needs_psi: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    none = w_x.new_empty
+    return (
+        _new_features(x) if needs_x else none(0),
+        _new_features(phi) if needs_phi else none(0),
+        w_x.new_empty(w_x.shape) if needs_w_x else none(0),
+        w_x.new_empty(w_psi.shape) if needs_psi else none(0),
+        w_x.new_empty(b_psi.shape) if needs_psi else none(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_alpha: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None and grad_alpha is None:
+        return (None,) * 5
+    needs = ctx.needs_input_grad
+    gradients = torch.ops.lungkit.attention_gate_backward(
+        grad_out, grad_alpha, *ctx.saved_tensors, needs[0], needs[1], needs[2], needs[3] or needs[4]
+    )
+    return tuple(grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
+
+
+torch.library.register_autograd("lungkit::attention_gate", _backward, setup_context=_setup_context)
+
+
+def _raise_on_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError(
+        "attention_gate has no second derivative; use lungkit.ops.attention_gate.reference where one is needed"
+    )
+
+
+torch.library.register_autograd("lungkit::attention_gate_backward", _raise_on_double_backward)

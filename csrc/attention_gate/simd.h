@@ -1,0 +1,241 @@
+// Vectors of the instruction set that this file is compiled for, written with the vector extensions of GCC and
+// Clang. Included by kernel_cpu.cpp only, once for each instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace lungkit::LUNGKIT_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+constexpr int vector_registers = 32;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+constexpr int vector_registers = 16;
+#else
+constexpr int vector_bytes = 16;
+constexpr int vector_registers = 16;
+#endif
+
+template <class T, int bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(bytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T, vector_bytes>::type;
+template <class T>
+constexpr int lanes = vector_bytes / sizeof(T);
+
+// Half types travel as their bits; what the kernel computes with is float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Vec<float> load(const float* from) {
+  Vec<float> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline Vec<double> load(const double* from) {
+  Vec<double> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline void store(float* to, Vec<float> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+inline void store(double* to, Vec<double> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <class T>
+Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
+
+constexpr int float_lanes = lanes<float>;
+using Bits16 = VectorOf<uint16_t, float_lanes * 2>::type;
+using Bits32 = Vec<uint32_t>;
+
+inline Bits32 widen(const uint16_t* bits) {
+  Bits16 narrow;
+  std::memcpy(&narrow, bits, sizeof narrow);
+  return __builtin_convertvector(narrow, Bits32);
+}
+
+inline void store_narrow(uint16_t* to, Bits32 bits) {
+  const Bits16 narrow = __builtin_convertvector(bits, Bits16);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+inline Vec<float> load(const BFloat16* from) {
+  return bit_cast<Vec<float>>(widen(&from->bits) << 16);
+}
+
+// To the nearest, ties to even; NaN keeps its sign and becomes quiet.
+inline void store(BFloat16* to, Vec<float> v) {
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits32 quiet = (bits >> 16) | 0x40;
+  store_narrow(&to->bits, (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+
+inline Vec<float> load(const Float16* from) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  const Bits32 half = widen(&from->bits);
+  const Bits32 magnitude = (half & 0x7fff) << 13;
+  // The exponents' biases differ by 112: one multiplication moves them, subnormal numbers included.
+  const Bits32 finite = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const Bits32 value = (half & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000) : finite;
+  return bit_cast<Vec<float>>(value | (half & 0x8000) << 16);
+#endif
+}
+
+inline void store(Float16* to, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 sign = (bits >> 16) & 0x8000;
+  const Bits32 magnitude = bits & 0x7fffffff;
+  // Adding a number of the right exponent lets the float adder round a subnormal half.
+  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
+  const Bits32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
+  const Bits32 special = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
+  store_narrow(&to->bits, sign | (magnitude >= 0x47800000 ? special : finite));
+#endif
+}
+
+// What is computed with for each stored type.
+template <class Stored>
+using Real = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+
+template <class Stored>
+Vec<Real<Stored>> load_first(const Stored* from, int count) {
+  Stored padded[lanes<Real<Stored>>] = {};
+  for (int i = 0; i < count; ++i) padded[i] = from[i];
+  return load(padded);
+}
+
+template <class Stored>
+void store_first(Stored* to, Vec<Real<Stored>> v, int count) {
+  Stored padded[lanes<Real<Stored>>];
+  store(padded, v);
+  for (int i = 0; i < count; ++i) to[i] = padded[i];
+}
+
+// Lane l of the result is a[l] where bit `step` of l is 0, else b[l ^ step].
+template <int step, class T, int... l>
+Vec<T> low_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
+  constexpr int n = lanes<T>;
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, ((l & step) ? n + (l ^ step) : l)...);
+#else
+  using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;
+  return __builtin_shuffle(a, b, Index{((l & step) ? n + (l ^ step) : l)...});
+#endif
+}
+
+// Lane l of the result is a[l ^ step] where bit `step` of l is 0, else b[l].
+template <int step, class T, int... l>
+Vec<T> high_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
+  constexpr int n = lanes<T>;
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, ((l & step) ? n + l : (l ^ step))...);
+#else
+  using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;
+  return __builtin_shuffle(a, b, Index{((l & step) ? n + l : (l ^ step))...});
+#endif
+}
+
+// Transposes a square of `lanes` rows in place: a butterfly that exchanges one bit of the row index for the same
+// bit of the lane index at a time.
+template <class T, int step = 1>
+void transpose(Vec<T> (&rows)[lanes<T>]) {
+  if constexpr (step < lanes<T>) {
+    constexpr auto indices = std::make_integer_sequence<int, lanes<T>>{};
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes<T>; ++r) {
+      if (r & step) continue;
+      const Vec<T> a = rows[r], b = rows[r + step];
+      rows[r] = low_halves<step, T>(a, b, indices);
+      rows[r + step] = high_halves<step, T>(a, b, indices);
+    }
+    transpose<T, 2 * step>(rows);
+  }
+}
+
+// Lane l of the result is the sum of the lanes of rows[l]; overwrites rows.
+template <class T, int step = 1>
+Vec<T> sum_of_rows(Vec<T> (&rows)[lanes<T>]) {
+  if constexpr (step < lanes<T>) {
+    constexpr auto indices = std::make_integer_sequence<int, lanes<T>>{};
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes<T>; r += 2 * step) {
+      rows[r] = low_halves<step, T>(rows[r], rows[r + step], indices) +
+                high_halves<step, T>(rows[r], rows[r + step], indices);
+    }
+    return sum_of_rows<T, 2 * step>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
+// exp by its Taylor-like minimax polynomial on [-ln 2 / 2, ln 2 / 2] and a shift of the exponent (Cephes).
+inline Vec<float> exponential(Vec<float> x) {
+  using Int = Vec<int32_t>;
+  x = x < -87.f ? broadcast(-87.f) : x;
+  x = x > 88.f ? broadcast(88.f) : x;
+  // Truncation towards zero after adding a half of x's sign rounds to the nearest integer.
+  const Vec<float> scaled = x * 1.44269504088896341f;
+  const Int exponent = __builtin_convertvector(scaled + (scaled < 0.f ? broadcast(-0.5f) : broadcast(0.5f)), Int);
+  const Vec<float> whole = __builtin_convertvector(exponent, Vec<float>);
+  const Vec<float> r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  return p * bit_cast<Vec<float>>((exponent + 127) << 23);
+}
+
+inline Vec<double> exponential(Vec<double> x) {
+  for (int l = 0; l < lanes<double>; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+
+template <class V>
+V sigmoid(V x) {
+  return 1 / (1 + exponential(-x));
+}
+
+}  // namespace
+}  // namespace lungkit::LUNGKIT_ISA
