@@ -52,14 +52,29 @@ def check_features(features: Sequence[int]) -> list[int]:
     return [int(v) for v in values]
 
 
-def per_level(name: str, value: LevelValue, *, levels: int) -> list[int]:
+def per_level(name: str, value: int | Sequence[int], *, levels: int) -> list[int]:
     """One integer per level from one integer or a sequence of ``levels``."""
-    if _is_integer(value):
-        return [check_integer(name, value)] * levels
-    values = _as_list(value)
+    values = [value] * levels if _is_integer(value) else _as_list(value)
     if values is None or len(values) != levels:
         raise UsageError(f"{name} must be an integer or {levels} of them, one per level; got {value!r}")
     return [check_integer(f"{name}[{i}]", v) for i, v in enumerate(values)]
+
+
+def per_axis(
+    name: str,
+    value: int | Sequence[int],
+    *,
+    dims: int,
+    fits: Callable[[int], bool] = lambda n: n >= 1,
+    rule: str = "an integer of at least 1",
+) -> tuple[int, ...]:
+    """One integer per axis from one integer or a sequence of ``dims``; ``rule`` says in words what ``fits``."""
+    axes: list[Any] | None = [value] * dims if _is_integer(value) else _as_list(value)
+    if axes is None or len(axes) != dims:
+        raise UsageError(f"{name} must be an integer or {dims} of them, one per axis; got {value!r}")
+    if not all(_is_integer(n) and fits(n) for n in axes):
+        raise UsageError(f"{name} must be {rule} along every axis; got {value!r}")
+    return tuple(int(n) for n in axes)
 
 
 def per_level_per_axis(
@@ -75,25 +90,21 @@ def per_level_per_axis(
 
     A flat sequence always means levels, never axes: (2, 2, 2) is stride 2 on three levels.
     """
-    if _is_integer(value):
-        value = [value] * levels
-    entries = _as_list(value)
+    entries = [value] * levels if _is_integer(value) else _as_list(value)
     if entries is None or len(entries) != levels:
         raise UsageError(
             f"{name} must be an integer or a sequence of {levels}, one entry per level "
             f"(an integer, or {dims} integers, one per axis); got {value!r}"
         )
-    result = []
-    for index, entry in enumerate(entries):
-        axes = [entry] * dims if _is_integer(entry) else _as_list(entry)
-        if axes is None or len(axes) != dims:
-            raise UsageError(
-                f"{name}[{index}] must be an integer or {dims} of them, one per axis; got {entry!r}"
-            )
-        if not all(_is_integer(n) and fits(n) for n in axes):
-            raise UsageError(f"{name}[{index}] must be {rule} along every axis; got {entry!r}")
-        result.append(tuple(int(n) for n in axes))
-    return result
+    return [
+        per_axis(f"{name}[{index}]", entry, dims=dims, fits=fits, rule=rule)
+        for index, entry in enumerate(entries)
+    ]
+
+
+def is_odd(n: int) -> bool:
+    """Whether n can be the size of a kernel that keeps the grid."""
+    return n >= 1 and n % 2 == 1
 
 
 def plain(value: Any) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lungkit.nn import _options
 from lungkit.nn.attention_gate import AttentionGate
-from lungkit.nn.blocks import initialise
-from lungkit.nn.unet import UNet, seeded
+from lungkit.nn.blocks import initialise, seeded
+from lungkit.nn.unet import UNet
 
 # sigmoid(2) = 0.88: gates start nearly open, and where the sigmoid still has a slope.
 _OPEN_GATE_BIAS = 2.0
@@ -93,17 +93,19 @@ class AttentionUNet(UNet):
         self._first_gate = 0 if gate_finest else 1
         # The gates draw after, and apart from, the rest: with one seed both networks start from the same weights.
         with seeded(None if seed is None else seed + 1):
-            self.gates = nn.ModuleList(
+            gates = [
                 AttentionGate(
                     self.dims, self.features[level], self.features[level + 1], inner[level], **gate_options
                 )
                 for level in range(self._first_gate, skips)
-            )
-            self.gates.apply(initialise)
-        for module in self.gates:
-            nn.init.constant_(module.psi.bias, _OPEN_GATE_BIAS)
+            ]
+            for module in gates:
+                module.apply(initialise)
+                if module.psi.bias is not None:
+                    nn.init.constant_(module.psi.bias, _OPEN_GATE_BIAS)
+        self.gates = nn.ModuleList(gates)
         self._config |= {
-            "inter_channels": inter_channels,
+            "inter_channels": None if inter_channels is None else inner,
             "gate_finest": bool(gate_finest),
             **{f"gate_{key}": value for key, value in gate_options.items() if key != "implementation"},
             "gate": gate,

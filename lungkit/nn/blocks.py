@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
 from lungkit.nn.norms import make_norm
 
-CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED_CONVOLUTIONS = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_DROPOUTS = {2: nn.Dropout2d, 3: nn.Dropout3d}
-_AVERAGE_POOLS = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED_CONVOLUTIONS: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_DROPOUTS: dict[int, Any] = {2: nn.Dropout2d, 3: nn.Dropout3d}
+_AVERAGE_POOLS: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 UPSAMPLINGS = ("transposed", "interpolate")
@@ -257,11 +261,33 @@ def initialise(module: nn.Module) -> None:
         >>> bool(abs(layer.weight.std() - (2 / (64 * 9)) ** 0.5) < 1e-3), bool((layer.bias == 0).all())
         (True, True)
     """
-    if isinstance(module, tuple(TRANSPOSED_CONVOLUTIONS.values())):
+    if isinstance(module, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
         nn.init.normal_(module.weight, std=module.in_channels**-0.5)
-    elif isinstance(module, tuple(CONVOLUTIONS.values())):
+    elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
         nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE, nonlinearity="leaky_relu")
     else:
         return
     if module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw from ``seed`` inside the block and give the global CPU random state back after it; None does nothing.
+
+    Example:
+        >>> import torch
+        >>> from lungkit.nn.blocks import seeded
+        >>> with seeded(3):
+        ...     first = torch.rand(2)
+        >>> with seeded(3):
+        ...     bool((first == torch.rand(2)).all())
+        True
+    """
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed the accelerators too, and nobody would give their state back.
+        torch.random.default_generator.manual_seed(seed)
+        yield

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lungkit.errors import UsageError
 
-BATCH_NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 NORMS = ("instance", "batch", "group", "none")
 
 
 class InstanceNorm(nn.GroupNorm):
-    r"""Instance norm with affine parameters, in 2D and 3D: a group norm with one channel per group.
+    r"""Instance norm in 2D and 3D: a group norm with one channel per group.
 
     .. math::
         y = \gamma \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} + \beta
 
     with mean and (biased) variance over the voxels of each image and channel. Parameters have the names and
-    shapes of ``nn.InstanceNorm2d(channels, affine=True)``, and the numbers are the same.
+    shapes of ``nn.InstanceNorm2d``, and the numbers are the same.
 
     ``nn.InstanceNorm`` runs on CPU as a batch norm over B x C channels and copies channels-last input; the group
     norm is several times faster. Its backward pass for channels-last input on CPU reads each channel with a
@@ -29,6 +32,7 @@ class InstanceNorm(nn.GroupNorm):
     Args:
         channels: C.
         eps: added to the variance.
+        affine: learn gamma and beta; without, they are 1 and 0.
 
     Shapes:
         (B, C, \*S) -> (B, C, \*S), in the memory layout of the input.
@@ -43,8 +47,8 @@ class InstanceNorm(nn.GroupNorm):
         (True, True)
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__(channels, channels, eps=eps)
+    def __init__(self, channels: int, eps: float = 1e-5, *, affine: bool = True) -> None:
+        super().__init__(channels, channels, eps=eps, affine=affine)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _is_slow_in_backward(input):
@@ -63,30 +67,32 @@ class _ChannelsLastInstanceNorm(torch.autograd.Function):
     """Group norm with one channel per group, with a backward pass that reads channels-last tensors in order."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         batch, channels = x.shape[:2]
-        voxels = x[0, 0].numel() if batch else 0
+        voxels = math.prod(x.shape[2:])
         y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, voxels, channels, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        voxels = x[0, 0].numel()
-        # Sums over the voxels as products with a row of ones: exact to rounding, and read in memory order.
-        rows, drows = (t.movedim(1, -1).flatten(1, -2) for t in (x, dy))
+        voxels = math.prod(x.shape[2:])
+        # Sums over the voxels as products with a row of ones: accurate, and read in memory order.
+        rows, gradient_rows = (t.movedim(1, -1).flatten(1, -2) for t in (x, dy))
         ones = x.new_ones(x.shape[0], 1, voxels)
-        sum_dy = torch.bmm(ones, drows)[:, 0]
-        sum_dy_x = torch.bmm(ones, drows * rows)[:, 0]
+        sum_dy = torch.bmm(ones, gradient_rows)[:, 0]
+        sum_dy_x = torch.bmm(ones, gradient_rows * rows)[:, 0]
         sum_dy_xhat = (sum_dy_x - mean * sum_dy) * rstd
         # dx = gamma rstd (dy - mean(dy) - xhat mean(dy xhat)), arranged as a dy + b x + c.
-        a = weight * rstd
+        a = rstd if weight is None else weight * rstd
         b = -a * rstd * sum_dy_xhat / voxels
         c = -a * sum_dy / voxels - b * mean
         a, b, c = (t.reshape(*t.shape, *(1,) * (x.dim() - 2)) for t in (a, b, c))
         dx = torch.addcmul(c, x, b).addcmul_(dy, a)
+        if weight is None:
+            return dx, None, None, None
         return dx, sum_dy_xhat.sum(0), sum_dy.sum(0), None
 
 

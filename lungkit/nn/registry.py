@@ -10,9 +10,12 @@ from torch import nn
 
 from lungkit.errors import UsageError
 from lungkit.nn.attention_unet import AttentionUNet
+from lungkit.nn.monai import MonaiAttentionUNet
 from lungkit.nn.unet import UNet
 
-MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (UNet, AttentionUNet)}
+MODELS: dict[str, type[nn.Module]] = {
+    model.name: model for model in (UNet, AttentionUNet, MonaiAttentionUNet)
+}
 """Network classes by name; each has a ``config`` from which :func:`build_model` rebuilds it."""
 
 
@@ -49,8 +52,8 @@ def _option_names(model: type) -> list[str]:
     for cls in model.__mro__:
         if cls is nn.Module:
             break
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        names += [p.name for p in parameters if p.kind != p.VAR_KEYWORD and p.name not in ("self", *names)]
+        parameters = inspect.signature(cls).parameters.values()
+        names += [p.name for p in parameters if p.kind != p.VAR_KEYWORD and p.name not in names]
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
             break
     return names

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 
 from lungkit.errors import UsageError
 from lungkit.nn import _options
-from lungkit.nn._grid import crop_to, pad_to_multiple
-from lungkit.nn.blocks import ACTIVATIONS, CONVOLUTIONS, UPSAMPLINGS, ConvBlock, Upsample, initialise
+from lungkit.nn._grid import check_image, crop_to, pad_to_multiple, scales_of
+from lungkit.nn.blocks import ACTIVATIONS, CONVOLUTIONS, UPSAMPLINGS, ConvBlock, Upsample, initialise, seeded
 from lungkit.nn.norms import NORMS
 
 Logits = Tensor | tuple[Tensor, ...]
@@ -108,7 +106,7 @@ class UNet(nn.Module):
             kernel_size,
             levels=levels,
             dims=self.dims,
-            fits=lambda n: n >= 1 and n % 2 == 1,
+            fits=_options.is_odd,
             rule="an odd integer",
         )
         counts = _options.per_level("convolutions", convolutions, levels=levels)
@@ -120,9 +118,9 @@ class UNet(nn.Module):
             "dropout": _options.check_probability("dropout", dropout),
         }
         _options.check_choice("upsampling", upsampling, UPSAMPLINGS)
-        self.scales = [(1,) * self.dims]
-        for stride in self.strides:
-            self.scales.append(tuple(a * b for a, b in zip(self.scales[-1], stride, strict=True)))
+        if seed is not None:
+            _options.check_integer("seed", seed, minimum=0)
+        self.scales = scales_of(self.strides, self.dims)
         self._config: dict[str, Any] = {
             "name": self.name,
             "dims": self.dims,
@@ -212,35 +210,11 @@ class UNet(nn.Module):
         return skip, None
 
     def _check_input(self, x: Tensor) -> None:
-        axes = "Y, X" if self.dims == 2 else "Z, Y, X"
-        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
-            raise UsageError(
-                f"x must have shape (B, {self.in_channels}, {axes}) for a {self.dims}D network of "
-                f"{self.in_channels} input channels, got {tuple(x.shape)}"
-            )
-        multiple, size = self.scales[-1], tuple(x.shape[2:])
-        if self.padding == "error" and any(n % m for n, m in zip(size, multiple, strict=True)):
-            raise UsageError(
-                f"the size of x must be a multiple of {multiple} along ({axes}), got {size}: resize or pad it, "
-                f"or build the network with padding='auto'"
-            )
-        if math.prod(size) == 0:
-            raise UsageError(f"x must have at least one voxel along ({axes}), got size {size}")
-        coarse = tuple(-(-n // m) for n, m in zip(size, multiple, strict=True))
-        if self.norm == "instance" and math.prod(coarse) == 1:
+        multiple = self.scales[-1]
+        check_image(x, dims=self.dims, channels=self.in_channels, multiple=multiple, padding=self.padding)
+        size = tuple(x.shape[2:])
+        if self.norm == "instance" and all(n <= m for n, m in zip(size, multiple, strict=True)):
             raise UsageError(
                 f"x of size {size} leaves one voxel at the coarsest level (stride {multiple}), and instance norm "
                 f"needs two or more: use a larger input, fewer levels or another norm"
             )
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from ``seed`` inside the block and give the global CPU random state back after it."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also reseed the accelerators.
-        torch.random.default_generator.manual_seed(seed)
-        yield

@@ -1,0 +1,216 @@
+"""Convolution blocks, norms, upsampling and initialisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lungkit.errors import UsageError
+from lungkit.nn.blocks import ACTIVATIONS, ConvBlock, ConvUnit, Upsample, initialise, make_activation, seeded
+from lungkit.nn.norms import InstanceNorm, make_norm
+
+LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
+SIZES = {2: (7, 6), 3: (3, 5, 4)}
+TORCH_INSTANCE_NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+def random_norm_pair(dims: int, channels: int, affine: bool) -> tuple[nn.Module, nn.Module]:
+    ours = InstanceNorm(channels, affine=affine).double()
+    theirs = TORCH_INSTANCE_NORMS[dims](channels, affine=affine).double()
+    if affine:
+        nn.init.normal_(ours.weight)
+        nn.init.normal_(ours.bias)
+        theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_instance_norm_equals_torch_in_output_and_gradients(dims, channels_last, affine):
+    torch.manual_seed(0)
+    ours, theirs = random_norm_pair(dims, 5, affine)
+    layout = LAYOUTS[dims] if channels_last else torch.contiguous_format
+    x = (3 + torch.randn(2, 5, *SIZES[dims], dtype=torch.float64)).to(memory_format=layout).requires_grad_()
+    weight = torch.randn_like(x)
+    results = []
+    for norm in (ours, theirs):
+        y = norm(x)
+        inputs = [x, *norm.parameters()]
+        results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_instance_norm_keeps_channels_last(dims):
+    x = torch.randn(2, 4, *SIZES[dims]).to(memory_format=LAYOUTS[dims]).requires_grad_()
+    y = InstanceNorm(4)(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert y.is_contiguous(memory_format=LAYOUTS[dims])
+    assert gradient.is_contiguous(memory_format=LAYOUTS[dims])
+
+
+def test_instance_norm_takes_a_gradient_in_another_layout():
+    torch.manual_seed(0)
+    norm = InstanceNorm(4).double()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    (got,) = torch.autograd.grad(norm(x), x, dy)
+    (expected,) = torch.autograd.grad(norm(x), x, dy.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(got, expected)
+
+
+def test_instance_norm_refuses_a_silent_second_derivative():
+    x = torch.randn(2, 4, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(InstanceNorm(4)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_instance_norm_compiles_whole_in_channels_last():
+    norm = InstanceNorm(4)
+    x = torch.randn(2, 4, 5, 6).to(memory_format=torch.channels_last)
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), norm(x))
+
+
+def test_instance_norm_takes_an_empty_batch():
+    assert InstanceNorm(4)(torch.empty(0, 4, 5, 6)).shape == (0, 4, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("instance", InstanceNorm), ("group", nn.GroupNorm), ("none", nn.Identity)]
+)
+def test_make_norm_by_name(name, kind):
+    assert type(make_norm(name, 2, 16)) is kind
+
+
+@pytest.mark.parametrize(("dims", "kind"), [(2, nn.BatchNorm2d), (3, nn.BatchNorm3d)])
+def test_make_norm_takes_the_batch_norm_of_the_dims(dims, kind):
+    assert type(make_norm("batch", dims, 4)) is kind
+
+
+def test_make_norm_names_an_unknown_norm():
+    with pytest.raises(
+        UsageError, match="norm must be one of 'instance', 'batch', 'group', 'none', got 'layer'"
+    ):
+        make_norm("layer", 2, 4)
+
+
+def test_make_norm_names_groups_that_do_not_divide():
+    with pytest.raises(
+        UsageError, match="groups must divide the channels of every level, got 8 for 12 channels"
+    ):
+        make_norm("group", 2, 12)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_is_zero_at_zero_and_grows(name):
+    activation = make_activation(name)
+    y = activation(torch.tensor([0.0, 1.0, 2.0]))
+    assert y[0] == 0
+    assert y[1] < y[2]
+
+
+def test_leaky_relu_has_slope_one_hundredth():
+    torch.testing.assert_close(make_activation("leaky_relu")(torch.tensor([-1.0])), torch.tensor([-0.01]))
+
+
+def test_make_activation_names_an_unknown_one():
+    with pytest.raises(UsageError, match=r"activation must be one of .*'silu', got 'swish'"):
+        make_activation("swish")
+
+
+@pytest.mark.parametrize(("norm", "has_bias"), [("instance", False), ("batch", False), ("none", True)])
+def test_convolution_has_a_bias_only_without_norm(norm, has_bias):
+    unit = ConvUnit(2, 1, 8, kernel_size=(3, 3), norm=norm)
+    assert (unit.conv.bias is not None) == has_bias
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("convolutions", [1, 2, 3])
+def test_block_has_as_many_convolutions_as_asked(convolutions, residual):
+    block = ConvBlock(2, 4, 4, kernel_size=(3, 3), convolutions=convolutions, residual=residual)
+    assert sum(isinstance(module, nn.Conv2d) for module in block.modules()) == convolutions
+
+
+def test_residual_block_with_zero_convolutions_is_its_input():
+    block = ConvBlock(2, 4, 4, kernel_size=(3, 3), norm="none", activation="relu", residual=True)
+    for parameter in block.parameters():
+        nn.init.zeros_(parameter)
+    x = torch.rand(1, 4, 6, 6)
+    torch.testing.assert_close(block(x), x)
+
+
+def test_residual_shortcut_follows_channels_and_stride():
+    block = ConvBlock(3, 2, 6, kernel_size=(3, 3, 3), stride=(1, 2, 2), residual=True)
+    assert block(torch.randn(1, 2, 4, 8, 8)).shape == (1, 6, 4, 4, 4)
+
+
+def test_dropout_drops_whole_channels_in_training_only():
+    torch.manual_seed(0)
+    block = ConvBlock(2, 1, 64, kernel_size=(3, 3), norm="none", activation="relu", dropout=0.5)
+    nn.init.ones_(block.units[1].conv.bias)
+    nn.init.zeros_(block.units[1].conv.weight)
+    values = block(torch.randn(1, 1, 4, 4)).flatten(2)
+    assert bool((values == values[..., :1]).all())
+    assert set(values[0, :, 0].tolist()) == {0.0, 2.0}
+    assert bool((block.eval()(torch.randn(1, 1, 4, 4)) == 1).all())
+
+
+@pytest.mark.parametrize("mode", ["transposed", "interpolate"])
+def test_upsample_multiplies_the_grid_by_the_stride(mode):
+    up = Upsample(3, 4, 2, stride=(1, 2, 3), mode=mode)
+    assert up(torch.randn(1, 4, 3, 4, 5)).shape == (1, 2, 3, 8, 15)
+
+
+def test_interpolating_upsample_equals_interpolation_before_the_convolution():
+    up = Upsample(2, 4, 2, stride=(2, 2), mode="interpolate")
+    x = torch.randn(1, 4, 5, 6)
+    before = nn.functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(up(x), up.conv(before))
+
+
+def test_upsample_names_an_unknown_mode():
+    with pytest.raises(
+        UsageError, match="upsampling must be one of 'transposed', 'interpolate', got 'nearest'"
+    ):
+        Upsample(2, 4, 2, stride=(2, 2), mode="nearest")
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_initialisation_keeps_the_variance_of_a_leaky_relu_stack(kernel):
+    torch.manual_seed(0)
+    layers = [
+        layer
+        for _ in range(8)
+        for layer in (
+            nn.Conv2d(64, 64, kernel, padding=kernel // 2, padding_mode="circular"),
+            nn.LeakyReLU(0.01),
+        )
+    ]
+    stack = nn.Sequential(*layers).apply(initialise)
+    square = stack(torch.randn(4, 64, 16, 16)).square().mean()
+    assert 0.5 < square < 2
+
+
+def test_initialisation_keeps_the_variance_of_a_transposed_convolution():
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(64, 32, 2, 2).apply(initialise)
+    assert 0.9 < layer(torch.randn(4, 64, 16, 16)).var() < 1.1
+
+
+def test_seeded_gives_the_random_state_back():
+    before = torch.get_rng_state()
+    with seeded(7):
+        torch.rand(5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeded_with_none_draws_from_the_global_state():
+    before = torch.get_rng_state()
+    with seeded(None):
+        torch.rand(5)
+    assert not torch.equal(torch.get_rng_state(), before)
