@@ -1,0 +1,59 @@
+"""Resampling keeps voxel centres where they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lungkit.data.resampling import resample_linear, resample_nearest
+
+
+@pytest.mark.parametrize("shape", [(7, 9, 11), (12, 9, 20), (7, 31, 12)])
+def test_finer_grid_equals_torch_trilinear(shape: tuple[int, int, int]) -> None:
+    array = np.random.default_rng(0).normal(size=(7, 9, 11)).astype(np.float32)
+    expected = F.interpolate(
+        torch.from_numpy(array)[None, None], shape, mode="trilinear", align_corners=False
+    )
+    np.testing.assert_allclose(resample_linear(array, shape), expected[0, 0].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (10, 30), (30, 7), (1, 1)])
+def test_coarser_grid_equals_torch_antialiased_bilinear(shape: tuple[int, int]) -> None:
+    array = np.random.default_rng(0).normal(size=(20, 24)).astype(np.float32)
+    expected = F.interpolate(
+        torch.from_numpy(array)[None, None], shape, mode="bilinear", align_corners=False, antialias=True
+    )
+    np.testing.assert_allclose(resample_linear(array, shape), expected[0, 0].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (16, 9, 7), (3, 20, 13)])
+def test_nearest_equals_torch_nearest_exact(shape: tuple[int, int, int]) -> None:
+    array = np.random.default_rng(0).integers(0, 200, (8, 9, 10)).astype(np.uint8)
+    expected = F.interpolate(torch.from_numpy(array)[None, None], shape, mode="nearest-exact")
+    np.testing.assert_array_equal(resample_nearest(array, shape), expected[0, 0].numpy())
+
+
+@pytest.mark.parametrize(("new", "tolerance"), [(64, 1e-4), (45, 1e-4), (16, 1e-4), (23, 0.05), (5, 0.05)])
+def test_ramp_keeps_its_place_to_the_sub_voxel(new: int, tolerance: float) -> None:
+    # Intensity = position in old voxels: after resampling it must be (j + 1/2) n/m - 1/2, away from the edge.
+    # The widened filter is exact for whole ratios only.
+    ramp = np.arange(32, dtype=np.float32)
+    centres = (np.arange(new) + 0.5) * 32 / new - 0.5
+    inside = (centres > 32 / new) & (centres < 31 - 32 / new)
+    np.testing.assert_allclose(resample_linear(ramp, (new,))[inside], centres[inside], rtol=0, atol=tolerance)
+
+
+def test_averaging_keeps_the_mean_of_a_fine_checkerboard() -> None:
+    board = (np.indices((32, 32)).sum(axis=0) % 2).astype(np.float32)
+    np.testing.assert_allclose(resample_linear(board, (8, 8))[2:-2, 2:-2], 0.5, atol=1e-5)
+
+
+def test_constant_stays_constant_to_the_edge() -> None:
+    np.testing.assert_allclose(resample_linear(np.full((6, 5), -1000, np.float32), (4, 17)), -1000, rtol=1e-6)
+
+
+def test_same_shape_is_untouched() -> None:
+    array = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(resample_linear(array, (3, 4)), array)
