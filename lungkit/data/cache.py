@@ -110,6 +110,16 @@ class CaseCache:
 
     Raises:
         UsageError: ``directory`` cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> from lungkit.data import fingerprint_dataset, open_dataset, plan_preprocessing, write_phantom_dataset
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> dataset = open_dataset(write_phantom_dataset(folder / "data", cases=2, shape=(8, 32, 32), dims=3))
+        >>> plan = plan_preprocessing(fingerprint_dataset(dataset, [dataset.cases[0].case_id]))
+        >>> case = CaseCache(folder / "cache", dataset, plan).prepare(dataset.cases[0].case_id)
+        >>> case.image.shape, case.image.dtype.name, case.label.shape
+        ((1, 8, 32, 32), 'int16', (8, 32, 32))
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from lungkit.errors import DataError, UsageError
 _LOG = logging.getLogger("lungkit")
 
 _SAMPLES_PER_CASE = 20_000
+_SAMPLES_OF_ALL_VOXELS = 2_000
 _AIR_HU = -500.0
 
 
@@ -28,8 +29,8 @@ class ChannelFingerprint:
     """Intensities of one channel over the training cases.
 
     ``units`` is "HU", "8-bit" or "arbitrary". ``mean``, ``std`` and the percentiles are over the foreground
-    (classes 1 to K-1), over all voxels where there is no foreground at all; ``minimum`` and ``maximum`` are
-    over all voxels.
+    (classes 1 to K-1), over a sample of all voxels where there is no foreground at all; ``minimum`` and
+    ``maximum`` are over all voxels.
     """
 
     name: str
@@ -134,6 +135,15 @@ def fingerprint_dataset(
     Raises:
         UsageError: no case is named, or one is unknown or has no label.
         DataError: a file cannot be used.
+
+    Example:
+        >>> import tempfile
+        >>> from lungkit.data import open_dataset, write_phantom_dataset
+        >>> root = write_phantom_dataset(tempfile.mkdtemp() + "/phantoms", cases=2, shape=(8, 32, 32), dims=3)
+        >>> dataset = open_dataset(root)
+        >>> fingerprint = fingerprint_dataset(dataset, [case.case_id for case in dataset.cases])
+        >>> fingerprint.channels[0].units, fingerprint.shapes
+        ('HU', ((8, 32, 32), (8, 32, 32)))
     """
     cases = [dataset.case(case_id) for case_id in case_ids]
     if not cases:
@@ -226,7 +236,7 @@ def _measure(case: Case, label_map: Mapping[int, int], num_classes: int, max_vox
                 minimum=float(values.min()),
                 maximum=float(values.max()),
                 foreground=_sample(values[foreground]),
-                everything=_sample(values[:: max(1, values.size // _SAMPLES_PER_CASE)]),
+                everything=_sample(values[:: max(1, values.size // _SAMPLES_OF_ALL_VOXELS)]),
             )
         )
     return _CaseMeasure(geometry.shape, geometry.spacing_mm, class_voxels, tuple(channels))
@@ -234,10 +244,11 @@ def _measure(case: Case, label_map: Mapping[int, int], num_classes: int, max_vox
 
 def _sample(values: np.ndarray) -> _Sample:
     if values.size == 0:
-        return _Sample(0, 0.0, 0.0, values.astype(np.float64), 0.0)
+        return _Sample(0, 0.0, 0.0, values, 0.0)
     mean = float(values.mean(dtype=np.float64))
     squares = float(np.square(values - mean, dtype=np.float64).sum())
-    picked = values[:: -(-values.size // _SAMPLES_PER_CASE)].astype(np.float64)
+    # A copy, since a view would keep the whole scan in memory.
+    picked = values[:: -(-values.size // _SAMPLES_PER_CASE)].copy()
     return _Sample(values.size, mean, squares, picked, values.size / picked.size)
 
 

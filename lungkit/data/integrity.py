@@ -55,6 +55,8 @@ def open_verified(path: Path) -> VerifiedStream:
         DataError: the file is absent, unreadable, empty, or not what its name says.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would let us wait for ever
+            raise DataError(f"{path}: not a regular file; name a .nii or .nii.gz file")
         file = path.open("rb")
         size = os.fstat(file.fileno()).st_size
         start = file.read(2)

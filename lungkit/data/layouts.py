@@ -190,8 +190,8 @@ def _parse_labels(content: dict[str, Any], path: Path) -> tuple[dict[str, int], 
         # nnU-Net 2 writes name: value, Decathlon and nnU-Net 1 write "value": name.
         name, number = (key, value) if _as_int(value) is not None and not key.isdigit() else (value, key)
         parsed = _as_int(number)
-        if parsed is None or not isinstance(name, str):
-            raise DataError(f"{path}: label {key!r}: {value!r} is not a name with a whole number")
+        if parsed is None or parsed < 0 or not isinstance(name, str):
+            raise DataError(f"{path}: label {key!r}: {value!r} is not a name with a whole number >= 0")
         if name in labels or parsed in labels.values():
             raise DataError(f"{path}: label {name!r} or its value {parsed} is declared twice")
         labels[name] = parsed

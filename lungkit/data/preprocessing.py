@@ -159,6 +159,14 @@ def plan_preprocessing(
 
     Raises:
         UsageError: an option is unknown, or names an HU window for data that are not in HU.
+
+    Example:
+        >>> ct = ChannelFingerprint("CT", "HU", "int16", -1024, 3071, -38.0, 200.0, -850.0, 156.0)
+        >>> fingerprint = Fingerprint(("a",), ((60, 512, 512),), ((2.5, 0.7, 0.7),), (ct,), (0.01,),
+        ...     (15_571_353, 157_287), {0: 0, 1: 1}, ())
+        >>> plan = plan_preprocessing(fingerprint, window="mediastinum")
+        >>> plan.window, plan.mean, plan.std, plan.target_spacing_mm
+        ((-160.0, 240.0), -38.0, 200.0, None)
     """
     if normalisation not in ("zscore", "unit"):
         raise UsageError(f"normalisation: {normalisation!r} is neither 'zscore' nor 'unit'")
@@ -198,6 +206,14 @@ def preprocess_image(
     Raises:
         UsageError: the number of channels is not the one that ``preprocessing`` was made for.
         DataError: the resampled grid would exceed ``max_voxels``.
+
+    Example:
+        >>> plan = Preprocessing(window=(-1000, 400), mean=-1000, std=1400, units="HU", label_map={0: 0, 1: 1},
+        ...     target_spacing_mm=(1.0, 1.4, 1.4))
+        >>> scan = Volume(np.full((8, 8, 4), 400, np.int16), np.diag([-0.7, -0.7, 2.0, 1.0]))
+        >>> image = preprocess_image(scan, plan)
+        >>> image.array.shape, float(image.array.max())
+        ((1, 8, 4, 4), 1.0)
     """
     volumes = [volumes] if isinstance(volumes, Volume) else list(volumes)
     if len(volumes) != len(preprocessing.channels):

@@ -82,6 +82,11 @@ def write_splits(directory: str | os.PathLike[str], splits: Sequence[Split]) -> 
     """Write ``splits`` to ``splits_final.json`` in ``directory``, whole or not at all, and return its path.
 
     The directory need not be the dataset's, which may be read-only.
+
+    Example:
+        >>> import tempfile
+        >>> write_splits(tempfile.mkdtemp(), [Split(train=("a", "b"), val=("c",))]).name
+        'splits_final.json'
     """
     path = Path(directory) / SPLITS_FILE
     write_json_atomic(path, [{"train": list(split.train), "val": list(split.val)} for split in splits])

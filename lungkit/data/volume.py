@@ -109,6 +109,13 @@ def write_nifti(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndar
     Raises:
         UsageError: the name does not end with .nii or .nii.gz, or the array or the affine cannot be written.
         ResourceError: the disk is full; nothing is left behind.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "mask.nii.gz"
+        >>> write_nifti(path, np.ones((4, 3, 2), bool), np.eye(4))
+        >>> read_volume(path).array.dtype.name
+        'uint8'
     """
     from nibabel.nifti1 import Nifti1Header
 

@@ -231,6 +231,7 @@ def test_linked_dataset_folder_is_fine(decathlon: Builder, tmp_path: Path) -> No
         ({"labels": {"background": 0, "tumour": [1, 2]}}, "regions are not supported"),
         ({"labels": {"background": 0, "tumour": 1, "nodule": 1}}, "declared twice"),
         ({"labels": {"background": 0, "tumour": 1.5}}, "not a name with a whole number"),
+        ({"labels": {"background": 0, "tumour": -1}}, "not a name with a whole number"),
         ({"labels": {"background": 0, "tumour": True}}, "not a name with a whole number"),
         ({"channel_names": None}, "'channel_names'"),
         ({"channel_names": {}}, "'channel_names' is empty"),
