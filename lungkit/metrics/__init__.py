@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lungkit.metrics.case_table import CaseRow, CaseTable, MetricSummary
 from lungkit.metrics.overlap import (
     OVERLAP_METRICS,
@@ -11,6 +14,28 @@ from lungkit.metrics.overlap import (
     overlap_metrics,
     touched_by_policy,
 )
+from lungkit.metrics.surface import (
+    HausdorffDefinition,
+    SurfaceDistances,
+    assd_mm,
+    hausdorff_mm,
+    label_surface_distances,
+    surface_dice,
+    surface_distances,
+)
+
+_LAZY = {
+    "LesionMatch": "lesions",
+    "label_lesions": "lesions",
+    "lesion_metrics": "lesions",
+    "match_lesions": "lesions",
+    "longest_diameter_mm": "size",
+    "volume_ml": "size",
+}
+
+if TYPE_CHECKING:
+    from lungkit.metrics.lesions import LesionMatch, label_lesions, lesion_metrics, match_lesions
+    from lungkit.metrics.size import longest_diameter_mm, volume_ml
 
 __all__ = [
     "OVERLAP_METRICS",
@@ -18,8 +43,32 @@ __all__ = [
     "CaseRow",
     "CaseTable",
     "EmptyPolicy",
+    "HausdorffDefinition",
+    "LesionMatch",
     "MetricSummary",
+    "SurfaceDistances",
+    "assd_mm",
     "evaluate_case",
+    "hausdorff_mm",
+    "label_lesions",
+    "label_surface_distances",
+    "lesion_metrics",
+    "longest_diameter_mm",
+    "match_lesions",
     "overlap_metrics",
+    "surface_dice",
+    "surface_distances",
     "touched_by_policy",
+    "volume_ml",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What needs a library of its own (connected components, torchmetrics) loads on first use.
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"lungkit.metrics.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'lungkit.metrics' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
