@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -323,3 +324,12 @@ def test_checksum_of_the_description_covers_its_numbers(
         case = CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a")
     assert "case.json does not match" in caplog.text
     assert case.slope == PLAN.quantisation[0]
+
+
+def test_entry_of_another_plan_under_this_name_is_not_used(dataset: Dataset, tmp_path: Path) -> None:
+    directory = CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a").directory
+    other = dataclasses.replace(PLAN, std=100.0)
+    elsewhere = CaseCache(tmp_path / "other", dataset, other).prepare("case_a").directory
+    shutil.rmtree(directory)
+    elsewhere.rename(directory)
+    assert CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a").slope == PLAN.quantisation[0]

@@ -124,3 +124,10 @@ def test_patient_on_both_sides_of_a_loaded_fold_is_warned_of(
 def test_impossible_options_are_usage_errors(dataset: Dataset, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_or_load_splits(dataset, **options)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_patient_with_many_scans_does_not_unbalance_the_folds(tmp_path: Path, seed: int) -> None:
+    names = [f"p{patient}_0" for patient in range(4)] + [f"p9_{scan}" for scan in range(4)]
+    splits = make_or_load_splits(dataset_of(names, tmp_path), folds=2, seed=seed, patient_pattern=r"(p\d+)_")
+    assert [len(split.val) for split in splits] == [4, 4]
