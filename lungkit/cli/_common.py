@@ -1,0 +1,46 @@
+"""What the commands share: logging to the terminal, errors as one message and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from lungkit.errors import LungkitError
+
+_LOG = logging.getLogger("lungkit")
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run ``command``; an error that lungkit raises on purpose is printed, without a traceback, as its exit code.
+
+    Exit codes: 0 ok, 1 other failure, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved,
+    130 interrupted and not saved.
+    """
+    _log_to_terminal()
+    try:
+        return command()
+    except LungkitError as error:
+        _LOG.error("error: %s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _LOG.error("interrupted; nothing more was saved")
+        return 130
+
+
+def _log_to_terminal() -> None:
+    if any(isinstance(handler, _TerminalHandler) for handler in _LOG.handlers):
+        return
+    handler = _TerminalHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes to what sys.stderr is at the moment, which a progress bar may have replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.flush()

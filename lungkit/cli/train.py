@@ -1,0 +1,134 @@
+"""``lungkit-train``: train a U-Net or an Attention U-Net on a folder of CT scans, or on the built-in phantom."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lungkit
+from lungkit.cli._common import run_command
+from lungkit.errors import UsageError
+from lungkit.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lungkit.training.trainer import Trainer
+
+_LOG = logging.getLogger("lungkit")
+
+_EPILOG = """
+Every option of the configuration can be given as --part.name VALUE; --print-config shows them all with their values.
+Examples:
+  lungkit-train                                         the CT phantom, a few minutes on a laptop
+  lungkit-train --data DIR --model unet                 your scans: nnU-Net raw, Decathlon, or images/ and masks/
+  lungkit-train --config run.yaml --epochs 100          a YAML file and changes to it
+  lungkit-train --data DIR --model.features 32 64 128 256 --data.patch_size 96 96 96
+  lungkit-train --resume runs/NAME                      go on where a run stopped
+Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="lungkit-train",
+        description="Train a U-Net or an Attention U-Net on CT scans.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("last", "previous"),
+        default="last",
+        help="which checkpoint --resume continues",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the configuration as YAML and stop"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="read and build everything, train one step, leave nothing behind",
+    )
+    parser.add_argument(
+        "--preview-augmentation",
+        metavar="FILE",
+        nargs="?",
+        const="augmentation.png",
+        help="write a picture of augmented patches and stop",
+    )
+    parser.add_argument("--version", action="version", version=lungkit.__version__)
+    options, rest = parser.parse_known_args(arguments)
+    return run_command(lambda: _run(options, rest))
+
+
+def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lungkit.training.config_io import config_to_yaml, parse_arguments
+    from lungkit.training.trainer import Trainer
+
+    if options.resume is not None:
+        trainer = _resumed(options, rest)
+    else:
+        config = parse_arguments(rest)
+        config.validate()
+        if options.print_config:
+            sys.stdout.write(config_to_yaml(config))
+            return 0
+        if options.preview_augmentation is not None:
+            return _preview(config, Path(options.preview_augmentation))
+        trainer = Trainer(config)
+    if options.dry_run:
+        _LOG.info("%s\ndry run: everything was read and built, one step trained", trainer.dry_run().summary())
+        return 0
+    result = trainer.fit()
+    _LOG.info("best validation Dice %.4f; everything is in %s", result.best_dice, result.run_folder)
+    return 0
+
+
+def _resumed(options: argparse.Namespace, rest: Sequence[str]) -> Trainer:
+    from lungkit.training.config_io import config_to_dict, parse_arguments
+    from lungkit.training.run_folder import RunFolder
+    from lungkit.training.trainer import Trainer
+
+    path = RunFolder.open(options.resume).path / "config.yaml"
+    if rest:
+        saved = config_to_dict(parse_arguments(["--config", str(path)]))
+        asked = config_to_dict(parse_arguments(["--config", str(path), *rest]))
+        changes = _differences(saved, asked)
+        if changes:
+            raise UsageError(
+                f"--resume continues a run as it was started, but these options differ: {'; '.join(changes)}. "
+                "Leave them out, or start a new run"
+            )
+    return Trainer.from_run(options.resume, checkpoint=options.checkpoint)
+
+
+def _differences(saved: dict[str, object], asked: dict[str, object], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in saved.items():
+        other = asked[name]
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += _differences(value, other, f"{prefix}{name}.")
+        elif value != other:
+            found.append(f"{prefix}{name} is {value} in the run, {other} asked for")
+    return found
+
+
+def _preview(config: TrainConfig, path: Path) -> int:
+    from lungkit.data import PatchSampler, save_augmentation_preview
+    from lungkit.training.planning import prepare, prepare_cases
+    from lungkit.training.progress import Display
+
+    with Display() as display:
+        prepared = prepare(config, progress=display.preparing)
+        train, _ = prepare_cases(prepared, config, progress=display.preparing)
+    sampler = PatchSampler(train, prepared.plan.patch_size, foreground_fraction=1.0, seed=config.seed)
+    images, labels = sampler.batch(range(4))
+    save_augmentation_preview(path, images, labels, config.augment, seed=config.seed)
+    _LOG.info("wrote %s", path)
+    return 0

@@ -1,0 +1,145 @@
+"""Checkpoints: a folder that is whole or absent, verified by its own checksums, readable without pickle's powers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lungkit
+from lungkit._atomic import atomic_folder
+from lungkit.errors import CheckpointError
+
+FORMAT = 1
+LAST, PREVIOUS, BEST = "last", "previous", "best"
+_MANIFEST, _WEIGHTS, _TRAINER = "manifest.json", "model.safetensors", "trainer.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What :func:`load_checkpoint` reads.
+
+    ``description`` says how to use the weights without the run: model options, preprocessing, labels, patch size.
+    """
+
+    folder: Path
+    weights: dict[str, Tensor]
+    description: dict[str, Any]
+    trainer: dict[str, Any] | None
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+) -> None:
+    """Write ``folder``: ``model.safetensors``, ``trainer.pt`` and ``manifest.json`` with their SHA-256.
+
+    Everything is written under a temporary name beside ``folder``, flushed to the disk and renamed. A checkpoint that
+    was there becomes ``previous`` beside it, so that at every moment one whole checkpoint exists.
+
+    Raises:
+        ResourceError: the disk is full; what was there before is untouched.
+    """
+    folder = Path(folder)
+    with atomic_folder(folder.with_name(f".new-{folder.name}")) as temporary:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary / _WEIGHTS
+        )
+        torch.save(dict(trainer), temporary / _TRAINER)
+        manifest = {
+            "format": FORMAT,
+            "lungkit": lungkit.__version__,
+            "torch": torch.__version__,
+            "sha256": {name: _sha256(temporary / name) for name in (_WEIGHTS, _TRAINER)},
+            **description,
+        }
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+    new = folder.with_name(f".new-{folder.name}")
+    if folder.exists():
+        if folder.name == LAST:
+            previous = folder.with_name(PREVIOUS)
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        else:
+            old = folder.with_name(f".old-{folder.name}")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+    new.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(folder.with_name(f".old-{folder.name}"), ignore_errors=True)
+
+
+def load_checkpoint(folder: str | os.PathLike[str], *, with_trainer: bool = True) -> Checkpoint:
+    """Read a checkpoint folder and verify it; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is missing, incomplete, damaged or of another format; names the file, and the previous
+            checkpoint where that one is whole.
+    """
+    folder = Path(folder)
+    try:
+        manifest = _verified_manifest(folder)
+        weights = load_file(folder / _WEIGHTS)
+        trainer = None
+        if with_trainer:
+            trainer = torch.load(folder / _TRAINER, weights_only=True, map_location="cpu")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{folder}: not a usable checkpoint ({error}){_offer(folder)}") from error
+    return Checkpoint(folder, weights, manifest, trainer)
+
+
+def _verified_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    manifest = json.loads(path.read_bytes())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path.name} is not of format {FORMAT}")
+    for name, expected in manifest["sha256"].items():
+        if name not in (_WEIGHTS, _TRAINER):
+            raise ValueError(f"{path.name} names an unknown file {name!r}")
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {path.name}")
+    return manifest
+
+
+def _offer(folder: Path) -> str:
+    previous = folder.with_name(PREVIOUS)
+    if folder.name == PREVIOUS:
+        return ""
+    try:
+        _verified_manifest(previous)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return ""
+    return f"; {previous} is whole: resume from it with --checkpoint {PREVIOUS}"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""What a training run can be told, as plain dataclasses: the same names in YAML, on the command line and in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lungkit.data import DEFAULT_MAX_VOXELS, AugmentConfig
+from lungkit.errors import UsageError
+
+
+@dataclass
+class DataConfig:
+    """Where the scans are and how patches are drawn from them; None is decided by the dataset's fingerprint.
+
+    Args:
+        root: dataset folder (nnU-Net raw, Medical Decathlon, or images/ and masks/); None trains on the phantom.
+        layout: "auto", "nnunet", "decathlon" or "folders".
+        fold: which fold validates.
+        folds: folds to make where the dataset brings no splits_final.json.
+        patient_pattern: regular expression with one group that names the patient in a case id.
+        dims: 2 for axial slices, 3 for volumes.
+        patch_size: (Y, X) or (Z, Y, X) in voxels.
+        window: "auto", "lung", "mediastinum", "full", "percentiles", or low and high.
+        spacing_mm: "auto", "native", or (z, y, x) to resample to.
+        foreground_fraction: share of patches that are sure to hold foreground.
+        cache: folder of preprocessed cases; None is lungkit's folder in the user's cache directory.
+        max_voxels: refuse larger scans.
+        phantom_cases: cases of the built-in phantom.
+    """
+
+    root: str | None = None
+    layout: str = "auto"
+    fold: int = 0
+    folds: int = 5
+    patient_pattern: str | None = None
+    dims: Literal[2, 3] | None = None
+    patch_size: tuple[int, ...] | None = None
+    window: str | tuple[float, float] = "auto"
+    spacing_mm: str | tuple[float, float, float] = "auto"
+    foreground_fraction: float = 0.33
+    cache: str | None = None
+    max_voxels: int = DEFAULT_MAX_VOXELS
+    phantom_cases: int = 120
+
+
+@dataclass
+class ModelConfig:
+    """The network, see :class:`lungkit.nn.UNet` and :class:`lungkit.nn.AttentionUNet`.
+
+    Args:
+        name: "unet" or "attention-unet".
+        features: channels per level; None is decided by the fingerprint.
+        strides: one a level after the first, each for all axes or one an axis; None follows the voxel spacing.
+        kernel_size: for all levels.
+        norm: "instance", "batch", "group" or "none".
+        residual: residual blocks.
+        deep_supervision: train on the logits of every decoder level.
+        dropout: probability of dropping a channel.
+        gate: "auto" uses the fused attention gate, "reference" plain PyTorch.
+    """
+
+    name: str = "attention-unet"
+    features: tuple[int, ...] | None = None
+    strides: tuple[int | tuple[int, ...], ...] | None = None
+    kernel_size: int = 3
+    norm: Literal["instance", "batch", "group", "none"] = "instance"
+    residual: bool = False
+    deep_supervision: bool = False
+    dropout: float = 0.0
+    gate: Literal["auto", "reference"] = "auto"
+
+
+@dataclass
+class LossConfig:
+    """dice_weight * soft Dice + ce_weight * cross-entropy; a weight of 0 leaves a term out.
+
+    Args:
+        dice_weight: weight of the Dice term.
+        ce_weight: weight of the cross-entropy.
+        batch_dice: sum over the batch before the division.
+        include_background: count the background class in the Dice term.
+    """
+
+    dice_weight: float = 1.0
+    ce_weight: float = 1.0
+    batch_dice: bool = True
+    include_background: bool = False
+
+
+@dataclass
+class OptimiserConfig:
+    """Optimiser and its schedule.
+
+    Args:
+        name: "adamw", or "sgd" with Nesterov momentum.
+        learning_rate: at its peak; None is 2e-3 for AdamW and 1e-2 for SGD.
+        weight_decay: of weights; biases and norms have none.
+        momentum: of SGD.
+        schedule: "polynomial" (1 - t)^0.9, "cosine", or "constant".
+        warmup_steps: over which the learning rate rises linearly.
+        clip_norm: largest norm of the gradient; None does not clip.
+        ema_decay: of the running average of the weights, which is what is validated and kept; 0 turns it off.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float | None = None
+    weight_decay: float = 1e-2
+    momentum: float = 0.99
+    schedule: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    warmup_steps: int = 50
+    clip_norm: float | None = 12.0
+    ema_decay: float = 0.99
+
+
+@dataclass
+class EngineConfig:
+    """Devices and number formats (Lightning Fabric).
+
+    Args:
+        accelerator: "auto", "cpu", "cuda", "mps" ...
+        devices: processes per node; more than one is distributed data parallel.
+        nodes: machines.
+        precision: "fp32", "bf16" or "fp16" (mixed).
+        compile: torch.compile the network.
+        channels_last: memory format of the network.
+        deterministic: only algorithms that give the same bits on every run.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = True
+    deterministic: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """Everything about a run.
+
+    Args:
+        data, model, loss, optimiser, augment, engine: the parts.
+        epochs: None is decided by the dataset.
+        steps_per_epoch: optimiser steps; None is decided by the dataset.
+        batch_size: patches per process and step; None is decided by the dataset.
+        validate_every: epochs between validations; the last epoch is always validated.
+        patience: validations without a better Dice after which training stops; None never stops early.
+        seed: of weights, patches, augmentation and dropout.
+        runs: folder of the runs.
+        name: of the run folder; None is the dataset's name and the model's.
+
+    Raises:
+        UsageError: a value out of its range.
+
+    Example:
+        >>> config = TrainConfig(model=ModelConfig(name="unet"), epochs=3)
+        >>> config.model.name, config.loss.dice_weight
+        ('unet', 1.0)
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    epochs: int | None = None
+    steps_per_epoch: int | None = None
+    batch_size: int | None = None
+    validate_every: int = 1
+    patience: int | None = None
+    seed: int = 0
+    runs: str = "runs"
+    name: str | None = None
+
+    def validate(self) -> None:
+        """Check what the types do not say.
+
+        Raises:
+            UsageError: names the option, its value and the range.
+        """
+        _at_least("data.fold", self.data.fold, 0)
+        _at_least("data.max_voxels", self.data.max_voxels, 1)
+        _at_least("data.phantom_cases", self.data.phantom_cases, 10)
+        _share("data.foreground_fraction", self.data.foreground_fraction)
+        _share("model.dropout", self.model.dropout)
+        _share("optimiser.ema_decay", self.optimiser.ema_decay)
+        for name in ("dice_weight", "ce_weight"):
+            _at_least(f"loss.{name}", getattr(self.loss, name), 0)
+        if self.loss.dice_weight == 0 and self.loss.ce_weight == 0:
+            raise UsageError("loss.dice_weight and loss.ce_weight are both 0; give one of them a weight")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self.optimiser, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"optimiser.{name} is {value}; give a number above 0")
+        for name in ("weight_decay", "momentum", "warmup_steps"):
+            _at_least(f"optimiser.{name}", getattr(self.optimiser, name), 0)
+        for name in ("epochs", "steps_per_epoch", "batch_size", "validate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(name, value, 1)
+        for name in ("devices", "nodes"):
+            _at_least(f"engine.{name}", getattr(self.engine, name), 1)
+        _at_least("seed", self.seed, 0)
+        _check_patch(self.data.dims, self.data.patch_size)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UsageError(f"{name} is {value}; give at least {least}")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value < 1 and not (name.startswith("data.") and value == 1):
+        raise UsageError(f"{name} is {value}; give a share from 0 to 1")
+
+
+def _check_patch(dims: int | None, patch_size: Sequence[int] | None) -> None:
+    if patch_size is None:
+        return
+    if len(patch_size) not in (2, 3) or min(patch_size) < 1:
+        raise UsageError(f"data.patch_size is {tuple(patch_size)}; give (Y, X) or (Z, Y, X), each at least 1")
+    if dims is not None and len(patch_size) != dims:
+        raise UsageError(
+            f"data.patch_size {tuple(patch_size)} has {len(patch_size)} axes, data.dims is {dims}; make them agree"
+        )

@@ -1,0 +1,172 @@
+"""Configurations from YAML and command lines, and back; an unknown name is an error that suggests the nearest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from lungkit.errors import UsageError
+from lungkit.training.config import TrainConfig
+
+_NUMBER = re.compile(r"[-+]?(\d|\.\d)")
+# Short forms of options that are typed most.
+_SHORTHANDS = {"data": "data.root", "model": "model.name", "max_voxels": "data.max_voxels"}
+
+
+class ConfigParser(ArgumentParser):
+    """jsonargparse's parser, whose errors are :class:`~lungkit.errors.UsageError` and suggest the nearest name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(_explain(message)) from ex
+
+
+def make_parser() -> ConfigParser:
+    """Parser of ``TrainConfig``: dotted options and ``--config FILE``."""
+    parser = ConfigParser(exit_on_error=True, add_help=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file; options after it change what it says")
+    parser.add_class_arguments(TrainConfig, nested_key=None, fail_untyped=False)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
+    """A configuration from command-line arguments such as ``--config run.yaml --model.features 16 32``.
+
+    Raises:
+        UsageError: an unknown option or a value of the wrong type.
+
+    Example:
+        >>> config = parse_arguments(["--model", "unet", "--model.features", "8", "16", "--epochs", "2"])
+        >>> config.model.name, config.model.features, config.epochs
+        ('unet', (8, 16), 2)
+        >>> parse_arguments(["--modle.features", "8"])
+        Traceback (most recent call last):
+        lungkit.errors.UsageError: unknown option 'modle.features'; did you mean 'model.features'?
+    """
+    parser = make_parser()
+    return _build(parser, parser.parse_args(list(_normalise(arguments))))
+
+
+def load_config(path: str | os.PathLike[str]) -> TrainConfig:
+    """A configuration from a YAML file.
+
+    Raises:
+        UsageError: the file cannot be read, is not YAML, or names an unknown option.
+    """
+    return parse_arguments(["--config", str(path)])
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values: tuples are lists."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """The configuration as ``config.yaml`` holds it."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None)
+
+
+def option_names(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all options.
+
+    Example:
+        >>> "engine.precision" in set(option_names())
+        True
+    """
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from option_names(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _build(parser: ConfigParser, parsed: Namespace) -> TrainConfig:
+    try:
+        config: TrainConfig = parser.instantiate_classes(
+            parsed
+        ).as_dict()  # nested dataclasses, flat top level
+        config.pop("config", None)  # type: ignore[attr-defined]
+        return TrainConfig(**config)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
+
+
+def _normalise(arguments: Sequence[str]) -> Iterator[str]:
+    """Write shorthands out and turn ``--name 1 2 3`` into ``--name=[1, 2, 3]``."""
+    lists = set(_tuple_options(TrainConfig))
+    index = 0
+    while index < len(arguments):
+        argument = arguments[index]
+        index += 1
+        if not argument.startswith("--"):
+            raise UsageError(f"unexpected argument {argument!r}; options start with --")
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        name = _SHORTHANDS.get(name, name)
+        values = [value] if equals else []
+        if not equals:
+            while index < len(arguments) and _is_value(arguments[index]):
+                values.append(arguments[index])
+                index += 1
+        if not values:
+            values = ["true"]  # a switch
+        if name in lists and not values[0].startswith("[") and (len(values) > 1 or _NUMBER.match(values[0])):
+            values = [f"[{', '.join(values)}]"]
+        if len(values) > 1:
+            raise UsageError(f"--{name} takes one value, got {' '.join(values)}")
+        yield f"--{name}={values[0]}"
+
+
+def _is_value(argument: str) -> bool:
+    return not argument.startswith("-") or _NUMBER.match(argument) is not None
+
+
+def _tuple_options(cls: type, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _tuple_options(hint, f"{prefix}{field.name}.")
+        elif any(typing.get_origin(part) is tuple for part in _alternatives(hint)):
+            yield prefix + field.name
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's message in one sentence, with the nearest name for one that is unknown."""
+    known = list(option_names())
+    unknown = re.search(r"(?:Unrecognized arguments|unrecognized arguments):\s*--([\w.\-]+)", message)
+    unknown = unknown or re.search(r"(?:Key|No action for key|Option) ['\"]([\w.\-]+)['\"]", message)
+    name = unknown[1] if unknown else None
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if in_group:
+        name = f"{in_group[1]}.{in_group[2]}"
+    if name is not None and name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; --print-config shows all options"
+        return f"unknown option {name!r}{hint}"
+    return " ".join(message.split())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,276 @@
+"""From a configuration and a dataset to what a run needs: split, preprocessing, patch size, sizes of everything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lungkit.data import (
+    CachedCase,
+    CaseCache,
+    Dataset,
+    Fingerprint,
+    Preprocessing,
+    Split,
+    fingerprint_dataset,
+    make_or_load_splits,
+    open_dataset,
+    plan_preprocessing,
+    write_phantom_dataset,
+)
+from lungkit.errors import DataError, UsageError
+from lungkit.nn import build_model
+from lungkit.training.config import ModelConfig, TrainConfig
+
+_PHANTOM_SHAPE = (1, 128, 128)
+_PHANTOM_SEED = 0
+_MAX_PATCH = {2: (256, 256), 3: (64, 128, 128)}
+_ANISOTROPY = (
+    3.0  # from this ratio of slice distance to pixel size on, nnU-Net treats a volume as a stack of slices
+)
+_FLAT_STACK = 16  # a median of fewer slices leaves a 3D network little to pool over
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the fingerprint decided where the configuration left it open."""
+
+    dims: int
+    patch_size: tuple[int, ...]
+    model: dict[str, Any]
+    """Arguments of :func:`lungkit.nn.build_model`."""
+    epochs: int
+    steps_per_epoch: int
+    batch_size: int
+    learning_rate: float
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def summary(self) -> str:
+        """Some lines for people."""
+        return (
+            f"{self.dims}D, patch {' x '.join(map(str, self.patch_size))}, batch {self.batch_size}, "
+            f"{self.epochs} epochs of {self.steps_per_epoch} steps, learning rate {self.learning_rate:g}\n"
+            f"{self.model['name']}, features {self.model['features']}, strides {self.model['strides']}"
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset ready to train on."""
+
+    dataset: Dataset
+    split: Split
+    fingerprint: Fingerprint
+    preprocessing: Preprocessing
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the run folder's dataset.json holds."""
+        return {
+            "name": self.dataset.name,
+            "layout": self.dataset.layout,
+            "labels": {name: index for index, name in enumerate(self.dataset.class_names)},
+            "channels": list(self.dataset.channel_names),
+            "split": asdict(self.split),
+            "fingerprint": self.fingerprint.to_dict(),
+            "preprocessing": self.preprocessing.to_dict(),
+            "plan": asdict(self.plan),
+        }
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Folder of preprocessed cases: ``data.cache``, or lungkit's folder in the user's cache directory."""
+    if config.data.cache is not None:
+        return Path(config.data.cache).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lungkit"
+
+
+def prepare(
+    config: TrainConfig, *, known: dict[str, Any] | None = None, progress: Progress | None = None
+) -> Prepared:
+    """Open the dataset, split it, measure its training cases and plan the run.
+
+    Args:
+        config: the configuration.
+        known: ``dataset.json`` of a run to continue: split, fingerprint, preprocessing and plan are taken from it.
+        progress: called with what is being done, cases done, cases in all.
+
+    Raises:
+        UsageError: an option does not fit the dataset.
+        DataError: a file cannot be used, or the dataset is not the one the run was started on.
+    """
+    dataset = _open(config)
+    if known is not None:
+        return _restore(dataset, known, config)
+    labelled = replace(dataset, cases=tuple(case for case in dataset.cases if case.label is not None))
+    if not labelled.cases:
+        raise DataError(f"{dataset.root}: no case has a label; training needs labelled cases")
+    splits = make_or_load_splits(
+        labelled, folds=config.data.folds, seed=config.seed, patient_pattern=config.data.patient_pattern
+    )
+    if config.data.fold >= len(splits):
+        raise UsageError(f"data.fold is {config.data.fold}; the dataset has folds 0 to {len(splits) - 1}")
+    split = splits[config.data.fold]
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("reading scans", done, total)
+
+    fingerprint = fingerprint_dataset(
+        labelled, split.train, max_voxels=config.data.max_voxels, progress=report
+    )
+    if not any(fraction > 0 for fraction in fingerprint.foreground_fractions):
+        raise DataError(
+            f"{dataset.root}: no training case of fold {config.data.fold} has foreground; "
+            "choose another fold with --data.fold or check the masks"
+        )
+    preprocessing = plan_preprocessing(
+        fingerprint, window=config.data.window, spacing_mm=config.data.spacing_mm
+    )
+    return Prepared(labelled, split, fingerprint, preprocessing, make_plan(config, fingerprint, labelled))
+
+
+def prepare_cases(
+    prepared: Prepared, config: TrainConfig, *, progress: Progress | None = None
+) -> tuple[list[CachedCase], list[CachedCase]]:
+    """Preprocess the training and validation cases into the cache, or open them from it."""
+    cache = CaseCache(
+        cache_folder(config) / "cases",
+        prepared.dataset,
+        prepared.preprocessing,
+        max_voxels=config.data.max_voxels,
+    )
+    names = [*prepared.split.train, *prepared.split.val]
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("preprocessing", done, total)
+
+    cases = cache.prepare_all(names, progress=report)
+    return cases[: len(prepared.split.train)], cases[len(prepared.split.train) :]
+
+
+def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -> Plan:
+    """Decide what the configuration leaves open.
+
+    2D where the median case is a slice or a stack of fewer than 16 slices, else 3D. The patch is the median size of
+    a case up to 256 x 256 or 64 x 128 x 128, 3/4 of it for stacks of small slices so that a crop can be shifted.
+    """
+    shape = np.median(np.asarray(fingerprint.shapes), axis=0)
+    spacing = np.median(np.asarray(fingerprint.spacings_mm), axis=0)
+    dims = config.data.dims or (
+        len(config.data.patch_size) if config.data.patch_size else 2 if shape[0] < _FLAT_STACK else 3
+    )
+    patch = config.data.patch_size or _default_patch(shape[3 - dims :], dims)
+    features = config.model.features or (16, 32, 64, 128)
+    strides = config.model.strides or _strides(len(features) - 1, spacing[3 - dims :])
+    phantom = config.data.root is None
+    learning_rate = config.optimiser.learning_rate or (2e-3 if config.optimiser.name == "adamw" else 1e-2)
+    defaults = (20, 50, 8) if phantom else (60, 250, 16) if dims == 2 else (50, 50, 2)
+    epochs, steps, batch = (
+        given or default
+        for given, default in zip(
+            (config.epochs, config.steps_per_epoch, config.batch_size), defaults, strict=True
+        )
+    )
+    return Plan(
+        dims=dims,
+        patch_size=tuple(patch),
+        model=_model_options(config.model, dims, dataset, tuple(features), strides),
+        epochs=epochs,
+        steps_per_epoch=steps,
+        batch_size=batch,
+        learning_rate=learning_rate,
+    )
+
+
+def build_network(plan: Plan, seed: int) -> nn.Module:
+    """The network of a plan, with weights drawn from ``seed``."""
+    return build_model(**plan.model, seed=seed)
+
+
+def _open(config: TrainConfig) -> Dataset:
+    if config.data.root is None:
+        root = cache_folder(config) / f"phantom-{config.data.phantom_cases}-{_PHANTOM_SEED}"
+        write_phantom_dataset(
+            root, cases=config.data.phantom_cases, shape=_PHANTOM_SHAPE, dims=2, seed=_PHANTOM_SEED
+        )
+        return open_dataset(root)
+    return open_dataset(Path(config.data.root).expanduser(), layout=config.data.layout)
+
+
+def _restore(dataset: Dataset, known: dict[str, Any], config: TrainConfig) -> Prepared:
+    try:
+        split = Split(tuple(known["split"]["train"]), tuple(known["split"]["val"]))
+        plan = Plan(**{**known["plan"], "patch_size": tuple(known["plan"]["patch_size"])})
+        labels = known["labels"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"the run's dataset.json cannot be restored: {error!r}") from error
+    present = {case.case_id for case in dataset.cases}
+    missing = sorted({*split.train, *split.val} - present)
+    if missing or list(labels) != list(dataset.class_names):
+        raise DataError(
+            f"{dataset.root} is not the dataset that the run was started on: "
+            + (f"case {missing[0]} is missing" if missing else f"its labels are {list(dataset.class_names)}")
+        )
+    return Prepared(
+        dataset,
+        split,
+        Fingerprint.from_dict(known["fingerprint"]),
+        Preprocessing.from_dict(known["preprocessing"]),
+        plan,
+    )
+
+
+def _default_patch(shape: np.ndarray, dims: int) -> tuple[int, ...]:
+    patch = []
+    for extent, largest in zip(shape, _MAX_PATCH[dims], strict=True):
+        size = min(int(extent), largest)
+        if dims == 2 and extent <= largest:
+            size = int(extent) * 3 // 4
+        # A multiple of 8 fits three strides of two without padding.
+        patch.append(max(8, size // 8 * 8) if extent >= 8 else int(extent))
+    return tuple(patch)
+
+
+def _strides(steps: int, spacing: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Strides of two, but along an axis only once its voxels are no coarser than twice the finest."""
+    current = np.asarray(spacing, dtype=float)
+    strides = []
+    for _ in range(steps):
+        stride = np.where(current < 2 * current.min(), 2, 1)
+        current = current * stride
+        strides.append(tuple(int(s) for s in stride))
+    return tuple(strides)
+
+
+def _model_options(
+    model: ModelConfig, dims: int, dataset: Dataset, features: tuple[int, ...], strides: Any
+) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "name": model.name,
+        "dims": dims,
+        "in_channels": len(dataset.channel_names),
+        "out_channels": dataset.num_classes,
+        "features": features,
+        "strides": strides,
+        "kernel_size": model.kernel_size,
+        "norm": model.norm,
+        "residual": model.residual,
+        "deep_supervision": model.deep_supervision,
+        "dropout": model.dropout,
+    }
+    return options | ({"gate": model.gate} if model.name == "attention-unet" else {})

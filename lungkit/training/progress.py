@@ -1,0 +1,122 @@
+"""What a person sees while a run goes on: bars on a terminal, otherwise one line an epoch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_LOG = logging.getLogger("lungkit")
+_REFRESH_SECONDS = 0.25
+
+
+class Display:
+    """Progress of one run on standard error; ``quiet`` for all processes but the first."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
+        self._shown = 0.0
+
+    def __enter__(self) -> Display:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Cases read or preprocessed so far."""
+        if self._bars is None:
+            if done == total and not self._quiet:
+                _LOG.info("%s: %d cases", what, total)
+            return
+        self._show(what, total)
+        self._update(completed=done, force=done == total)
+
+    def prepared(self) -> None:
+        """The cases are ready."""
+        self._remove()
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int, step: int) -> None:
+        """An epoch of ``steps`` steps begins, or goes on after a resume, at global step ``step``."""
+        if epoch <= epochs:
+            self._remove()
+            self._show(f"epoch {epoch}/{epochs}", steps)
+            self._update(completed=step % steps, force=True)
+
+    def step(self, loss: Callable[[], float]) -> None:
+        """A step is done; ``loss`` is only asked for where it is shown, since that may wait for the GPU."""
+        if self._bars is None or self._task is None:
+            return
+        self._bars.advance(self._task)
+        if time.monotonic() - self._shown > _REFRESH_SECONDS:
+            head = self._bars.tasks[-1].description.split("  ")[0]
+            self._update(description=f"{head}  loss {loss():.4f}", force=True)
+
+    def validating(self) -> None:
+        """The validation of an epoch begins."""
+        if self._bars is not None and self._task is not None:
+            self._update(description=f"{self._bars.tasks[-1].description}  validating", force=True)
+
+    def end_epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """Log one line with the epoch's numbers."""
+        if self._quiet:
+            return
+        dice = row.get("val_dice")
+        seconds = (
+            row["seconds_computing"] + row["seconds_waiting_for_data"] + row.get("seconds_validating", 0.0)
+        )
+        _LOG.info(
+            "epoch %d/%d  loss %.4f  %s  lr %.2e  %.1f s (%.1f waiting for data, %.1f validating)",
+            row["epoch"],
+            epochs,
+            row["train_loss"],
+            "not validated" if dice is None else f"val Dice {dice:.4f}",
+            row["learning_rate"],
+            seconds,
+            row["seconds_waiting_for_data"],
+            row.get("seconds_validating", 0.0),
+        )
+
+    def _show(self, description: str, total: int) -> None:
+        if self._bars is None:
+            return
+        if self._task is not None and self._bars.tasks[-1].description != description:
+            self._remove()
+        if self._task is None:
+            self._task = self._bars.add_task(description, total=total)
+
+    def _update(self, *, force: bool = False, **changes: Any) -> None:
+        if self._bars is None or self._task is None:
+            return
+        if force or time.monotonic() - self._shown > _REFRESH_SECONDS:
+            self._shown = time.monotonic()
+            self._bars.update(self._task, **changes)
+
+    def _remove(self) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None

@@ -1,0 +1,161 @@
+"""The folder of a run: what it was told, where it ran, what it measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lungkit
+from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit.errors import CheckpointError, UsageError
+from lungkit.ops import _library
+
+_LOG = logging.getLogger("lungkit")
+
+METRIC_COLUMNS = (
+    "epoch",
+    "step",
+    "train_loss",
+    "learning_rate",
+    "val_dice",
+    "val_iou",
+    "val_ppv",
+    "val_sensitivity",
+    "seconds_waiting_for_data",
+    "seconds_computing",
+    "seconds_validating",
+)
+
+
+class RunFolder:
+    """Files of one run.
+
+    ``config.yaml``, ``env.json``, ``dataset.json``, ``metrics.csv``, ``metrics.jsonl``, ``train.log``,
+    ``progress.png``, ``overlays/``, ``checkpoints/``, ``status.json`` and, at the end, ``validation.*``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.overlays = self.path / "overlays"
+        self._handler: logging.Handler | None = None
+
+    @classmethod
+    def create(cls, runs: str | os.PathLike[str], name: str) -> RunFolder:
+        """Make ``runs/name``, or ``runs/name-2`` and so on where that exists: no run is overwritten.
+
+        Raises:
+            UsageError: the folder cannot be made.
+        """
+        number = 1
+        while True:
+            path = Path(runs) / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+            except OSError as error:
+                raise UsageError(
+                    f"runs: {path} cannot be made ({error.strerror}); name a writable folder"
+                ) from error
+        folder = cls(path)
+        folder.checkpoints.mkdir()
+        folder.overlays.mkdir()
+        return folder
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """A run that exists.
+
+        Raises:
+            CheckpointError: it is not a run folder.
+        """
+        folder = cls(path)
+        for name in ("config.yaml", "dataset.json"):
+            if not (folder.path / name).is_file():
+                raise CheckpointError(f"{folder.path}: not a run folder, {name} is missing")
+        return folder
+
+    def start_logging(self) -> None:
+        """Send lungkit's log to ``train.log`` as well."""
+        self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        _LOG.addHandler(self._handler)
+
+    def stop_logging(self) -> None:
+        """Close ``train.log``."""
+        if self._handler is not None:
+            _LOG.removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+
+    def write_description(self, config_yaml: str, dataset: Mapping[str, Any]) -> None:
+        """Write ``config.yaml``, ``dataset.json`` and ``env.json``."""
+        write_text_atomic(self.path / "config.yaml", config_yaml)
+        write_json_atomic(self.path / "dataset.json", dataset)
+        write_json_atomic(self.path / "env.json", environment())
+
+    def dataset(self) -> dict[str, Any]:
+        """Contents of ``dataset.json``.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        path = self.path / "dataset.json"
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: expected an object")
+        return content
+
+    def write_status(self, state: str, **details: Any) -> None:
+        """Write ``status.json``: "running", "finished", "interrupted" or "failed", and details."""
+        write_json_atomic(
+            self.path / "status.json",
+            {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details},
+        )
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Write ``metrics.csv`` and ``metrics.jsonl``, a row an epoch; a value that is absent stays empty."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, METRIC_COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomic(self.path / "metrics.csv", table.getvalue())
+        write_text_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform and devices of this process."""
+    packages = ("torch", "numpy", "nibabel", "safetensors", "lightning-fabric", "monai")
+    versions: dict[str, str | None] = {"lungkit": lungkit.__version__}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "kernels": {"cpu": _library.cpu_isa(), "cuda": _library.CUDA_LIBRARY.loaded},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else [],
+    }

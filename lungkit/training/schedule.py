@@ -1,0 +1,77 @@
+"""Learning rate over a run, and the running average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lungkit.errors import UsageError
+
+
+def learning_rate_factor(step: int, total_steps: int, *, schedule: str, warmup_steps: int = 0) -> float:
+    r"""Factor on the peak learning rate at ``step`` of ``total_steps``.
+
+    With :math:`t` = step / total: polynomial :math:`(1 - t)^{0.9}` (Isensee et al. 2021), cosine
+    :math:`(1 + \cos \pi t)/2` (Loshchilov and Hutter 2017), or 1; times (step + 1) / (warmup + 1) during warm-up.
+
+    Raises:
+        UsageError: an unknown schedule.
+
+    Example:
+        >>> [round(learning_rate_factor(s, 10, schedule="polynomial", warmup_steps=1), 2) for s in (0, 1, 5, 9)]
+        [0.5, 0.91, 0.54, 0.13]
+    """
+    t = step / total_steps
+    factors = {"polynomial": (1 - t) ** 0.9, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}
+    if schedule not in factors:
+        raise UsageError(f"schedule is {schedule!r}; choose one of {', '.join(factors)}")
+    return factors[schedule] * min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+class WeightAverage:
+    r"""Exponential moving average of a network's parameters; other state (norm statistics) is copied.
+
+    .. math:: a \leftarrow d\,a + (1 - d)\,w, \qquad d = \min(\text{decay}, (1 + n)/(10 + n))
+
+    so that the average of a short run is not held back by its first weights. Source: Tarvainen and Valpola, "Mean
+    teachers are better role models", 2017.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(layer.weight)
+        >>> average = WeightAverage(layer, decay=0.5)
+        >>> _ = torch.nn.init.ones_(layer.weight)
+        >>> average.update(layer, updates=100)
+        >>> average.state["weight"].item()
+        0.5
+    """
+
+    def __init__(self, network: nn.Module, *, decay: float) -> None:
+        self.decay = decay
+        self._parameters = {name for name, _ in network.named_parameters()}
+        self.state = {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, *, updates: int) -> None:
+        """Move the average towards the weights; ``updates`` counts the updates before this one."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
+        for name, value in network.state_dict().items():
+            if name in self._parameters and value.is_floating_point():
+                averages.append(self.state[name])
+                weights.append(value)
+            else:
+                self.state[name].copy_(value)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def parameter_groups(network: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
+    """Optimiser groups: weights of convolutions decay, biases and norms do not."""
+    parameters: Iterable[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() > 1]
+    others = [p for p in parameters if p.dim() <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
