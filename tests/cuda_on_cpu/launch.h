@@ -23,8 +23,8 @@
 
 namespace lungkit_emulator {
 
-inline constexpr size_t default_shared_bytes =
-    48 * 1024;  // a launch may ask for more after cudaFuncSetAttribute
+// Dynamic shared memory of a block: what any launch may ask for, and what it may after cudaFuncSetAttribute.
+inline constexpr size_t default_shared_bytes = 48 * 1024;
 inline constexpr size_t max_shared_bytes = 227 * 1024;
 
 // What surrounds the machine: one launch at a time, whichever thread calls.
@@ -40,8 +40,7 @@ inline Launcher& launcher() {
   return instance;
 }
 
-// LUNGKIT_EMULATOR_ORDER (forward, reverse or random) and LUNGKIT_EMULATOR_SEED hold until set_order is
-// called.
+// LUNGKIT_EMULATOR_ORDER (forward, reverse or random) and LUNGKIT_EMULATOR_SEED, until set_order is called.
 inline void read_order_from_environment() {
   const char* const order = std::getenv("LUNGKIT_EMULATOR_ORDER");
   const char* const seed = std::getenv("LUNGKIT_EMULATOR_SEED");
@@ -149,13 +148,6 @@ void launch_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
 // For ctypes. `used` keeps them in a library in which nothing calls them.
 extern "C" {
 
-struct LungkitEmulatorStatistics {
-  uint64_t launches;
-  uint64_t blocks;
-  uint64_t threads;
-  uint64_t switches;
-};
-
 // order: 0 forward, 1 reverse, 2 random (seed is for random). Returns 0 where order is none of these, else 1.
 [[gnu::used, gnu::visibility("default")]] inline int lungkit_emulator_set_order(int order, unsigned seed) {
   if (order < 0 || order > 2) return 0;
@@ -163,8 +155,7 @@ struct LungkitEmulatorStatistics {
   return 1;
 }
 
-[[gnu::used, gnu::visibility("default")]] inline LungkitEmulatorStatistics lungkit_emulator_statistics() {
-  const lungkit_emulator::Statistics s = lungkit_emulator::statistics();
-  return {s.launches, s.blocks, s.threads, s.switches};
+[[gnu::used, gnu::visibility("default")]] inline lungkit_emulator::Statistics lungkit_emulator_statistics() {
+  return lungkit_emulator::statistics();
 }
 }
