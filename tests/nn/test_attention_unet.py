@@ -10,6 +10,8 @@ import torch
 from lungkit.errors import UsageError
 from lungkit.nn import AttentionUNet, UNet, build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEATURES = (4, 6, 8)
 
 

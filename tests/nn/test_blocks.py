@@ -10,6 +10,8 @@ from lungkit.errors import UsageError
 from lungkit.nn.blocks import ACTIVATIONS, ConvBlock, ConvUnit, Upsample, initialise, make_activation, seeded
 from lungkit.nn.norms import InstanceNorm, make_norm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 SIZES = {2: (7, 6), 3: (3, 5, 4)}
 TORCH_INSTANCE_NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}

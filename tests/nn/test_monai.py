@@ -12,6 +12,8 @@ from torch import nn
 from lungkit.errors import CheckpointError, UsageError
 from lungkit.nn import MonaiAttentionUNet, build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The same network in both vocabularies: (ours, MONAI's, input shape).
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
     "2d": (

@@ -14,6 +14,8 @@ from lungkit.errors import UsageError
 from lungkit.nn import MODELS, UNet, build_model
 from lungkit.nn.norms import InstanceNorm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEATURES = (4, 6, 8)
 
 
