@@ -35,7 +35,7 @@ def test_nearest_equals_torch_nearest_exact(shape: tuple[int, int, int]) -> None
     np.testing.assert_array_equal(resample_nearest(array, shape), expected[0, 0].numpy())
 
 
-@pytest.mark.parametrize(("new", "tolerance"), [(64, 1e-4), (45, 1e-4), (16, 1e-4), (23, 0.05), (5, 0.05)])
+@pytest.mark.parametrize(("new", "tolerance"), [(64, 1e-3), (45, 1e-3), (16, 1e-3), (23, 0.05), (5, 0.05)])
 def test_ramp_keeps_its_place_to_the_sub_voxel(new: int, tolerance: float) -> None:
     # Intensity = position in old voxels: after resampling it must be (j + 1/2) n/m - 1/2, away from the edge.
     # The widened filter is exact for whole ratios only.
