@@ -137,10 +137,15 @@ def prepare(
             f"{dataset.root}: no training case of fold {config.data.fold} has foreground; "
             "choose another fold with --data.fold or check the masks"
         )
+    plan = make_plan(config, fingerprint, labelled)
+    # A 2D network sees the pixels of one slice: resampling would only blur slices into each other.
+    native = plan.dims == 2 and config.data.spacing_mm == "auto"
     preprocessing = plan_preprocessing(
-        fingerprint, window=config.data.window, spacing_mm=config.data.spacing_mm
+        fingerprint,
+        window=config.data.window,
+        spacing_mm="native" if native else config.data.spacing_mm,
     )
-    return Prepared(labelled, split, fingerprint, preprocessing, make_plan(config, fingerprint, labelled))
+    return Prepared(labelled, split, fingerprint, preprocessing, plan)
 
 
 def prepare_cases(
