@@ -63,7 +63,7 @@ REPORTED = {
     "exception_of_a_thread": "thrown by thread 9",
 }
 
-SANITIZED = {
+SANITISED = {
     "store_behind_global": "heap-buffer-overflow",
     "store_behind_dynamic": "heap-buffer-overflow",
     "store_behind_static": "out of bounds for type 'float [64]'",
@@ -103,9 +103,9 @@ def self_test(build) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sanitized_self_test(build) -> Path:
+def sanitised_self_test(build) -> Path:
     options = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    return build("self_test_sanitized", SELF_TEST, *options)
+    return build("self_test_sanitised", SELF_TEST, *options)
 
 
 @pytest.fixture(scope="session")
@@ -147,8 +147,8 @@ def test_right_kernels_pass_in_every_order(self_test, mode):
 
 
 @pytest.mark.parametrize("mode", RIGHT)
-def test_right_kernels_are_clean_under_the_sanitizers(sanitized_self_test, mode):
-    assert_passes(sanitized_self_test, mode)
+def test_right_kernels_are_clean_under_the_sanitisers(sanitised_self_test, mode):
+    assert_passes(sanitised_self_test, mode)
 
 
 @pytest.mark.parametrize(
@@ -178,20 +178,20 @@ def test_broken_rules_are_reported(self_test, mode):
 
 
 @pytest.mark.parametrize("mode", REPORTED)
-def test_reports_leave_nothing_behind_for_the_sanitizers(sanitized_self_test, mode):
-    done = run(sanitized_self_test, mode)
+def test_reports_leave_nothing_behind_for_the_sanitisers(sanitised_self_test, mode):
+    done = run(sanitised_self_test, mode)
     assert done.returncode == 3, done.stderr
     assert "Sanitizer" not in done.stderr
 
 
-@pytest.mark.parametrize("mode", SANITIZED)
-def test_sanitizers_see_into_kernels(sanitized_self_test, mode):
-    done = run(sanitized_self_test, mode)
+@pytest.mark.parametrize("mode", SANITISED)
+def test_sanitisers_see_into_kernels(sanitised_self_test, mode):
+    done = run(sanitised_self_test, mode)
     assert done.returncode == 1
-    assert SANITIZED[mode] in done.stderr
+    assert SANITISED[mode] in done.stderr
 
 
-def test_store_behind_dynamic_shared_memory_is_reported_without_sanitizers_too(self_test):
+def test_store_behind_dynamic_shared_memory_is_reported_without_sanitisers_too(self_test):
     done = run(self_test, "store_behind_dynamic")
     assert done.returncode == 3
     assert "wrote past the end of the dynamic shared memory" in done.stderr

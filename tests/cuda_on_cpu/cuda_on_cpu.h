@@ -11,9 +11,8 @@
 // and what it cannot.
 #pragma once
 
-#include "types.h"
-// Keywords first: the others use them.
 #include "collectives.h"
 #include "device_functions.h"
 #include "launch.h"
 #include "runtime_api.h"
+#include "types.h"

@@ -53,8 +53,6 @@ namespace lungkit_emulator {
 template <class T, class... Allowed>
 concept OneOf = (std::same_as<T, Allowed> || ...);
 
-using ullong = unsigned long long;
-
 template <class T, class Update>
 T exchange_atomically(T* address, const Update& update) {
   const T old = *address;

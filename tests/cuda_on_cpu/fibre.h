@@ -120,7 +120,7 @@ class Fibre {
   }
 
  private:
-  // Room for the sanitizers, which print their reports on the stack of the thread that they catch.
+  // Room for the sanitisers, which print their reports on the stack of the thread that they catch.
   static constexpr size_t stack_bytes = LUNGKIT_EMULATOR_ASAN ? 1024 * 1024 : 256 * 1024;
 
   static void arrive([[maybe_unused]] Fibre& here) {
