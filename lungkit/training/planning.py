@@ -185,7 +185,7 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
     strides = config.model.strides or _strides(len(features) - 1, spacing[3 - dims :])
     phantom = config.data.root is None
     learning_rate = config.optimiser.learning_rate or (2e-3 if config.optimiser.name == "adamw" else 1e-2)
-    defaults = (20, 50, 8) if phantom else (50, 250, 16) if dims == 2 else (50, 50, 2)
+    defaults = (20, 50, 8) if phantom else (40, 250, 16) if dims == 2 else (50, 50, 2)
     epochs, steps, batch = (
         given or default
         for given, default in zip(

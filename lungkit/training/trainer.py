@@ -298,13 +298,9 @@ class _Run:
         self.progress = _Progress()
         # On the device: reading it would make every step wait for the GPU.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        network = build_network(self.plan, config.seed)
-        if config.engine.channels_last:
-            layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-            network = network.to(memory_format=layout)  # type: ignore[call-overload]
-        self.network = network.to(fabric.device)
+        self.network = self._new_network()
         # What is validated and kept: the average of the weights, in a network of its own.
-        self.evaluated = build_network(self.plan, config.seed).to(fabric.device)
+        self.evaluated = self._new_network()
         self.average = WeightAverage(self.network, decay=config.optimiser.ema_decay)
         optimiser = make_optimiser(self.network, config.optimiser, self.plan.learning_rate)
         forward: Any = torch.compile(self.network) if config.engine.compile else self.network
@@ -313,6 +309,13 @@ class _Run:
         spacing = prepared.preprocessing.target_spacing_mm or prepared.fingerprint.spacings_mm[0]
         air = prepared.preprocessing.channels[0].bounds[0]
         self.augment = Augmenter(config.augment, self.plan.dims, spacing_mm=spacing, pad_value=air)
+
+    def _new_network(self) -> nn.Module:
+        network = build_network(self.plan, self.config.seed).to(self.fabric.device)
+        if self.config.engine.channels_last:
+            layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
+            network = network.to(memory_format=layout)  # type: ignore[call-overload]
+        return network
 
     @property
     def epoch(self) -> int:
