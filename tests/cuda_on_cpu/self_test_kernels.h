@@ -142,7 +142,7 @@ __global__ void double_first_kernel(float* x, int n) {
   x[i] *= 2.0f;
 }
 
-__global__ void sum_arguments_kernel(int by_value, const float& scale, float* out) {
+__global__ void sum_arguments_kernel(int by_value, float scale, float* out) {
   by_value += 1;  // a thread's own copy
   if (threadIdx.x == 3) *out = scale * static_cast<float>(by_value);
 }
