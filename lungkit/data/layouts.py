@@ -65,6 +65,15 @@ def open_dataset(root: str | os.PathLike[str], *, layout: str = "auto") -> Datas
     return dataset
 
 
+def read_declared_labels(path: Path) -> tuple[dict[str, int], int | None]:
+    """Labels by name, and the value to ignore if there is one, that the ``dataset.json`` at ``path`` declares.
+
+    Raises:
+        DataError: the file is malformed, or declares no usable labels.
+    """
+    return _parse_labels(_read_json(path), path)
+
+
 def _detect(root: Path) -> str:
     if (root / "dataset.json").is_file():
         training = _read_json(root / "dataset.json").get("training")
