@@ -101,6 +101,7 @@ __global__ void votes_kernel(int* answers) {
   mine[5] = __syncthreads_and(threadIdx.x < 40);
 }
 
+// Shuffled whole, which nvcc would refuse.
 struct Pair {
   int16_t first;
   float second;
