@@ -81,11 +81,11 @@ def draw_tumour(
     lobes = np.concatenate([_directions(random, 7), random.uniform(-0.22, 0.28, (7, 1))], axis=1)
     spicules = np.zeros((0, 4))
     if kind is TumourKind.SPICULATED:
-        count = int(random.integers(14, 26))
+        count = int(random.integers(16, 28))
         rays = _directions(random, count)
-        # Rays near the axial plane show in slices of any thickness.
-        rays[:, 0] *= 0.5
-        spicules = np.concatenate([_unit(rays), random.uniform(1.3, 2.0, (count, 1))], axis=1)
+        # Rays near the axial plane show in it; a single slice would meet hardly any of the others.
+        rays[:, 0] *= 0.05 if scene.grid.shape[0] == 1 else 0.5
+        spicules = np.concatenate([_unit(rays), random.uniform(1.6, 2.7, (count, 1))], axis=1)
     return TumourShape(
         kind=kind,
         centre_mm=centre,
@@ -106,7 +106,7 @@ def draw_tumour(
 def rasterise(shape: TumourShape, scene: Scene) -> tuple[Box, np.ndarray, np.ndarray]:
     """The box around a tumour and, on it, the coverage of its solid part and of the whole."""
     grid, radius = scene.grid, shape.radius_mm
-    reach = radius * (2.1 if len(shape.spicules) else 1.5) + grid.softness_mm
+    reach = radius * (2.7 if len(shape.spicules) else 1.5) + grid.softness_mm
     box = grid.box(shape.centre_mm - reach, shape.centre_mm + reach)
     if box is None:
         raise ValueError(f"a tumour at {shape.centre_mm} lies outside the field of view")
@@ -127,7 +127,7 @@ def rasterise(shape: TumourShape, scene: Scene) -> tuple[Box, np.ndarray, np.nda
     for dz, dy, dx, reach_in_radii in shape.spicules.tolist():
         along = dz * z + dy * y + dx * x
         aside = np.sqrt(np.maximum(distance_to_centre**2 - along**2, 0.0))
-        width = (0.16 * radius + 0.8) * (1.0 - along / (reach_in_radii * radius))
+        width = (0.12 * radius + 0.7) * (1.0 - along / (reach_in_radii * radius))
         ray = coverage(aside - width, softness) * np.clip(2.0 * width / softness, 0.0, 1.0) * (along > 0)
         solid = np.maximum(solid, ray)
     whole = np.maximum(whole, solid)
