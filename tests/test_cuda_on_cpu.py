@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.cuda_on_cpu.emulator import Emulator
+from cuda_on_cpu.emulator import Emulator
 
 SOURCES = Path(__file__).parent / "cuda_on_cpu"
 SELF_TEST = ("self_test.cpp", "self_test_unit.cpp")

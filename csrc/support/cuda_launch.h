@@ -30,8 +30,9 @@ inline cudaStream_t current_stream(const torch::stable::Tensor&) {
 }  // namespace lungkit
 
 #define LUNGKIT_UNPACK(...) __VA_ARGS__
-#define LUNGKIT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::lungkit_emulator::launch(#kernel, grid, block, shared_bytes, [&] { LUNGKIT_UNPACK kernel(__VA_ARGS__); })
+#define LUNGKIT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)  \
+  ::lungkit_emulator::launch_kernel(#kernel, grid, block, shared_bytes, \
+                                    LUNGKIT_UNPACK kernel __VA_OPT__(, ) __VA_ARGS__)
 #define LUNGKIT_CUDA_CHECK(call) LUNGKIT_CHECK((call) == cudaSuccess, #call " failed")
 
 #else

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu.emulator import Emulator
 
 from lungkit.ops import _library
 
@@ -62,7 +62,5 @@ def emulated_library() -> Path:
 def emulated(request: pytest.FixtureRequest, emulated_library: Path) -> Iterator[object]:
     """``torch.ops.lungkit_emulated``: the CUDA kernels, run thread by thread in three thread orders."""
     torch.ops.load_library(str(emulated_library))
-    control = ctypes.CDLL(str(emulated_library))
-    control.lungkit_emulator_set_order(["forward", "reverse", "random"].index(request.param), 1)
-    yield torch.ops.lungkit_emulated
-    control.lungkit_emulator_set_order(0, 0)
+    with Emulator(emulated_library).order(request.param, seed=1):
+        yield torch.ops.lungkit_emulated
