@@ -29,12 +29,17 @@ _LAZY = {
     "label_lesions": "lesions",
     "lesion_metrics": "lesions",
     "match_lesions": "lesions",
+    "Measurement": "measure",
+    "MetricGroup": "measure",
+    "MetricOptions": "measure",
+    "measure_case": "measure",
     "longest_diameter_mm": "size",
     "volume_ml": "size",
 }
 
 if TYPE_CHECKING:
     from lungkit.metrics.lesions import LesionMatch, label_lesions, lesion_metrics, match_lesions
+    from lungkit.metrics.measure import Measurement, MetricGroup, MetricOptions, measure_case
     from lungkit.metrics.size import longest_diameter_mm, volume_ml
 
 __all__ = [
@@ -45,6 +50,9 @@ __all__ = [
     "EmptyPolicy",
     "HausdorffDefinition",
     "LesionMatch",
+    "Measurement",
+    "MetricGroup",
+    "MetricOptions",
     "MetricSummary",
     "SurfaceDistances",
     "assd_mm",
@@ -55,6 +63,7 @@ __all__ = [
     "lesion_metrics",
     "longest_diameter_mm",
     "match_lesions",
+    "measure_case",
     "overlap_metrics",
     "surface_dice",
     "surface_distances",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lungkit.report.curves import save_curves
+from lungkit.report.distributions import save_distributions
 from lungkit.report.overlays import choose_slice, save_overlays
 from lungkit.report.tables import (
     case_table_to_dict,
@@ -23,6 +24,7 @@ __all__ = [
     "metric_title",
     "policy_note",
     "save_curves",
+    "save_distributions",
     "save_overlays",
     "write_case_table",
 ]

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,29 +23,50 @@ _TITLES = {
     "sensitivity": "Sensitivity",
     "specificity": "Specificity",
     "volume_similarity": "Volume similarity",
+    "assd_pooled_mm": "ASSD pooled (mm)",
+    "lesion_f1": "Lesion F1",
+    "lesion_dice": "Lesion Dice",
 }
+_PATTERNS = (
+    (re.compile(r"hd([\d.]+)_(\w+)_mm"), r"HD\1 \2 (mm)"),
+    (re.compile(r"nsd_(\w+)_([\d.]+)mm"), r"NSD \1 (\2 mm)"),
+    (re.compile(r"(\w+)_(mm|ml)"), r"\1 (\2)"),
+)
+_COUNTS = ("tp", "fp", "fn", "lesions_true", "lesions_found", "lesions_predicted", "lesions_false")
 
 
 def metric_title(name: str) -> str:
     """Heading of a metric's column; the definition of a distance stays in it.
 
     Example:
-        >>> metric_title("ppv"), metric_title("hd95_pooled_mm")
-        ('PPV', 'hd95_pooled_mm')
+        >>> metric_title("ppv"), metric_title("hd95_directed_mm"), metric_title("nsd_voxel_2mm")
+        ('PPV', 'HD95 directed (mm)', 'NSD voxel (2 mm)')
     """
-    return _TITLES.get(name, name)
+    if name in _TITLES:
+        return _TITLES[name]
+    for pattern, title in _PATTERNS:
+        if pattern.fullmatch(name):
+            return (
+                pattern.sub(title, name)
+                .replace("_", " ")
+                .replace("diameter", "Diameter")
+                .replace("volume", "Volume")
+            )
+    return name.replace("_", " ").capitalize() if name.startswith("lesion") else name
 
 
 def format_value(name: str, value: float) -> str:
     """A metric as text: ratios with four decimals, millimetres and millilitres with two, NaN as "-".
 
     Example:
-        >>> format_value("dice", 0.81236), format_value("assd_mm", 1.5), format_value("ppv", float("nan"))
+        >>> format_value("dice", 0.81236), format_value("assd_pooled_mm", 1.5), format_value("ppv", float("nan"))
         ('0.8124', '1.50', '-')
     """
     if math.isnan(value):
         return "-"
-    return f"{value:.2f}" if name.endswith(("_mm", "_ml")) else f"{value:.4f}"
+    if name in _COUNTS and value.is_integer():
+        return str(int(value))
+    return f"{value:.2f}" if name.endswith(("_mm", "_ml")) or name in _COUNTS else f"{value:.4f}"
 
 
 def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "text") -> str:
@@ -70,13 +92,16 @@ def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]], *, style: 
     return _STYLES[style](header, rows)
 
 
-def format_case_table(table: CaseTable, *, style: str = "text", cases: bool = True) -> str:
+def format_case_table(
+    table: CaseTable, *, style: str = "text", cases: bool = True, metrics: Sequence[str] | None = None
+) -> str:
     """Per-case metrics, then for each class the mean, the standard deviation and what was left out.
 
     Args:
         table: the metrics.
         style: "text", "markdown" or "latex".
         cases: whether the rows of single cases are shown.
+        metrics: the columns; all metrics where not given.
 
     Example:
         >>> table = CaseTable()
@@ -93,13 +118,15 @@ def format_case_table(table: CaseTable, *, style: str = "text", cases: bool = Tr
         <BLANKLINE>
         2 cases. Undefined values ("-") are left out of the means. Empty masks: policy "nan" decided 1 value in 1 case.
     """
-    header = ["case", "label", *map(metric_title, table.metrics)]
+    shown = table.metrics if metrics is None else tuple(metrics)
+    header = ["case", "label", *map(metric_title, shown)]
     rows = []
     if cases:
         for row in table.rows:
-            rows.append([row.case_id, row.label, *(format_value(*item) for item in row.values.items())])
+            rows.append([row.case_id, row.label, *(format_value(name, row.values[name]) for name in shown)])
     for label in table.labels:
-        summary = table.summary(label)
+        every = table.summary(label)
+        summary = {name: every[name] for name in shown}
         rows.append(["mean", label, *(format_value(name, s.mean) for name, s in summary.items())])
         rows.append(["std", label, *(format_value(name, s.std) for name, s in summary.items())])
         if any(s.undefined for s in summary.values()):
@@ -143,6 +170,8 @@ def write_case_table(
     table: CaseTable,
     *,
     name: str = "metrics",
+    metrics: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a table as ``name.csv`` (cases), ``name_summary.csv``, ``name.json``, ``name.md`` and ``name.txt``.
@@ -151,6 +180,8 @@ def write_case_table(
         folder: an existing folder; files of these names in it are replaced, each whole or not at all.
         table: the metrics.
         name: stem of the files.
+        metrics: the columns of the two readable files; CSV and JSON hold all metrics.
+        notes: lines below the table in the readable files, e.g. definitions.
         extra: further entries of the JSON file, e.g. definitions and versions.
 
     Raises:
@@ -161,8 +192,13 @@ def write_case_table(
     write_text_atomic(folder / f"{name}.csv", _cases_csv(table))
     write_text_atomic(folder / f"{name}_summary.csv", _summary_csv(table))
     write_json_atomic(folder / f"{name}.json", {**(extra or {}), **case_table_to_dict(table)})
-    write_text_atomic(folder / f"{name}.md", format_case_table(table, style="markdown") + "\n")
-    write_text_atomic(folder / f"{name}.txt", format_case_table(table) + "\n")
+    for suffix, style, bullet in ((".md", "markdown", "- "), (".txt", "text", "")):
+        lines = [
+            format_case_table(table, style=style, metrics=metrics),
+            "",
+            *(bullet + note for note in notes),
+        ]
+        write_text_atomic(folder / f"{name}{suffix}", "\n".join(lines).rstrip() + "\n")
 
 
 def _cases_csv(table: CaseTable) -> str:

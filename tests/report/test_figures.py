@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lungkit.errors import UsageError
-from lungkit.report import choose_slice, save_curves, save_overlays
+from lungkit.metrics import CaseTable
+from lungkit.report import choose_slice, save_curves, save_distributions, save_overlays
 from lungkit.report.overlays import _crop_box
 
 EPOCHS = [{"epoch": i, "train_loss": 1 / (i + 1), "val_dice": i / 4, "lr": 0.01} for i in range(4)]
@@ -147,3 +148,35 @@ def test_row_without_epoch_is_refused(tmp_path: Path) -> None:
 def test_matplotlib_is_imported_only_to_draw() -> None:
     code = "import sys, lungkit.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def dice_table(*values: float) -> CaseTable:
+    table = CaseTable()
+    for case, value in enumerate(values):
+        table.add_row(str(case), "tumour", {"dice": value, "iou": value / 2})
+    return table
+
+
+def test_distribution_has_a_panel_for_each_metric(tmp_path: Path) -> None:
+    table = dice_table(0.2, 0.5, 0.9)
+    save_distributions(tmp_path / "one.png", table, ["dice"])
+    save_distributions(tmp_path / "two.png", table, ["dice", "iou"])
+    assert pixels(tmp_path / "two.png").shape[1] == 2 * pixels(tmp_path / "one.png").shape[1]
+
+
+def test_distribution_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    save_distributions(
+        tmp_path / "a.png", {"unet": dice_table(math.nan, math.inf), "other": dice_table(0.5)}, ["dice"]
+    )
+    assert (tmp_path / "a.png").exists()
+
+
+def test_same_numbers_give_the_same_picture(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        save_distributions(tmp_path / name, dice_table(0.2, 0.5, 0.9), ["dice"])
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
+def test_metric_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'hd'"):
+        save_distributions(tmp_path / "a.png", dice_table(0.5), ["hd"])

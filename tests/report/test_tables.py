@@ -26,7 +26,7 @@ def table() -> CaseTable:
 
 def test_text_shows_cases_mean_and_what_was_left_out(table: CaseTable) -> None:
     lines = [line.split() for line in format_case_table(table).splitlines()]
-    assert lines[0] == ["case", "label", "Dice", "hd95_pooled_mm"]
+    assert lines[0] == ["case", "label", "Dice", "HD95", "pooled", "(mm)"]
     assert ["lung_1", "tumour", "0.1235", "3.14"] in lines
     assert ["mean", "tumour", "0.3117", "inf"] in lines
     assert ["undefined", "tumour", "1", "1"] in lines

@@ -1,0 +1,184 @@
+"""``lungkit-evaluate``: measure a folder of predicted masks against a folder of true ones."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lungkit
+from lungkit.cli._common import run_command
+from lungkit.errors import DataError, UsageError
+
+_LOG = logging.getLogger("lungkit")
+
+_EPILOG = """
+Written to the output folder: metrics.csv (cases), metrics_summary.csv, metrics.json (with the definition of every
+metric), metrics.md, metrics.txt and distribution.png.
+Examples:
+  lungkit-evaluate predictions/ labelsTr/                every metric of every case in both folders
+  lungkit-evaluate predictions/ DATASET/                 labels and their names from a dataset's folder
+  lungkit-evaluate a.nii.gz b.nii.gz --label tumour=2    two files, and which value is the tumour
+Exit codes: 0 ok, 2 usage, 3 bad data: a case could not be measured or is on one side only; the others are measured.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    return run_command(lambda: _run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from lungkit.metrics import EmptyPolicy, HausdorffDefinition, MetricGroup, MetricOptions
+
+    defaults = MetricOptions()
+    parser = argparse.ArgumentParser(
+        prog="lungkit-evaluate",
+        description="Measure predicted masks against true ones: overlap, surface distances, lesions, sizes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "predictions", type=Path, help="folder of predicted masks (.nii, .nii.gz), or one file"
+    )
+    parser.add_argument(
+        "labels", type=Path, help="folder of true masks of the same names, a dataset, or one file"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help='new folder for the results (default: "evaluation", numbered if it exists)',
+    )
+    parser.add_argument(
+        "--label",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a class and its value in the files, repeatable; ignore=VALUE leaves voxels out "
+        "(default: from dataset.json beside the labels, else foreground=1)",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=[group.value for group in MetricGroup],
+        default=[group.value for group in defaults.groups],
+        help="families of metrics (default: all)",
+    )
+    parser.add_argument(
+        "--percentile", type=float, default=defaults.percentile, help="of the Hausdorff distance"
+    )
+    parser.add_argument(
+        "--hausdorff",
+        choices=[definition.value for definition in HausdorffDefinition],
+        default=defaults.hausdorff.value,
+        help="larger of the two directed percentiles, or percentile of both directions pooled",
+    )
+    parser.add_argument(
+        "--tolerance-mm", type=float, default=defaults.tolerance_mm, help="of the surface Dice"
+    )
+    parser.add_argument("--min-iou", type=float, default=defaults.min_iou, help="for two lesions to match")
+    parser.add_argument(
+        "--empty",
+        choices=[policy.value for policy in EmptyPolicy],
+        default=defaults.empty.value,
+        help="what a metric is where masks are empty and its formula does not say",
+    )
+    parser.add_argument(
+        "--common-only", action="store_true", help="cases on one side only are named, but are no error"
+    )
+    parser.add_argument("-j", "--jobs", type=int, help="cases at a time (default: one a core)")
+    parser.add_argument("--max-voxels", type=int, help="refuse larger files")
+    parser.add_argument("--version", action="version", version=lungkit.__version__)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from lungkit.data import DEFAULT_MAX_VOXELS
+    from lungkit.metrics import EmptyPolicy, HausdorffDefinition, MetricGroup, MetricOptions
+    from lungkit.metrics.surface import available_cpus
+    from lungkit.report import evaluation as evaluating
+
+    options = MetricOptions(
+        groups=tuple(MetricGroup(name) for name in arguments.metrics),
+        percentile=arguments.percentile,
+        hausdorff=HausdorffDefinition(arguments.hausdorff),
+        tolerance_mm=arguments.tolerance_mm,
+        min_iou=arguments.min_iou,
+        empty=EmptyPolicy(arguments.empty),
+    )
+    if arguments.label:
+        scheme = evaluating.parse_labels(arguments.label)
+    else:
+        scheme = evaluating.find_label_scheme(arguments.labels)
+    found = evaluating.find_pairs(arguments.predictions, arguments.labels)
+    jobs = min(available_cpus() if arguments.jobs is None else arguments.jobs, len(found.pairs))
+    if jobs > 1:
+        torch.set_num_threads(1)  # each job has a core of its own
+    with _Bar(len(found.pairs)) as bar:
+        evaluation = evaluating.evaluate_pairs(
+            found.pairs,
+            scheme,
+            options=options,
+            jobs=jobs,
+            max_voxels=arguments.max_voxels or DEFAULT_MAX_VOXELS,
+            progress=bar.update,
+        )
+    folder = _new_folder(arguments.output)
+    text = evaluating.write_evaluation(folder, evaluation, found, options, scheme)
+    sys.stdout.write(text + "\n")
+    _LOG.info("everything is in %s", folder)
+    return _exit_code(evaluation.failed, found.without_prediction, found.without_label, arguments.common_only)
+
+
+def _exit_code(
+    failed: dict[str, str], without_prediction: Sequence[str], without_label: Sequence[str], common_only: bool
+) -> int:
+    from lungkit.data.dataset import shorten
+
+    for what, cases in (("prediction", without_prediction), ("label", without_label)):
+        if cases:
+            _LOG.warning("%d cases have no %s: %s", len(cases), what, shorten(cases, limit=20))
+    for message in failed.values():
+        _LOG.error("not measured: %s", message)
+    one_sided = bool(without_prediction or without_label) and not common_only
+    return DataError.exit_code if failed or one_sided else 0
+
+
+def _new_folder(asked: Path | None) -> Path:
+    """The folder asked for, which must be new or empty; or "evaluation", numbered from 2 on where it exists."""
+    if asked is not None:
+        if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
+            raise UsageError(f"--output {asked} exists and is not an empty folder; name a new one")
+        return asked
+    number = 1
+    while (folder := Path("evaluation" if number == 1 else f"evaluation-{number}")).exists():
+        number += 1
+    return folder
+
+
+class _Bar:
+    """A progress bar on a terminal; nothing where the output goes to a file."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bars = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self._task = self._bars.add_task("measuring", total=total)
+
+    def __enter__(self) -> _Bar:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def update(self, case_id: str, done: int, total: int) -> None:
+        """``done`` of ``total`` cases are measured, the last one is ``case_id``."""
+        self._bars.update(self._task, completed=done, total=total, description=case_id)

@@ -1,0 +1,318 @@
+"""Evaluation of a folder of predictions against a folder of labels: files paired, read, checked and measured."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import lungkit
+from lungkit.data import DEFAULT_MAX_VOXELS, Volume, open_dataset, read_volume
+from lungkit.data.dataset import IGNORE_INDEX, map_labels, shorten
+from lungkit.data.geometry import orient, plan_geometry
+from lungkit.data.layouts import read_declared_labels
+from lungkit.errors import DataError, LungkitError, UsageError
+from lungkit.metrics import CaseTable, Measurement, MetricGroup, MetricOptions, measure_case
+from lungkit.report.distributions import save_distributions
+from lungkit.report.tables import format_case_table, metric_title, write_case_table
+
+_LOG = logging.getLogger("lungkit")
+
+_SUFFIXES = (".nii.gz", ".nii")
+_AFFINE_TOLERANCE_MM = 1e-3
+
+
+@dataclass(frozen=True)
+class LabelScheme:
+    """What the values of the mask files mean: ``values`` from name to value, and the value to ignore."""
+
+    values: Mapping[str, int]
+    ignore_value: int | None = None
+
+    @property
+    def class_indices(self) -> dict[str, int]:
+        """Name -> class index 0..K-1, in ascending order of the values; the background is 0."""
+        names = sorted(self.values, key=self.values.__getitem__)
+        return {name: index for index, name in enumerate(names)}
+
+    @property
+    def label_map(self) -> dict[int, int]:
+        """Value in a file -> class index, the ignored value -> 255."""
+        mapping = {self.values[name]: index for name, index in self.class_indices.items()}
+        if self.ignore_value is not None:
+            mapping[self.ignore_value] = IGNORE_INDEX
+        return mapping
+
+
+FOREGROUND = LabelScheme({"background": 0, "foreground": 1})
+"""Masks of one class without a name."""
+
+
+@dataclass(frozen=True)
+class CasePairs:
+    """Predictions and labels by case id, and the cases that are on one side only."""
+
+    pairs: dict[str, tuple[Path, Path]]
+    without_prediction: tuple[str, ...] = ()
+    without_label: tuple[str, ...] = ()
+
+
+@dataclass
+class Evaluation:
+    """Metrics of all cases that could be measured, and what was wrong with the others."""
+
+    table: CaseTable
+    failed: dict[str, str] = field(default_factory=dict)
+    """Case id -> message."""
+
+
+def find_pairs(predictions: str | os.PathLike[str], labels: str | os.PathLike[str]) -> CasePairs:
+    """Pair predictions with labels: two files, or two folders whose files have the same names.
+
+    ``labels`` may be the root of a dataset as well (see :func:`lungkit.data.open_dataset`); its labels are then
+    paired by case id.
+
+    Raises:
+        DataError: a path is absent, a folder holds no masks, or no case is on both sides.
+    """
+    predictions, labels = Path(predictions), Path(labels)
+    for path in (predictions, labels):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    if predictions.is_file() != labels.is_file():
+        raise DataError(f"{predictions} and {labels}: give two files or two folders, not one of each")
+    if predictions.is_file():
+        return CasePairs({_case_id(labels): (predictions, labels)})
+    predicted, true = _masks_in(predictions), _labels_in(labels)
+    common = sorted(predicted.keys() & true.keys())
+    if not common:
+        raise DataError(
+            f"{predictions} and {labels} have no case in common: predictions {shorten(sorted(predicted))}; "
+            f"labels {shorten(sorted(true))}; the files must have the same names"
+        )
+    return CasePairs(
+        {case_id: (predicted[case_id], true[case_id]) for case_id in common},
+        without_prediction=tuple(sorted(true.keys() - predicted.keys())),
+        without_label=tuple(sorted(predicted.keys() - true.keys())),
+    )
+
+
+def find_label_scheme(labels: str | os.PathLike[str]) -> LabelScheme:
+    """Names and values of the classes from the ``dataset.json`` in the folder of the labels or the one above.
+
+    Where there is none, masks hold 0 and 1 and the class is called "foreground".
+
+    Raises:
+        DataError: the ``dataset.json`` cannot be read or declares no labels.
+    """
+    folder = Path(labels) if Path(labels).is_dir() else Path(labels).parent
+    for candidate in (folder / "dataset.json", folder.parent / "dataset.json"):
+        if candidate.is_file():
+            return LabelScheme(*read_declared_labels(candidate))
+    return FOREGROUND
+
+
+def evaluate_pairs(
+    pairs: Mapping[str, tuple[Path, Path]],
+    scheme: LabelScheme = FOREGROUND,
+    *,
+    options: MetricOptions | None = None,
+    jobs: int = 1,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Measure every pair of files; one that cannot be measured is reported and stops none of the others.
+
+    Prediction and label must lie on one grid (shape, and affine within 1e-3). They are measured in RAS+ with
+    axial slices, so that the diameter of a lesion is in the axial plane however the file is stored.
+
+    Args:
+        pairs: case id -> (prediction, label).
+        scheme: what the values of the files mean.
+        options: which metrics, under which definitions.
+        jobs: cases measured at the same time, in threads; the result does not depend on it.
+        max_voxels: refuse larger files.
+        progress: called with the case id, the cases done and the cases in all.
+
+    Returns:
+        the rows in the order of ``pairs``.
+    """
+    options = options or MetricOptions()
+    if jobs < 1:
+        raise UsageError(f"jobs must be at least 1, got {jobs}")
+    # With one case at a time its surfaces may use every core; with several, each has one.
+    threads = 1 if jobs > 1 else None
+
+    def measure(item: tuple[str, tuple[Path, Path]]) -> tuple[str, dict[str, Measurement] | str]:
+        case_id, (prediction, label) = item
+        try:
+            return case_id, _measure_files(prediction, label, scheme, options, max_voxels, threads)
+        except LungkitError as error:
+            return case_id, str(error)
+
+    evaluation = Evaluation(CaseTable(empty=options.empty))
+    with ThreadPoolExecutor(jobs) as pool:
+        for done, (case_id, result) in enumerate(pool.map(measure, pairs.items()), start=1):
+            if isinstance(result, str):
+                evaluation.failed[case_id] = result
+            else:
+                for label, measurement in result.items():
+                    evaluation.table.add_row(case_id, label, measurement.values, measurement.touched)
+            if progress is not None:
+                progress(case_id, done, len(pairs))
+    return evaluation
+
+
+def _measure_files(
+    prediction: Path,
+    label: Path,
+    scheme: LabelScheme,
+    options: MetricOptions,
+    max_voxels: int,
+    threads: int | None,
+) -> dict[str, Measurement]:
+    volumes = [read_volume(path, max_voxels=max_voxels) for path in (prediction, label)]
+    _check_same_grid(*volumes)
+    geometry = plan_geometry(volumes[1])
+    arrays = [
+        orient(map_labels(volume.array, scheme.label_map, str(volume.path)), geometry) for volume in volumes
+    ]
+    # A prediction has no voxels to ignore: where it says so nonetheless, it says background.
+    arrays[0] = (
+        np.where(arrays[0] == IGNORE_INDEX, 0, arrays[0]) if scheme.ignore_value is not None else arrays[0]
+    )
+    return measure_case(
+        arrays[0],
+        arrays[1],
+        scheme.class_indices,
+        geometry.spacing_mm,
+        options=options,
+        ignore_index=None if scheme.ignore_value is None else IGNORE_INDEX,
+        threads=threads,
+    )
+
+
+def _check_same_grid(prediction: Volume, label: Volume) -> None:
+    if prediction.array.shape != label.array.shape:
+        raise DataError(
+            f"{prediction.path}: shape {prediction.array.shape}, but {label.path} has {label.array.shape}; "
+            "predict on the scan's own grid, or resample the prediction onto it"
+        )
+    difference = float(np.abs(prediction.affine - label.affine).max())
+    if difference > _AFFINE_TOLERANCE_MM:
+        raise DataError(
+            f"{prediction.path}: affine differs by {difference:g} from that of {label.path} "
+            f"(spacing {_rounded(prediction.spacing_mm)} and {_rounded(label.spacing_mm)} mm, origin "
+            f"{_rounded(prediction.affine[:3, 3])} and {_rounded(label.affine[:3, 3])}); "
+            "correct the header of the one that is wrong"
+        )
+
+
+def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(round(float(value), 4) for value in values)
+
+
+def _labels_in(folder: Path) -> dict[str, Path]:
+    if (folder / "dataset.json").is_file() or not _mask_files(folder):
+        return {case.case_id: case.label for case in open_dataset(folder).cases if case.label is not None}
+    return _masks_in(folder)
+
+
+def _masks_in(folder: Path) -> dict[str, Path]:
+    files = _mask_files(folder)
+    if not files:
+        raise DataError(f"{folder}: holds no .nii or .nii.gz files")
+    masks: dict[str, Path] = {}
+    for path in files:
+        case_id = _case_id(path)
+        if case_id in masks:
+            raise DataError(f"{folder}: {masks[case_id].name} and {path.name} are the same case; remove one")
+        masks[case_id] = path
+    return masks
+
+
+def _mask_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.endswith(_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _case_id(path: Path) -> str:
+    return next((path.name.removesuffix(s) for s in _SUFFIXES if path.name.endswith(s)), path.name)
+
+
+def parse_labels(texts: Sequence[str]) -> LabelScheme:
+    """Labels from texts "name=value", as a command line gives them; the name "ignore" marks the value to ignore.
+
+    Raises:
+        UsageError: a text of another form, or a value used twice.
+
+    Example:
+        >>> parse_labels(["tumour=1", "ignore=255"])
+        LabelScheme(values={'background': 0, 'tumour': 1}, ignore_value=255)
+    """
+    values = {"background": 0}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name or not value.isdigit() or int(value) > 255:
+            raise UsageError(f"label {text!r} must be NAME=VALUE with a value from 1 to 255, e.g. tumour=1")
+        values[name] = int(value)
+    if len(set(values.values())) < len(values):
+        raise UsageError(
+            f"labels must have different values, and 0 is the background; got {', '.join(texts)}"
+        )
+    ignore = values.pop("ignore", None)
+    return LabelScheme(values, ignore)
+
+
+def write_evaluation(
+    folder: str | os.PathLike[str],
+    evaluation: Evaluation,
+    found: CasePairs,
+    options: MetricOptions,
+    scheme: LabelScheme,
+) -> str:
+    """Write the tables and the plot of an evaluation into a folder, made if absent; returns the readable table.
+
+    ``metrics.json`` holds the definition of every metric, the versions and the cases that were not measured.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
+        ) from error
+    table = evaluation.table
+    shown = [name for name in _headline(options) if name in table.metrics]
+    extra = {
+        "lungkit": lungkit.__version__,
+        "labels": dict(scheme.values),
+        "ignored_value": scheme.ignore_value,
+        "definitions": options.definitions(),
+        "failed": evaluation.failed,
+        "without_prediction": list(found.without_prediction),
+        "without_label": list(found.without_label),
+    }
+    definitions = options.definitions()
+    notes = [f"{metric_title(name)}: {definitions[name]}." for name in shown]
+    write_case_table(folder, table, metrics=shown, notes=notes, extra=extra)
+    if table.rows:
+        save_distributions(folder / "distribution.png", table, shown)
+    return "\n".join([format_case_table(table, metrics=shown), "", *notes])
+
+
+def _headline(options: MetricOptions) -> tuple[str, ...]:
+    """The metrics of the readable table; the other files hold all."""
+    surface = (options.hausdorff_name, options.surface_dice_name, "assd_pooled_mm")
+    overlap = ("dice", "iou", "ppv", "sensitivity")
+    if MetricGroup.OVERLAP in options.groups or MetricGroup.SURFACE in options.groups:
+        return (*overlap, *surface, "lesion_f1")
+    return tuple(options.definitions())
