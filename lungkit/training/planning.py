@@ -172,8 +172,8 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
     """Decide what the configuration leaves open.
 
     2D where the median case is a slice or a stack of fewer than 16 slices, else 3D. The patch is the median size of
-    a case up to 256 x 256 or 64 x 128 x 128; half of it along axes of slices that are smaller than that, so that
-    a crop can be shifted and says little about where the foreground lies.
+    a case up to 256 x 256 or 64 x 128 x 128; three quarters of a smaller slice, so that crops are shifted
+    and the middle of a patch says little about the foreground.
     """
     shape = np.median(np.asarray(fingerprint.shapes), axis=0)
     spacing = np.median(np.asarray(fingerprint.spacings_mm), axis=0)
@@ -185,7 +185,7 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
     strides = config.model.strides or _strides(len(features) - 1, spacing[3 - dims :])
     phantom = config.data.root is None
     learning_rate = config.optimiser.learning_rate or (2e-3 if config.optimiser.name == "adamw" else 1e-2)
-    defaults = (20, 50, 8) if phantom else (40, 250, 16) if dims == 2 else (50, 50, 2)
+    defaults = (20, 50, 8) if phantom else (30, 500, 8) if dims == 2 else (50, 50, 2)
     epochs, steps, batch = (
         given or default
         for given, default in zip(
@@ -246,7 +246,7 @@ def _default_patch(shape: np.ndarray, dims: int) -> tuple[int, ...]:
     for extent, largest in zip(shape, _MAX_PATCH[dims], strict=True):
         size = min(int(extent), largest)
         if dims == 2 and extent <= largest:
-            size = int(extent) // 2
+            size = int(extent) * 3 // 4
         # A multiple of 8 fits three strides of two without padding.
         patch.append(max(8, size // 8 * 8) if extent >= 8 else int(extent))
     return tuple(patch)
