@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +15,8 @@ from lungkit.training.config import EngineConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+_LOG = logging.getLogger("lungkit")
 
 _PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -40,7 +45,16 @@ def start_engine(config: EngineConfig) -> Fabric:
         ) from error
     if config.precision == "fp16" and fabric.device.type == "cpu":
         raise UsageError("engine.precision is 'fp16', which needs a GPU; use 'bf16' or 'fp32' on the CPU")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric.launch()
+    if fabric.global_rank > 0:
+        _LOG.setLevel(logging.ERROR)  # every process comes to the same lines; one of them says them
+    if fabric.world_size > 1:
+        # Channels-last gradients of 1 x 1 convolutions: the strides differ in name only.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    if config.deterministic:
+        # cuBLAS reads it when it is first used; without it, deterministic algorithms are refused there.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     return fabric

@@ -4,40 +4,37 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lungkit.data import Augmenter, CachedCase, PatchSampler
-from lungkit.data.dataset import IGNORE_INDEX
-from lungkit.errors import CheckpointError, Interrupted, LungkitError
-from lungkit.losses import DeepSupervisionLoss, DiceCELoss
+from lungkit.data import CachedCase
+from lungkit.errors import Interrupted, LungkitError
 from lungkit.metrics import CaseTable
 from lungkit.report import format_case_table, save_curves, write_case_table
-from lungkit.training.batches import Batches, augment_generator, seed_of_step
-from lungkit.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
-from lungkit.training.config_io import config_to_dict, config_to_yaml, load_config
+from lungkit.training.checkpoint import BEST, LAST, load_checkpoint
+from lungkit.training.config import TrainConfig
+from lungkit.training.config_io import config_to_yaml, load_config
 from lungkit.training.engine import as_resource_error, start_engine
-from lungkit.training.planning import Plan, Prepared, build_network, prepare, prepare_cases
+from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases
 from lungkit.training.progress import Display
 from lungkit.training.run_folder import RunFolder
-from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
-from lungkit.training.validation import METRICS, draw_overlays, validate
+from lungkit.training.session import Session
+from lungkit.training.signals import stop_signals
+from lungkit.training.validation import METRICS, draw_overlays
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 _LOG = logging.getLogger("lungkit")
+
+_STEPS_BETWEEN_VOTES = 8
 
 
 @dataclass(frozen=True)
@@ -48,20 +45,10 @@ class TrainResult:
     table: CaseTable
     """Metrics of every validation case with the best weights."""
     best_dice: float
+    """Mean over the validation cases; -1 where no case has foreground."""
+    best_epoch: int
     epochs: int
-
-
-@dataclass
-class _Progress:
-    """Where a run is; saved with every checkpoint."""
-
-    step: int = 0
-    loss_count: int = 0
-    best_dice: float = -1.0
-    best_epoch: int = 0
-    rows: list[dict[str, Any]] | None = None
-    waited: float = 0.0
-    computed: float = 0.0
+    """Epochs trained."""
 
 
 class Trainer:
@@ -118,7 +105,7 @@ class Trainer:
             UsageError, DataError, CheckpointError, ResourceError: see :mod:`lungkit.errors`.
         """
         fabric = start_engine(self.config.engine)
-        with _signals(self.stop), Display(quiet=not fabric.is_global_zero) as display:
+        with Display(quiet=not fabric.is_global_zero) as display:
             try:
                 return self._fit(fabric, display)
             except (RuntimeError, MemoryError) as error:
@@ -131,45 +118,67 @@ class Trainer:
         """Read everything, build everything, train one step and validate one case; leaves nothing behind."""
         fabric = start_engine(self.config.engine)
         with Display(quiet=not fabric.is_global_zero) as display:
-            prepared = prepare(self.config, progress=display.preparing)
-            train, val = prepare_cases(prepared, self.config, progress=display.preparing)
-            display.prepared()
-            run = _Run(self.config, prepared, fabric)
-            with run.batches(train, first_step=0, last_step=1) as batches:
+            prepared, train, val = self._prepare(fabric, display)
+            session = Session(self.config, prepared, fabric, [*train, *val])
+            with session.batches(train, first_step=0, last_step=1) as batches:
                 for step, images, labels in batches:
-                    run.train_step(step, images, labels)
-            run.validate(val[:1])
+                    session.train_step(step, images, labels)
+            session.validate(val[:1])
         return prepared.plan
 
-    def _fit(self, fabric: Fabric, display: Display) -> TrainResult:
+    def _prepare(
+        self, fabric: Fabric, display: Display
+    ) -> tuple[Prepared, list[CachedCase], list[CachedCase]]:
         known = None if self.resume is None else self.resume.dataset()
-        prepared = prepare(self.config, known=known, progress=display.preparing)
-        train, val = prepare_cases(prepared, self.config, progress=display.preparing)
+        # The first process fills the cache; the others then only open it.
+        with fabric.rank_zero_first():
+            prepared = prepare(self.config, known=known, progress=display.preparing)
+            train, val = prepare_cases(prepared, self.config, progress=display.preparing)
         display.prepared()
-        run = _Run(self.config, prepared, fabric)
+        return prepared, train, val
+
+    def _fit(self, fabric: Fabric, display: Display) -> TrainResult:
+        prepared, train, val = self._prepare(fabric, display)
+        session = Session(self.config, prepared, fabric, [*train, *val])
         folder = self._open_folder(prepared, fabric)
         if self.resume is not None:
-            run.restore(folder.checkpoints / self.checkpoint)
+            session.restore(folder.checkpoints / self.checkpoint)
         main = fabric.is_global_zero
         if main:
             folder.start_logging()
-            folder.write_status("running", epoch=run.epoch)
+            folder.write_status("running", epoch=session.epoch, epochs=session.plan.epochs)
         try:
             if self.resume is None:
                 _LOG.info("%s", prepared.fingerprint.summary())
             _LOG.info("run folder %s\n%s", folder.path, prepared.plan.summary())
-            self._epochs(run, folder, train, val, display)
-            table = self._finish(run, folder, val)
+            with stop_signals(self.stop):
+                self._epochs(session, folder, train, val, display)
+            table = self._finish(session, folder, val)
         except BaseException as error:
             if main:
-                state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-                folder.write_status(state, epoch=run.epoch, message=str(error))
+                self._report_failure(folder, session, error)
             raise
         finally:
             folder.stop_logging()
+        position = session.position
         if main:
-            folder.write_status("finished", epoch=run.epoch, best_dice=run.progress.best_dice)
-        return TrainResult(folder.path, table, run.progress.best_dice, run.epoch)
+            folder.write_status(
+                "finished",
+                epoch=session.epoch,
+                epochs=session.plan.epochs,
+                best_dice=position.best_dice,
+                best_epoch=position.best_epoch,
+            )
+        return TrainResult(folder.path, table, position.best_dice, position.best_epoch, session.epoch)
+
+    @staticmethod
+    def _report_failure(folder: RunFolder, session: Session, error: BaseException) -> None:
+        state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        message = str(error) or type(error).__name__
+        try:
+            folder.write_status(state, epoch=session.epoch, epochs=session.plan.epochs, message=message)
+        except LungkitError as second:  # a full disk: the first error says more
+            _LOG.warning("%s", second)
 
     def _open_folder(self, prepared: Prepared, fabric: Fabric) -> RunFolder:
         if self.resume is not None:
@@ -185,310 +194,131 @@ class Trainer:
         return RunFolder(fabric.broadcast(path))
 
     def _epochs(
-        self, run: _Run, folder: RunFolder, train: list[CachedCase], val: list[CachedCase], display: Display
+        self,
+        session: Session,
+        folder: RunFolder,
+        train: list[CachedCase],
+        val: list[CachedCase],
+        display: Display,
     ) -> None:
-        plan = run.plan
-        with run.batches(train, first_step=run.progress.step, last_step=plan.total_steps) as batches:
-            display.start_epoch(run.epoch + 1, plan.epochs, plan.steps_per_epoch, run.progress.step)
+        plan, position = session.plan, session.position
+        if position.loss_count and position.step % plan.steps_per_epoch == 0:
+            # The run was stopped between the last step of an epoch and the end of its validation.
+            self._end_epoch(session, folder, val, display)
+        if self._is_over(session):
+            return
+        with session.batches(train, first_step=position.step, last_step=plan.total_steps) as batches:
+            display.start_epoch(session.epoch + 1, plan.epochs, plan.steps_per_epoch, position.step)
             for step, images, labels in batches:
                 started = time.perf_counter()
-                run.train_step(step, images, labels)
-                run.progress.computed += time.perf_counter() - started
-                run.progress.waited, batches.waited = run.progress.waited + batches.waited, 0.0
-                display.step(lambda: run.mean_loss)
-                if self._must_stop(run):
-                    run.save(folder, LAST)
-                    raise Interrupted(
-                        f"stopped after step {run.progress.step} of {plan.total_steps} and saved; "
-                        f"continue with --resume {folder.path}"
-                    )
-                if run.progress.step % plan.steps_per_epoch == 0:
-                    done = self._end_epoch(run, folder, val, display)
-                    if done:
+                session.train_step(step, images, labels)
+                position.computed += time.perf_counter() - started
+                position.waited, batches.waited = position.waited + batches.waited, 0.0
+                display.step(lambda: session.mean_loss)
+                if self._must_stop(session):
+                    self._save_and_stop(session, folder)
+                if position.step % plan.steps_per_epoch == 0:
+                    self._end_epoch(session, folder, val, display)
+                    if self._is_over(session):
                         return
-                    display.start_epoch(run.epoch + 1, plan.epochs, plan.steps_per_epoch, run.progress.step)
+                    display.start_epoch(session.epoch + 1, plan.epochs, plan.steps_per_epoch, position.step)
 
-    def _must_stop(self, run: _Run) -> bool:
-        if run.fabric.world_size == 1:
+    def _must_stop(self, session: Session) -> bool:
+        if session.fabric.world_size == 1:
             return self._stop.is_set()
-        if run.progress.step % 8:  # a signal may reach one process only; agreeing costs a synchronisation
+        if session.position.step % _STEPS_BETWEEN_VOTES:
             return False
-        flag = torch.tensor(float(self._stop.is_set()), device=run.fabric.device)
-        total = run.fabric.all_reduce(flag, reduce_op="sum")
+        # A signal may reach one process only, but all must stop at the same step.
+        flag = torch.tensor(float(self._stop.is_set()), device=session.fabric.device)
+        total = session.fabric.all_reduce(flag, reduce_op="sum")
         return isinstance(total, Tensor) and float(total) > 0
 
-    def _end_epoch(self, run: _Run, folder: RunFolder, val: list[CachedCase], display: Display) -> bool:
-        """Validate, save, report; True where training is over."""
-        config, progress, plan = self.config, run.progress, run.plan
-        if not math.isfinite(run.mean_loss):
+    def _save_and_stop(self, session: Session, folder: RunFolder) -> None:
+        session.save(folder, LAST)
+        raise Interrupted(
+            f"stopped after step {session.position.step} of {session.plan.total_steps} and saved; "
+            f"continue with --resume {folder.path}"
+        )
+
+    def _is_over(self, session: Session) -> bool:
+        """Whether all epochs are done, or patience is at its end."""
+        if session.epoch >= session.plan.epochs:
+            return True
+        validated = [row["val_dice"] for row in session.position.rows if row.get("val_dice") is not None]
+        patience = self.config.patience
+        if patience is None or not validated:
+            return False
+        since_best = len(validated) - 1 - max(range(len(validated)), key=validated.__getitem__)
+        if since_best >= patience:
+            _LOG.info("stopping early: no better Dice in %d validations", patience)
+            return True
+        return False
+
+    def _end_epoch(
+        self, session: Session, folder: RunFolder, val: list[CachedCase], display: Display
+    ) -> None:
+        """Validate, save, report."""
+        position, plan = session.position, session.plan
+        loss = session.epoch_loss()
+        if not math.isfinite(loss):
             raise LungkitError(
-                f"training diverged in epoch {run.epoch}: the loss is {run.mean_loss}; lower "
+                f"training diverged in epoch {session.epoch}: the loss is {loss}; lower "
                 f"optimiser.learning_rate (now {plan.learning_rate:g}) or use engine.precision fp32"
             )
         row: dict[str, Any] = {
-            "epoch": run.epoch,
-            "step": progress.step,
-            "train_loss": run.mean_loss,
-            "learning_rate": run.learning_rate,
-            "seconds_waiting_for_data": round(progress.waited, 3),
-            "seconds_computing": round(progress.computed, 3),
+            "epoch": session.epoch,
+            "step": position.step,
+            "train_loss": loss,
+            "learning_rate": session.learning_rate,
+            "seconds_waiting_for_data": round(position.waited, 3),
+            "seconds_computing": round(position.computed, 3),
         }
-        last_epoch = run.epoch == plan.epochs
+        last_epoch = session.epoch == plan.epochs
         improved = False
-        if run.epoch % config.validate_every == 0 or last_epoch:
+        if session.epoch % self.config.validate_every == 0 or last_epoch:
             display.validating()
             started = time.perf_counter()
-            table = run.validate(val)
+            table = session.validate(val, after_case=lambda: self._stop_in_validation(session, folder))
             row["seconds_validating"] = round(time.perf_counter() - started, 3)
             for metric in METRICS:
                 mean = table.mean(metric)
                 row[f"val_{metric}"] = None if math.isnan(mean) else mean
-            if row["val_dice"] is not None and row["val_dice"] > progress.best_dice:
+            if row["val_dice"] is not None and row["val_dice"] > position.best_dice:
                 improved = True
-                progress.best_dice, progress.best_epoch = row["val_dice"], run.epoch
-        rows = progress.rows = [*(progress.rows or []), row]
-        run.loss_sum.zero_()
-        progress.loss_count, progress.waited, progress.computed = 0, 0.0, 0.0
-        if run.fabric.is_global_zero:
+                position.best_dice, position.best_epoch = row["val_dice"], session.epoch
+        session.begin_epoch(row)
+        if session.fabric.is_global_zero:
             if improved or (last_epoch and not (folder.checkpoints / BEST).exists()):
-                run.save(folder, BEST)
-            run.save(folder, LAST)
-            folder.write_metrics(rows)
-            save_curves(folder.path / "progress.png", rows)
-            folder.write_status("running", epoch=run.epoch, epochs=plan.epochs, best_dice=progress.best_dice)
-        run.fabric.barrier()
+                session.save(folder, BEST)
+            session.save(folder, LAST)
+            folder.write_metrics(position.rows)
+            save_curves(folder.path / "progress.png", position.rows)
+            folder.write_status(
+                "running", epoch=session.epoch, epochs=plan.epochs, best_dice=position.best_dice
+            )
+        session.fabric.barrier()
         display.end_epoch(row, plan.epochs)
         if self.on_epoch_end is not None:
             self.on_epoch_end(row)
-        if last_epoch:
-            return True
-        if self._must_stop(run):
+        if not last_epoch and self._must_stop(session):
             raise Interrupted(
-                f"stopped after epoch {run.epoch} of {plan.epochs} and saved; continue with --resume {folder.path}"
+                f"stopped after epoch {session.epoch} of {plan.epochs} and saved; "
+                f"continue with --resume {folder.path}"
             )
-        validated = [r["val_dice"] for r in rows if r.get("val_dice") is not None]
-        since_best = len(validated) - 1 - max(range(len(validated)), key=validated.__getitem__, default=0)
-        if config.patience is not None and validated and since_best >= config.patience:
-            _LOG.info("stopping early: no better Dice in %d validations", config.patience)
-            return True
-        return False
 
-    def _finish(self, run: _Run, folder: RunFolder, val: list[CachedCase]) -> CaseTable:
+    def _stop_in_validation(self, session: Session, folder: RunFolder) -> None:
+        # Several processes have different numbers of cases, and finish their validation before they agree to stop.
+        if session.fabric.world_size == 1 and self._stop.is_set():
+            self._save_and_stop(session, folder)
+
+    def _finish(self, session: Session, folder: RunFolder, val: list[CachedCase]) -> CaseTable:
         best = load_checkpoint(folder.checkpoints / BEST, with_trainer=False)
-        run.evaluated.load_state_dict(best.weights)
-        table = run.validate(val, current=False)
-        if run.fabric.is_global_zero:
-            write_case_table(folder.path, table, name="validation", extra={"epoch": run.progress.best_epoch})
-            draw_overlays(folder.overlays, run.evaluated, val, run.plan.patch_size, table)
-            _LOG.info(
-                "validation with the weights of epoch %d\n%s",
-                run.progress.best_epoch,
-                format_case_table(table),
-            )
-        run.fabric.barrier()
+        session.evaluated.load_state_dict(best.weights)
+        table = session.validate(val, current=False)
+        if session.fabric.is_global_zero:
+            epoch = session.position.best_epoch or session.epoch
+            write_case_table(folder.path, table, name="validation", extra={"epoch": epoch})
+            draw_overlays(folder.overlays, session.evaluated, val, session.plan.patch_size, table)
+            _LOG.info("validation with the weights of epoch %d\n%s", epoch, format_case_table(table))
+        session.fabric.barrier()
         return table
-
-
-class _Run:
-    """Network, optimiser and their state."""
-
-    def __init__(self, config: TrainConfig, prepared: Prepared, fabric: Fabric) -> None:
-        self.config, self.prepared, self.fabric = config, prepared, fabric
-        self.plan = prepared.plan
-        self.progress = _Progress()
-        # On the device: reading it would make every step wait for the GPU.
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        self.network = self._new_network()
-        # What is validated and kept: the average of the weights, in a network of its own.
-        self.evaluated = self._new_network()
-        self.average = WeightAverage(self.network, decay=config.optimiser.ema_decay)
-        optimiser = make_optimiser(self.network, config.optimiser, self.plan.learning_rate)
-        forward: Any = torch.compile(self.network) if config.engine.compile else self.network
-        self.wrapped, self.optimiser = fabric.setup(forward, optimiser)
-        self.criterion = make_criterion(config.loss, self.plan)
-        spacing = prepared.preprocessing.target_spacing_mm or prepared.fingerprint.spacings_mm[0]
-        air = prepared.preprocessing.channels[0].bounds[0]
-        self.augment = Augmenter(config.augment, self.plan.dims, spacing_mm=spacing, pad_value=air)
-
-    def _new_network(self) -> nn.Module:
-        network = build_network(self.plan, self.config.seed).to(self.fabric.device)
-        if self.config.engine.channels_last:
-            layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-            network = network.to(memory_format=layout)  # type: ignore[call-overload]
-        return network
-
-    @property
-    def epoch(self) -> int:
-        """Whole epochs done."""
-        return self.progress.step // self.plan.steps_per_epoch
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean training loss of the current epoch."""
-        return float(self.loss_sum) / max(1, self.progress.loss_count)
-
-    @property
-    def learning_rate(self) -> float:
-        """As of the last step."""
-        return float(self.optimiser.param_groups[0]["lr"])
-
-    def batches(self, cases: list[CachedCase], *, first_step: int, last_step: int) -> Batches:
-        sampler = PatchSampler(
-            cases,
-            self.plan.patch_size,
-            foreground_fraction=self.config.data.foreground_fraction,
-            seed=self.config.seed,
-            pad_label=IGNORE_INDEX,
-        )
-        return Batches(
-            sampler,
-            batch_size=self.plan.batch_size,
-            first_step=first_step,
-            last_step=last_step,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            pin_memory=self.fabric.device.type == "cuda",
-        )
-
-    def train_step(self, step: int, images: Tensor, labels: Tensor) -> None:
-        config, fabric = self.config, self.fabric
-        torch.manual_seed(seed_of_step(config.seed + 1, step, fabric.global_rank))  # dropout
-        device = fabric.device
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        generator = augment_generator(config.seed, step, fabric.global_rank)
-        images, labels = self.augment(images, labels, generator=generator)
-        if config.engine.channels_last:
-            layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-            images = images.contiguous(memory_format=layout)
-        factor = learning_rate_factor(
-            step,
-            self.plan.total_steps,
-            schedule=config.optimiser.schedule,
-            warmup_steps=config.optimiser.warmup_steps,
-        )
-        for group in self.optimiser.param_groups:
-            group["lr"] = factor * self.plan.learning_rate
-        self.network.train()
-        loss = self.criterion(self.wrapped(images), labels)
-        self.optimiser.zero_grad()
-        fabric.backward(loss)
-        if config.optimiser.clip_norm is not None:
-            fabric.clip_gradients(
-                self.wrapped, self.optimiser, max_norm=config.optimiser.clip_norm, error_if_nonfinite=False
-            )
-        self.optimiser.step()
-        self.average.update(self.network, updates=step)
-        self.progress.step = step + 1
-        self.loss_sum += loss.detach()
-        self.progress.loss_count += 1
-
-    def validate(self, cases: list[CachedCase], *, current: bool = True) -> CaseTable:
-        """Metrics of ``cases`` with the averaged weights as they are now, or as :attr:`evaluated` holds them."""
-        if current:
-            self.evaluated.load_state_dict(self.average.state)
-        with self.fabric.autocast():
-            return validate(
-                self.evaluated,
-                cases,
-                self.plan.patch_size,
-                self.prepared.dataset.class_names,
-                rank=self.fabric.global_rank,
-                world_size=self.fabric.world_size,
-            )
-
-    def save(self, folder: RunFolder, name: str) -> None:
-        if not self.fabric.is_global_zero:
-            return
-        save_checkpoint(
-            folder.checkpoints / name,
-            weights=self.average.state,
-            description={
-                "epoch": self.epoch,
-                "step": self.progress.step,
-                "val_dice": None if self.progress.best_dice < 0 else self.progress.best_dice,
-                "model": {**self.network.config},  # type: ignore[dict-item]
-                "preprocessing": self.prepared.preprocessing.to_dict(),
-                "labels": {name: index for index, name in enumerate(self.prepared.dataset.class_names)},
-                "label_values": dict(self.prepared.dataset.labels),
-                "channels": list(self.prepared.dataset.channel_names),
-                "patch_size": list(self.plan.patch_size),
-            },
-            trainer={
-                "network": self.network.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "progress": asdict(self.progress),
-                "loss_sum": float(self.loss_sum),
-                "config": config_to_dict(self.config),
-            },
-        )
-
-    def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            CheckpointError: it is damaged, or of another network or configuration.
-        """
-        checkpoint = load_checkpoint(folder)
-        state = checkpoint.trainer or {}
-        if state.get("config") != config_to_dict(self.config):
-            raise CheckpointError(
-                f"{folder}: was saved under another configuration than the run's config.yaml"
-            )
-        try:
-            self.network.load_state_dict(state["network"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            for name, value in checkpoint.weights.items():
-                self.average.state[name].copy_(value)
-            self.progress = _Progress(**state["progress"])
-            self.loss_sum.fill_(state["loss_sum"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{folder}: does not fit the network of this run ({error})") from error
-
-
-def make_optimiser(
-    network: nn.Module, config: OptimiserConfig, learning_rate: float
-) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum."""
-    groups = parameter_groups(network, weight_decay=config.weight_decay)
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=learning_rate, momentum=config.momentum, nesterov=config.momentum > 0
-        )
-    return torch.optim.AdamW(groups, lr=learning_rate)
-
-
-def make_criterion(config: LossConfig, plan: Plan) -> nn.Module:
-    """Dice + cross-entropy as configured; over all outputs with deep supervision."""
-    criterion = DiceCELoss(
-        softmax=True,
-        include_background=config.include_background,
-        batch=config.batch_dice,
-        lambda_dice=config.dice_weight,
-        lambda_ce=config.ce_weight,
-        ignore_index=IGNORE_INDEX,
-    )
-    return DeepSupervisionLoss(criterion) if plan.model["deep_supervision"] else criterion
-
-
-@contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call ``stop``; the second one takes its usual effect at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in caught}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        for other, handler in before.items():
-            signal.signal(other, handler)
-        _LOG.warning("%s: saving; once more to quit at once", signal.Signals(number).name)
-        stop()
-
-    for number in caught:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

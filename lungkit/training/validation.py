@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from lungkit.data import CachedCase
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.inference import attention_map, predict_case
 from lungkit.metrics import CaseTable, evaluate_case
+from lungkit.nn import AttentionUNet, MonaiAttentionUNet
 from lungkit.report import choose_slice, save_overlays
 from lungkit.training.engine import gather_objects
 
@@ -39,8 +40,12 @@ def validate(
     *,
     rank: int = 0,
     world_size: int = 1,
+    after_case: Callable[[], None] | None = None,
 ) -> CaseTable:
-    """Dice, IoU, PPV and sensitivity of every case; with several processes each predicts its share."""
+    """Dice, IoU, PPV and sensitivity of every case; with several processes each predicts its share.
+
+    ``after_case`` is called after each case and may raise to give up.
+    """
     labels = {name: index for index, name in enumerate(class_names)}
     mine = []
     for case in cases[rank::world_size]:
@@ -48,6 +53,8 @@ def validate(
             predict(network, case, patch_size), np.asarray(case.label), len(labels), ignore_index=IGNORE_INDEX
         )
         mine.append((case.case_id, overlap))
+        if after_case is not None:
+            after_case()
     order = {case.case_id: index for index, case in enumerate(cases)}
     table = CaseTable()
     gathered = [entry for part in gather_objects(mine, world_size) for entry in part]
@@ -90,7 +97,7 @@ def draw_overlays(
         prediction = predict(network, case, patch_size)
         slice_index = choose_slice(np.asarray(case.label), prediction)
         attention = None
-        if getattr(network, "has_attention", False):
+        if isinstance(network, (AttentionUNet, MonaiAttentionUNet)):
             device = next(network.parameters()).device
             attention = attention_map(
                 network,

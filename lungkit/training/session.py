@@ -1,0 +1,272 @@
+"""What a run is made of between two steps: network, averaged weights, optimiser, position."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lungkit.data import Augmenter, CachedCase, PatchSampler
+from lungkit.data.dataset import IGNORE_INDEX
+from lungkit.errors import CheckpointError, DataError
+from lungkit.losses import DeepSupervisionLoss, DiceCELoss
+from lungkit.metrics import CaseTable
+from lungkit.training.batches import Batches, augment_generator, seed_of_step
+from lungkit.training.checkpoint import load_checkpoint, save_checkpoint
+from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
+from lungkit.training.config_io import config_to_dict
+from lungkit.training.planning import Plan, Prepared, build_network
+from lungkit.training.run_folder import RunFolder
+from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
+from lungkit.training.validation import validate
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass
+class Position:
+    """Where a run is; saved with every checkpoint."""
+
+    step: int = 0
+    loss_count: int = 0
+    """Steps in the current epoch."""
+    best_dice: float = -1.0
+    best_epoch: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of metrics.csv, one an epoch."""
+    waited: float = 0.0
+    """Seconds of the current epoch that were spent waiting for patches."""
+    computed: float = 0.0
+    """Seconds of the current epoch that were spent in training steps."""
+
+
+class Session:
+    """Network, averaged weights, optimiser and where the run is; one step, one validation, saving and restoring.
+
+    Args:
+        config: of the run.
+        prepared: the dataset and the plan.
+        fabric: started.
+        cases: all cases that the run reads; a resumed run must find the same ones.
+    """
+
+    def __init__(
+        self, config: TrainConfig, prepared: Prepared, fabric: Fabric, cases: Sequence[CachedCase]
+    ) -> None:
+        self.config, self.prepared, self.fabric = config, prepared, fabric
+        self.plan = prepared.plan
+        # Entries of the cache are named after a hash of the scans and of what was done to them.
+        names = "\n".join(case.directory.name for case in cases)
+        self._data_digest = hashlib.sha256(names.encode()).hexdigest()
+        self.position = Position()
+        # On the device: reading it would make every step wait for the GPU.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        self.network = self._new_network()
+        # What is validated and kept: the average of the weights, in a network of its own.
+        self.evaluated = self._new_network()
+        self.average = WeightAverage(self.network, decay=config.optimiser.ema_decay)
+        optimiser = make_optimiser(self.network, config.optimiser, self.plan.learning_rate)
+        forward: Any = torch.compile(self.network) if config.engine.compile else self.network
+        self.wrapped, self.optimiser = fabric.setup(forward, optimiser)
+        # fp16 scales the loss; without the scale a resumed run would skip steps to find it again.
+        self._scaler = getattr(fabric.strategy.precision, "scaler", None)
+        self.criterion = make_criterion(config.loss, self.plan)
+        spacing = prepared.preprocessing.target_spacing_mm or prepared.fingerprint.spacings_mm[0]
+        air = prepared.preprocessing.channels[0].bounds[0]
+        self.augment = Augmenter(config.augment, self.plan.dims, spacing_mm=spacing, pad_value=air)
+
+    def _new_network(self) -> nn.Module:
+        network = build_network(self.plan, self.config.seed).to(self.fabric.device)
+        if self.config.engine.channels_last:
+            layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
+            network = network.to(memory_format=layout)  # type: ignore[call-overload]
+        return network
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.position.step // self.plan.steps_per_epoch
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean training loss of the current epoch so far, on this process."""
+        return float(self.loss_sum) / max(1, self.position.loss_count)
+
+    def epoch_loss(self) -> float:
+        """Mean training loss of the current epoch over all processes."""
+        mean = self.fabric.all_reduce(self.loss_sum / max(1, self.position.loss_count), reduce_op="mean")
+        return float(torch.as_tensor(mean))
+
+    def begin_epoch(self, row: dict[str, Any]) -> None:
+        """Keep the row of the epoch that is done and start to count afresh."""
+        self.position.rows.append(row)
+        self.loss_sum.zero_()
+        self.position.loss_count, self.position.waited, self.position.computed = 0, 0.0, 0.0
+
+    @property
+    def learning_rate(self) -> float:
+        """As of the last step."""
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    def batches(self, cases: list[CachedCase], *, first_step: int, last_step: int) -> Batches:
+        """Batches of the steps from ``first_step`` on, before ``last_step``; a context manager."""
+        sampler = PatchSampler(
+            cases,
+            self.plan.patch_size,
+            foreground_fraction=self.config.data.foreground_fraction,
+            seed=self.config.seed,
+            pad_label=IGNORE_INDEX,
+        )
+        return Batches(
+            sampler,
+            batch_size=self.plan.batch_size,
+            first_step=first_step,
+            last_step=last_step,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            pin_memory=self.fabric.device.type == "cuda",
+        )
+
+    def train_step(self, step: int, images: Tensor, labels: Tensor) -> None:
+        """Augment a batch and take optimiser step ``step``."""
+        config, fabric = self.config, self.fabric
+        torch.manual_seed(seed_of_step(config.seed + 1, step, fabric.global_rank))  # dropout
+        device = fabric.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        generator = augment_generator(config.seed, step, fabric.global_rank)
+        images, labels = self.augment(images, labels, generator=generator)
+        if config.engine.channels_last:
+            layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
+            images = images.contiguous(memory_format=layout)
+        factor = learning_rate_factor(
+            step,
+            self.plan.total_steps,
+            schedule=config.optimiser.schedule,
+            warmup_steps=config.optimiser.warmup_steps,
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = factor * self.plan.learning_rate
+        self.network.train()
+        loss = self.criterion(self.wrapped(images), labels)
+        self.optimiser.zero_grad()
+        fabric.backward(loss)
+        if config.optimiser.clip_norm is not None:
+            fabric.clip_gradients(
+                self.wrapped, self.optimiser, max_norm=config.optimiser.clip_norm, error_if_nonfinite=False
+            )
+        self.optimiser.step()
+        self.average.update(self.network, updates=step)
+        self.position.step = step + 1
+        self.loss_sum += loss.detach()
+        self.position.loss_count += 1
+
+    def validate(
+        self,
+        cases: list[CachedCase],
+        *,
+        current: bool = True,
+        after_case: Callable[[], None] | None = None,
+    ) -> CaseTable:
+        """Metrics of ``cases`` with the averaged weights as they are now, or as :attr:`evaluated` holds them."""
+        if current:
+            self.evaluated.load_state_dict(self.average.state)
+        with self.fabric.autocast():
+            return validate(
+                self.evaluated,
+                cases,
+                self.plan.patch_size,
+                self.prepared.dataset.class_names,
+                rank=self.fabric.global_rank,
+                world_size=self.fabric.world_size,
+                after_case=after_case,
+            )
+
+    def save(self, folder: RunFolder, name: str) -> None:
+        """Write the checkpoint ``name``; only the first process does."""
+        if not self.fabric.is_global_zero:
+            return
+        save_checkpoint(
+            folder.checkpoints / name,
+            weights=self.average.state,
+            description={
+                "epoch": self.epoch,
+                "step": self.position.step,
+                "val_dice": None if self.position.best_dice < 0 else self.position.best_dice,
+                "model": {**self.network.config},  # type: ignore[dict-item]
+                "preprocessing": self.prepared.preprocessing.to_dict(),
+                "labels": {name: index for index, name in enumerate(self.prepared.dataset.class_names)},
+                "label_values": dict(self.prepared.dataset.labels),
+                "channels": list(self.prepared.dataset.channel_names),
+                "patch_size": list(self.plan.patch_size),
+            },
+            trainer={
+                "network": self.network.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "position": asdict(self.position),
+                "loss_sum": float(self.loss_sum),
+                "scaler": None if self._scaler is None else self._scaler.state_dict(),
+                "data": self._data_digest,
+                "config": config_to_dict(self.config),
+            },
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, or of another network or configuration.
+            DataError: the scans have changed since.
+        """
+        checkpoint = load_checkpoint(folder)
+        state = checkpoint.trainer or {}
+        if state.get("data") != self._data_digest:
+            raise DataError(
+                f"{self.prepared.dataset.root}: the scans or masks are not those that the run was started on; "
+                "restore them, or start a new run"
+            )
+        if state.get("config") != config_to_dict(self.config):
+            raise CheckpointError(
+                f"{folder}: was saved under another configuration than the run's config.yaml"
+            )
+        try:
+            self.network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            for name, value in checkpoint.weights.items():
+                self.average.state[name].copy_(value)
+            if self._scaler is not None:
+                self._scaler.load_state_dict(state["scaler"])
+            self.position = Position(**state["position"])
+            self.loss_sum.fill_(state["loss_sum"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}: does not fit the network of this run ({error})") from error
+
+
+def make_optimiser(
+    network: nn.Module, config: OptimiserConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum."""
+    groups = parameter_groups(network, weight_decay=config.weight_decay)
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            groups, lr=learning_rate, momentum=config.momentum, nesterov=config.momentum > 0
+        )
+    return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def make_criterion(config: LossConfig, plan: Plan) -> nn.Module:
+    """Dice + cross-entropy as configured; over all outputs with deep supervision."""
+    criterion = DiceCELoss(
+        softmax=True,
+        include_background=config.include_background,
+        batch=config.batch_dice,
+        lambda_dice=config.dice_weight,
+        lambda_ce=config.ce_weight,
+        ignore_index=IGNORE_INDEX,
+    )
+    return DeepSupervisionLoss(criterion) if plan.model["deep_supervision"] else criterion

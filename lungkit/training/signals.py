@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM as a request to stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_LOG = logging.getLogger("lungkit")
+
+
+@contextmanager
+def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call ``stop``; the second one takes its usual effect at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in caught}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+        _LOG.warning("%s: saving; once more to quit at once", signal.Signals(number).name)
+        stop()
+
+    for number in caught:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
