@@ -106,10 +106,10 @@ def make_phantom(
     patient = Patient.draw(for_patient)
     grid = _field_of_view(size, spacing, patient, for_view)
     vessels = grow_vessels(patient, for_vessels, min_radius_mm=max(0.5, 0.28 * grid.softness_mm))
-    image, pleura = render_thorax(grid, patient, vessels, for_tissue)
-    paint_distractors(image, grid, pleura, for_tissue)
+    image, pleura, aerated = render_thorax(grid, patient, vessels, for_tissue)
+    paint_distractors(image, grid, aerated, for_tissue)
 
-    scene = Scene(grid, pleura, vessels, patient.blood)
+    scene = Scene(grid, aerated, vessels, patient.blood)
     label = np.zeros(grid.shape, np.uint8)
     tumours = []
     for tumour in _draw_tumours(wanted, scene, for_tumours):
@@ -138,7 +138,7 @@ def _draw_tumours(
         kinds = [list(TumourKind)[i] for i in random.integers(len(TumourKind), size=count)]
     if not kinds:
         return []
-    if (scene.pleura < 0).any():
+    if (scene.lungs < 0).any():
         for _ in range(_ATTEMPTS):
             shapes = _fit_volume(_draw_shapes(kinds, scene, random), scene)
             if shapes:

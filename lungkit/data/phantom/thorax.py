@@ -28,12 +28,12 @@ _BLADE_ROWS = 33
 
 def render_thorax(
     grid: Grid, patient: Patient, vessels: Tubes, random: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """A chest without disease.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A chest without tumours.
 
     Returns:
-        image float32 (Z, Y, X) in HU, noise free, and the signed distance in mm to the pleura, negative
-        in the lungs.
+        image float32 (Z, Y, X) in HU, noise free, and two signed distances in mm: to the pleura, negative
+        within it, and to the surface of the aerated lung, which leaves out fluid.
     """
     z, y, x, softness = grid.z, grid.y, grid.x, grid.softness_mm
     image = np.full(grid.shape, AIR, np.float32)
@@ -54,8 +54,8 @@ def render_thorax(
     paint(image, inside_lungs * coverage(fissure - 0.4, softness) * min(1.0, 0.8 / softness), -500.0)
     paint_great_vessels(image, grid, patient)
     paint_lung_vessels(image, grid, patient, vessels, inside_lungs)
-    _paint_effusion(image, grid, patient, lungs, random)
-    return image, lungs
+    aerated = _paint_effusion(image, grid, patient, lungs, random)
+    return image, lungs, aerated
 
 
 def _paint_table(image: np.ndarray, grid: Grid, patient: Patient) -> None:
@@ -205,17 +205,20 @@ def _shoulder_blades(patient: Patient) -> tuple[np.ndarray, np.ndarray]:
 
 def _paint_effusion(
     image: np.ndarray, grid: Grid, patient: Patient, lungs: np.ndarray, random: np.random.Generator
-) -> None:
-    """In a third of the patients: fluid that settles in a crescent at the back of one or both lungs."""
+) -> np.ndarray:
+    """In a third of the patients: fluid that settles in a crescent at the back of one or both lungs.
+
+    Returns the signed distance to what stays aerated.
+    """
     present, depth = random.random() < 0.35, float(random.uniform(5.0, 16.0))
     from_level = float(random.uniform(0.25, 0.6)) * patient.cage_depth
-    sides = [(-1.0,), (1.0,), (-1.0, 1.0)][int(random.integers(3))]
+    wet = [grid.x < 0, grid.x > 0, np.ones_like(grid.x, bool)][int(random.integers(3))]
     if not present:
-        return
+        return lungs
     thickness = depth * np.clip((grid.y - from_level) / 30.0, 0.0, 1.0)
-    fluid = coverage(lungs, grid.softness_mm) * coverage(-thickness - lungs, grid.softness_mm)
-    for side in sides:
-        paint(image, fluid * (side * grid.x > 0), 15.0)
+    fluid = np.maximum(lungs, -thickness - lungs)
+    paint(image, coverage(fluid, grid.softness_mm) * wet, 15.0)
+    return np.where(wet, np.maximum(lungs, -fluid), lungs)
 
 
 def _parenchyma(grid: Grid, patient: Patient, lungs: np.ndarray, random: np.random.Generator) -> np.ndarray:

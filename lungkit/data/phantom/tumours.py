@@ -61,10 +61,10 @@ class TumourShape:
 
 
 class Scene(NamedTuple):
-    """The chest that tumours are placed in; ``pleura`` (Z, Y, X) is the signed distance to it, in mm."""
+    """The chest that tumours are placed in; ``lungs`` (Z, Y, X) is the signed distance to aerated lung."""
 
     grid: Grid
-    pleura: np.ndarray
+    lungs: np.ndarray
     vessels: Tubes
     blood_hu: float
 
@@ -131,7 +131,7 @@ def rasterise(shape: TumourShape, scene: Scene) -> tuple[Box, np.ndarray, np.nda
         ray = coverage(aside - width, softness) * np.clip(2.0 * width / softness, 0.0, 1.0) * (along > 0)
         solid = np.maximum(solid, ray)
     whole = np.maximum(whole, solid)
-    pleura = coverage(scene.pleura[box], softness)
+    pleura = coverage(scene.lungs[box], softness)
     return box, solid * pleura, whole * pleura
 
 
@@ -179,7 +179,7 @@ def _place(
     random: np.random.Generator,
 ) -> np.ndarray:
     """The best of many random places: wholly in the lung, half in the wall, or on a vessel."""
-    grid, lungs = scene.grid, scene.pleura
+    grid, lungs = scene.grid, scene.lungs
     inside = np.argwhere(lungs < 0.0)
     candidates = grid.points(inside[random.integers(len(inside), size=160)])
     if kind is TumourKind.VESSEL_ATTACHED:
