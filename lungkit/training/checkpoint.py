@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lungkit
 from lungkit._atomic import atomic_folder
-from lungkit.errors import CheckpointError
+from lungkit.errors import CheckpointError, ResourceError
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "last", "previous", "best"
@@ -47,41 +51,45 @@ def save_checkpoint(
 ) -> None:
     """Write ``folder``: ``model.safetensors``, ``trainer.pt`` and ``manifest.json`` with their SHA-256.
 
-    Everything is written under a temporary name beside ``folder``, flushed to the disk and renamed. A checkpoint that
-    was there becomes ``previous`` beside it, so that at every moment one whole checkpoint exists.
+    Everything is written under a temporary name beside ``folder``, flushed to the disk and renamed. A checkpoint
+    ``last`` that was there becomes ``previous`` beside it; any other is replaced. At every moment one of the names
+    holds a whole checkpoint, the old or the new one.
 
     Raises:
         ResourceError: the disk is full; what was there before is untouched.
     """
     folder = Path(folder)
-    with atomic_folder(folder.with_name(f".new-{folder.name}")) as temporary:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary / _WEIGHTS
-        )
-        torch.save(dict(trainer), temporary / _TRAINER)
-        manifest = {
-            "format": FORMAT,
-            "lungkit": lungkit.__version__,
-            "torch": torch.__version__,
-            "sha256": {name: _sha256(temporary / name) for name in (_WEIGHTS, _TRAINER)},
-            **description,
-        }
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-    new = folder.with_name(f".new-{folder.name}")
+    recover_checkpoint(folder)
+    # A name of its own: a crash before the last rename must not leave what a later call takes for its work.
+    new = folder.with_name(f".{uuid.uuid4().hex[:12]}.new-{folder.name}")
+    try:
+        _write(new, weights, description, trainer)
+    except ResourceError as error:
+        raise ResourceError(
+            f"{folder}: checkpoint not written, the disk or quota is full; what was there before is untouched: "
+            "free some space and go on with --resume"
+        ) from error
+    displaced = _displaced(folder)
     if folder.exists():
-        if folder.name == LAST:
-            previous = folder.with_name(PREVIOUS)
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        else:
-            old = folder.with_name(f".old-{folder.name}")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
+        shutil.rmtree(displaced, ignore_errors=True)
+        folder.rename(displaced)
     new.rename(folder)
     _flush(folder.parent)
-    shutil.rmtree(folder.with_name(f".old-{folder.name}"), ignore_errors=True)
+    if displaced.name != PREVIOUS:
+        shutil.rmtree(displaced, ignore_errors=True)
+
+
+def recover_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Clear up after a crash in :func:`save_checkpoint`: unfinished folders go, a ``best`` set aside comes back."""
+    folder = Path(folder)
+    displaced = _displaced(folder)
+    if displaced.name != PREVIOUS and displaced.exists():
+        if folder.exists():
+            shutil.rmtree(displaced, ignore_errors=True)
+        else:
+            displaced.rename(folder)
+    for unfinished in folder.parent.glob(f".*new-{folder.name}"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load_checkpoint(folder: str | os.PathLike[str], *, with_trainer: bool = True) -> Checkpoint:
@@ -98,9 +106,51 @@ def load_checkpoint(folder: str | os.PathLike[str], *, with_trainer: bool = True
         trainer = None
         if with_trainer:
             trainer = torch.load(folder / _TRAINER, weights_only=True, map_location="cpu")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         raise CheckpointError(f"{folder}: not a usable checkpoint ({error}){_offer(folder)}") from error
     return Checkpoint(folder, weights, manifest, trainer)
+
+
+def _displaced(folder: Path) -> Path:
+    """Where the checkpoint that a new one replaces is put."""
+    return folder.with_name(PREVIOUS if folder.name == LAST else f".old-{folder.name}")
+
+
+def _write(
+    folder: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any], trainer: Mapping[str, Any]
+) -> None:
+    with atomic_folder(folder) as temporary:
+        _save_weights(
+            {name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary / _WEIGHTS
+        )
+        torch.save(dict(trainer), temporary / _TRAINER)
+        manifest = {
+            "format": FORMAT,
+            "lungkit": lungkit.__version__,
+            "torch": torch.__version__,
+            "sha256": {name: _sha256(temporary / name) for name in (_WEIGHTS, _TRAINER)},
+            **description,
+        }
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+
+
+def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(weights, path)
+    except SafetensorError as error:
+        # safetensors hides the errno of a full disk in its message.
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
 
 
 def _verified_manifest(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lungkit.data import CachedCase
 from lungkit.errors import Interrupted, LungkitError
 from lungkit.metrics import CaseTable
 from lungkit.report import format_case_table, save_curves, write_case_table
-from lungkit.training.checkpoint import BEST, LAST, load_checkpoint
+from lungkit.training.checkpoint import BEST, LAST, load_checkpoint, recover_checkpoint
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, load_config
 from lungkit.training.engine import as_resource_error, start_engine
@@ -142,6 +142,8 @@ class Trainer:
         session = Session(self.config, prepared, fabric, [*train, *val])
         folder = self._open_folder(prepared, fabric)
         if self.resume is not None:
+            if fabric.is_global_zero:
+                recover_checkpoint(folder.checkpoints / BEST)
             session.restore(folder.checkpoints / self.checkpoint)
         main = fabric.is_global_zero
         if main:
