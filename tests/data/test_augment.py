@@ -312,6 +312,7 @@ def test_empty_batch_is_returned() -> None:
     assert augment(AugmentConfig(), images)[0].shape == images.shape
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_parameters_are_the_same_on_a_cuda_device() -> None:
     images, labels = random_batch(3)

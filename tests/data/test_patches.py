@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lungkit.data import (
+    CaseCache,
+    fingerprint_dataset,
+    open_dataset,
+    plan_preprocessing,
+    write_phantom_dataset,
+)
 from lungkit.data.patches import PatchSampler
 from lungkit.errors import DataError, UsageError
 
@@ -208,3 +217,23 @@ def test_negative_index_is_refused() -> None:
 def test_empty_batch_is_refused() -> None:
     with pytest.raises(UsageError, match="indices"):
         PatchSampler([numbered_case()], (8, 8)).batch([])
+
+
+def test_cached_cases_of_a_dataset_are_served(tmp_path: Path) -> None:
+    root = write_phantom_dataset(tmp_path / "raw", cases=2, shape=(6, 40, 48), dims=3)
+    dataset = open_dataset(root)
+    fingerprint = fingerprint_dataset(dataset, [case.case_id for case in dataset.cases])
+    preprocessing = plan_preprocessing(fingerprint, window="lung", spacing_mm="native")
+    cases = CaseCache(tmp_path / "cache", dataset, preprocessing).prepare_all(
+        ["phantom_0000", "phantom_0001"]
+    )
+    sampler = PatchSampler(cases, (8, 32, 32), foreground_fraction=1.0, seed=1)
+    images, labels = sampler.batch(range(4))
+    assert images.shape == (4, 1, 8, 32, 32)
+    assert bool(labels.flatten(1).any(dim=1).all())
+    patch, case = sampler.sample(2), {case.case_id: case for case in cases}[sampler.sample(2).case_id]
+    z, y, x = patch.start  # eight slices of a case of six: it lies at -z inside the patch
+    inside = case.image_float()[:, :, y : y + 32, x : x + 32]
+    np.testing.assert_allclose(patch.image[:, -z : 6 - z], inside, atol=1e-6)
+    again = PatchSampler(pickle.loads(pickle.dumps(cases)), (8, 32, 32), foreground_fraction=1.0, seed=1)
+    np.testing.assert_array_equal(again.sample(2).image, patch.image)
