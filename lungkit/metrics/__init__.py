@@ -33,13 +33,28 @@ _LAZY = {
     "MetricGroup": "measure",
     "MetricOptions": "measure",
     "measure_case": "measure",
+    "Interval": "comparison",
+    "OverlapMetric": "modular",
+    "PairedComparison": "comparison",
+    "SurfaceMetric": "modular",
+    "bca_interval": "comparison",
+    "compare_paired": "comparison",
     "longest_diameter_mm": "size",
     "volume_ml": "size",
+    "wilcoxon_signed_rank": "comparison",
 }
 
 if TYPE_CHECKING:
+    from lungkit.metrics.comparison import (
+        Interval,
+        PairedComparison,
+        bca_interval,
+        compare_paired,
+        wilcoxon_signed_rank,
+    )
     from lungkit.metrics.lesions import LesionMatch, label_lesions, lesion_metrics, match_lesions
     from lungkit.metrics.measure import Measurement, MetricGroup, MetricOptions, measure_case
+    from lungkit.metrics.modular import OverlapMetric, SurfaceMetric
     from lungkit.metrics.size import longest_diameter_mm, volume_ml
 
 __all__ = [
@@ -49,13 +64,19 @@ __all__ = [
     "CaseTable",
     "EmptyPolicy",
     "HausdorffDefinition",
+    "Interval",
     "LesionMatch",
     "Measurement",
     "MetricGroup",
     "MetricOptions",
     "MetricSummary",
+    "OverlapMetric",
+    "PairedComparison",
     "SurfaceDistances",
+    "SurfaceMetric",
     "assd_mm",
+    "bca_interval",
+    "compare_paired",
     "evaluate_case",
     "hausdorff_mm",
     "label_lesions",
@@ -69,6 +90,7 @@ __all__ = [
     "surface_distances",
     "touched_by_policy",
     "volume_ml",
+    "wilcoxon_signed_rank",
 ]
 
 

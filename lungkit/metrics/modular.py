@@ -1,0 +1,160 @@
+"""The metrics as ``torchmetrics.Metric``: accumulated by case, synchronised over ranks (extra ``metrics``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lungkit.errors import UsageError
+from lungkit.metrics.measure import MetricGroup, MetricOptions, measure_case
+from lungkit.metrics.overlap import EmptyPolicy, overlap_metrics
+from lungkit.ops import confusion_counts
+
+
+class OverlapMetric(Metric):
+    r"""Mean over cases of Dice, IoU, PPV, sensitivity, specificity and volume similarity.
+
+    ``update(prediction, target)`` takes a batch of cases: logits (B, K, \*S) or class indices (B, \*S), and labels
+    (B, \*S). Only counts are kept, on the device of the batch, and nothing waits for the GPU before ``compute``.
+    ``compute()`` gives name -> mean over the cases that define the metric, for every class but the background (K - 1,)
+    or, with ``average="macro"``, their mean; and ``<name>_undefined``, the number of NaN left out. Over several ranks
+    it is the mean over the cases of all: a sampler that repeats cases to fill up a rank counts them twice.
+
+    Args:
+        num_classes: K, background included.
+        ignore_index: label of voxels to leave out.
+        empty: what a ratio with denominator zero is.
+        average: "macro" or "none".
+        kwargs: see ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = OverlapMetric(2)
+        >>> metric.update(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 1, 1]]))
+        >>> round(float(metric.compute()["dice"]), 3)
+        0.8
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    counts: list[Tensor]
+    voxels: list[Tensor]
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int | None = None,
+        empty: EmptyPolicy = EmptyPolicy.NAN,
+        average: str = "macro",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.empty = EmptyPolicy(empty)
+        self.average = _checked_average(average)
+        self.add_state("counts", default=[], dist_reduce_fx="cat")
+        self.add_state("voxels", default=[], dist_reduce_fx="cat")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count one batch of cases."""
+        counts, voxels = confusion_counts(prediction, target, self.num_classes, self.ignore_index)
+        self.counts.append(counts)
+        self.voxels.append(voxels)
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        counts, voxels = dim_zero_cat(self.counts), dim_zero_cat(self.voxels)
+        values = overlap_metrics(counts[:, 1:], voxels=voxels[:, None], empty=self.empty)
+        return _averaged(values, self.average)
+
+
+class SurfaceMetric(Metric):
+    r"""Mean over cases of the Hausdorff percentile, the surface Dice and the ASSD; each name holds its definition.
+
+    ``update(prediction, target, spacing_mm)`` takes a batch of cases as class indices (B, \*S) and the size of a voxel
+    along every axis, one for all or one a case. ``compute()`` as in :class:`OverlapMetric`.
+
+    Args:
+        labels: name -> class index, the background (0) left out of the result.
+        options: percentile, definition, tolerance and empty policy; its groups are not used.
+        average: "macro" or "none".
+        kwargs: see ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = SurfaceMetric({"tumour": 1})
+        >>> masks = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        >>> masks[0, 0, 2:4, 2:4], masks[1, 0, 2:4, 4:6] = 1, 1
+        >>> metric.update(masks[:1], masks[1:], (2.5, 0.8, 0.8))
+        >>> round(float(metric.compute()["hd95_directed_mm"]), 3)
+        1.6
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    rows: list[Tensor]
+
+    def __init__(
+        self,
+        labels: Mapping[str, int],
+        *,
+        options: MetricOptions | None = None,
+        average: str = "macro",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        chosen = options or MetricOptions()
+        self.labels = {name: index for name, index in labels.items() if index != 0}
+        if not self.labels:
+            raise UsageError(f"labels must name a class beside the background, got {dict(labels)}")
+        self.options = MetricOptions(
+            (MetricGroup.SURFACE,),
+            chosen.percentile,
+            chosen.hausdorff,
+            chosen.tolerance_mm,
+            empty=chosen.empty,
+        )
+        self.average = _checked_average(average)
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def update(self, prediction: Tensor, target: Tensor, spacing_mm: Sequence[Any]) -> None:
+        """Measure one batch of cases."""
+        spacings = (
+            [spacing_mm] * len(prediction) if not isinstance(spacing_mm[0], Sequence) else list(spacing_mm)
+        )
+        if len(spacings) != len(prediction):
+            raise UsageError(
+                f"spacing_mm must be one for all or one a case, got {len(spacings)} for {len(prediction)}"
+            )
+        for case, truth, spacing in zip(prediction, target, spacings, strict=True):
+            measured = measure_case(case, truth, self.labels, spacing, options=self.options)
+            values = [list(measured[name].values.values()) for name in self.labels]
+            self.rows.append(torch.tensor([values], dtype=torch.float64, device=prediction.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        rows = dim_zero_cat(self.rows)
+        names = self.options.definitions()
+        return _averaged({name: rows[..., i] for i, name in enumerate(names)}, self.average)
+
+
+def _averaged(values: Mapping[str, Tensor], average: str) -> dict[str, Tensor]:
+    result = {}
+    for name, cases in values.items():
+        means = cases.nanmean(0)
+        result[name] = means.nanmean() if average == "macro" else means
+        undefined = cases.isnan().sum(0)
+        result[f"{name}_undefined"] = undefined.sum() if average == "macro" else undefined
+    return result
+
+
+def _checked_average(average: str) -> str:
+    if average not in ("macro", "none"):
+        raise UsageError(f"average must be 'macro' or 'none', got {average!r}")
+    return average

@@ -1,0 +1,152 @@
+"""torchmetrics classes: the mean over cases, and the same over two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lungkit
+from lungkit.errors import UsageError
+from lungkit.metrics import CaseTable, EmptyPolicy, evaluate_case, measure_case
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed (extra 'metrics')")
+
+from lungkit.metrics import OverlapMetric, SurfaceMetric
+
+LABELS = {"background": 0, "tumour": 1, "node": 2}
+
+
+def batch(seed: int, cases: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randint(0, 3, (cases, 4, 6, 7), generator=generator, dtype=torch.uint8) for _ in range(2)
+    )
+
+
+def test_overlap_is_the_mean_over_cases() -> None:
+    metric, table = OverlapMetric(3), CaseTable()
+    for seed in range(3):
+        prediction, target = batch(seed)
+        metric.update(prediction, target)
+        for i, (case, truth) in enumerate(zip(prediction, target, strict=True)):
+            table.add(f"{seed}-{i}", evaluate_case(case, truth, 3), LABELS)
+    for name in table.metrics:
+        assert float(metric.compute()[name]) == pytest.approx(table.mean(name))
+
+
+def test_logits_are_taken_by_their_largest() -> None:
+    prediction, target = batch(0)
+    logits = torch.nn.functional.one_hot(prediction.long(), 3).movedim(-1, 1).float()
+    by_label, by_logits = OverlapMetric(3), OverlapMetric(3)
+    by_label.update(prediction, target)
+    by_logits.update(logits, target)
+    assert by_label.compute() == by_logits.compute()
+
+
+def test_none_gives_every_class() -> None:
+    metric = OverlapMetric(3, average="none")
+    metric.update(*batch(0))
+    assert metric.compute()["dice"].shape == (2,)
+
+
+def test_undefined_cases_are_left_out_and_counted() -> None:
+    metric = OverlapMetric(2)
+    metric.update(torch.tensor([[0, 0], [0, 1]]), torch.tensor([[0, 0], [0, 1]]))
+    result = metric.compute()
+    assert (float(result["dice"]), int(result["dice_undefined"])) == (1.0, 1)
+
+
+def test_empty_policy_is_followed() -> None:
+    metric = OverlapMetric(2, empty=EmptyPolicy.PERFECT_IF_BOTH_EMPTY)
+    metric.update(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
+    assert float(metric.compute()["dice"]) == 1.0
+
+
+def test_reset_forgets() -> None:
+    metric = OverlapMetric(3)
+    metric.update(*batch(0))
+    metric.reset()
+    metric.update(*batch(1))
+    fresh = OverlapMetric(3)
+    fresh.update(*batch(1))
+    assert metric.compute() == fresh.compute()
+
+
+def test_surface_is_the_mean_over_cases() -> None:
+    prediction, target = batch(0)
+    metric = SurfaceMetric(LABELS, average="none")
+    metric.update(prediction, target, (2.5, 0.8, 0.8))
+    cases = [
+        measure_case(case, truth, LABELS, (2.5, 0.8, 0.8))["node"].values["assd_pooled_mm"]
+        for case, truth in zip(prediction, target, strict=True)
+    ]
+    assert float(metric.compute()["assd_pooled_mm"][1]) == pytest.approx(sum(cases) / 2)
+
+
+def test_spacing_may_differ_between_cases() -> None:
+    prediction, target = batch(0)
+    spacings = [(2.5, 0.8, 0.8), (5.0, 0.6, 0.6)]
+    together, apart = SurfaceMetric(LABELS), SurfaceMetric(LABELS)
+    together.update(prediction, target, spacings)
+    for i in range(2):
+        apart.update(prediction[i : i + 1], target[i : i + 1], spacings[i])
+    assert together.compute() == apart.compute()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: OverlapMetric(2, average="micro"), "micro"),
+        (lambda: SurfaceMetric({"background": 0}), "background"),
+        (lambda: SurfaceMetric(LABELS).update(*batch(0), [(1.0, 1.0, 1.0)]), "one a case"),
+    ],
+)
+def test_bad_arguments_are_named(call: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+RANK_SCRIPT = """
+import json, sys, torch
+from lungkit.metrics import OverlapMetric, SurfaceMetric
+rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+generator = torch.Generator().manual_seed(0)
+cases = [torch.randint(0, 3, (2, 1, 4, 6, 7), generator=generator, dtype=torch.uint8) for _ in range(5)]
+overlap, surface = OverlapMetric(3), SurfaceMetric({"tumour": 1, "node": 2})
+for prediction, target in cases[rank::world]:
+    overlap.update(prediction, target)
+    surface.update(prediction, target, (2.5, 0.8, 0.8))
+results = {**overlap.compute(), **surface.compute()}
+if rank == 0:
+    print(json.dumps({name: float(value) for name, value in results.items()}))
+torch.distributed.destroy_process_group()
+"""
+
+
+def results_over(processes: int, folder: Path) -> dict[str, float]:
+    # The processes import the lungkit that this one does, installed or not.
+    environment = {**os.environ, "PYTHONPATH": str(Path(lungkit.__file__).parents[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_SCRIPT, str(rank), str(processes), str(folder / f"store{processes}")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert all(process.returncode == 0 for process in started)
+    return json.loads(outputs[0])
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    # Five cases: one rank holds three of them, the other two.
+    assert results_over(2, tmp_path) == pytest.approx(results_over(1, tmp_path), abs=1e-12)
