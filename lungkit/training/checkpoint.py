@@ -132,13 +132,14 @@ def _write(
             {name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary / _WEIGHTS
         )
         torch.save(dict(trainer), temporary / _TRAINER)
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "lungkit": lungkit.__version__,
             "torch": torch.__version__,
             "sha256": {name: _sha256(temporary / name) for name in (_WEIGHTS, _TRAINER)},
             **description,
         }
+        manifest["sha256"][_MANIFEST] = _digest_of(manifest)
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
@@ -160,10 +161,11 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
     manifest = json.loads(path.read_bytes())
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path.name} is not of format {FORMAT}")
-    for name, expected in manifest["sha256"].items():
-        if name not in (_WEIGHTS, _TRAINER):
-            raise ValueError(f"{path.name} names an unknown file {name!r}")
-        if _sha256(folder / name) != expected:
+    digests = manifest.get("sha256")
+    if not isinstance(digests, dict) or digests.get(_MANIFEST) != _digest_of(manifest):
+        raise ValueError(f"{path.name} is damaged: its contents do not match its own SHA-256")
+    for name in (_WEIGHTS, _TRAINER):
+        if _sha256(folder / name) != digests.get(name):
             raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {path.name}")
     return manifest
 
@@ -177,6 +179,12 @@ def _offer(folder: Path) -> str:
     except (OSError, ValueError, KeyError, AttributeError):
         return ""
     return f"; {previous} is whole: resume from it with --checkpoint {PREVIOUS}"
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest, apart from the SHA-256 that it says of itself."""
+    digests = {name: value for name, value in manifest["sha256"].items() if name != _MANIFEST}
+    return hashlib.sha256(json.dumps({**manifest, "sha256": digests}, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lungkit.data import DEFAULT_MAX_VOXELS, AugmentConfig
 from lungkit.errors import UsageError
+
+MODEL_NAMES = ("unet", "attention-unet")
 
 
 @dataclass
@@ -22,6 +25,8 @@ class DataConfig:
         patient_pattern: regular expression with one group that names the patient in a case id.
         dims: 2 for axial slices, 3 for volumes.
         patch_size: (Y, X) or (Z, Y, X) in voxels.
+        context_slices: slices on either side that a 2D network sees as further channels; None is 1 for stacks of
+            slices, 0 for single slices.
         window: "auto", "lung", "mediastinum", "full", "percentiles", or low and high.
         spacing_mm: "auto", "native", or (z, y, x) to resample to.
         foreground_fraction: share of patches that are sure to hold foreground.
@@ -37,6 +42,7 @@ class DataConfig:
     patient_pattern: str | None = None
     dims: Literal[2, 3] | None = None
     patch_size: tuple[int, ...] | None = None
+    context_slices: int | None = None
     window: str | tuple[float, float] = "auto"
     spacing_mm: str | tuple[float, float, float] = "auto"
     foreground_fraction: float = 0.33
@@ -182,7 +188,15 @@ class TrainConfig:
         Raises:
             UsageError: names the option, its value and the range.
         """
+        if self.model.name not in MODEL_NAMES:
+            nearest = difflib.get_close_matches(self.model.name, MODEL_NAMES, n=1)
+            raise UsageError(
+                f"model.name is {self.model.name!r}; there are {', '.join(MODEL_NAMES)}"
+                + (f" (did you mean {nearest[0]!r}?)" if nearest else "")
+            )
         _at_least("data.fold", self.data.fold, 0)
+        if self.data.context_slices is not None:
+            _at_least("data.context_slices", self.data.context_slices, 0)
         _at_least("data.max_voxels", self.data.max_voxels, 1)
         _at_least("data.phantom_cases", self.data.phantom_cases, 10)
         _share("data.foreground_fraction", self.data.foreground_fraction)

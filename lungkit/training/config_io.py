@@ -20,7 +20,12 @@ from lungkit.training.config import TrainConfig
 
 _NUMBER = re.compile(r"[-+]?(\d|\.\d)")
 # Short forms of options that are typed most.
-_SHORTHANDS = {"data": "data.root", "model": "model.name", "max_voxels": "data.max_voxels"}
+_SHORTHANDS = {
+    "data": "data.root",
+    "model": "model.name",
+    "max_voxels": "data.max_voxels",
+    "deterministic": "engine.deterministic",
+}
 
 
 class ConfigParser(ArgumentParser):
@@ -32,7 +37,7 @@ class ConfigParser(ArgumentParser):
 
 def make_parser() -> ConfigParser:
     """Parser of ``TrainConfig``: dotted options and ``--config FILE``."""
-    parser = ConfigParser(exit_on_error=True, add_help=False, default_env=False)
+    parser = ConfigParser(exit_on_error=True, add_help=False, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; options after it change what it says")
     parser.add_class_arguments(TrainConfig, nested_key=None, fail_untyped=False)
     return parser
@@ -93,11 +98,12 @@ def option_names(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
 
 def _build(parser: ConfigParser, parsed: Namespace) -> TrainConfig:
     try:
-        config: TrainConfig = parser.instantiate_classes(
-            parsed
-        ).as_dict()  # nested dataclasses, flat top level
-        config.pop("config", None)  # type: ignore[attr-defined]
-        return TrainConfig(**config)  # type: ignore[arg-type]
+        instantiate = (
+            getattr(parser, "instantiate", None) or parser.instantiate_classes
+        )  # its name before 4.49
+        options: dict[str, Any] = instantiate(parsed).as_dict()  # nested dataclasses, flat top level
+        options.pop("config", None)
+        return TrainConfig(**options)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
 
@@ -123,9 +129,44 @@ def _normalise(arguments: Sequence[str]) -> Iterator[str]:
             values = ["true"]  # a switch
         if name in lists and not values[0].startswith("[") and (len(values) > 1 or _NUMBER.match(values[0])):
             values = [f"[{', '.join(values)}]"]
+        if name == "config":
+            _check_file(values[0])
         if len(values) > 1:
             raise UsageError(f"--{name} takes one value, got {' '.join(values)}")
         yield f"--{name}={values[0]}"
+
+
+def _check_file(path: str) -> None:
+    """Refuse a YAML file that cannot be read or names an unknown option, with the file's name."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected options and their values, as --print-config shows them")
+    known = set(option_names())
+    groups = {name.rpartition(".")[0] for name in known} - {""}
+    for name in _keys(content, groups):
+        if name not in known | groups:
+            raise UsageError(f"{path}: {_unknown(name)}")
+
+
+def _keys(content: dict[Any, Any], groups: set[str], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        yield name
+        if isinstance(value, dict) and name in groups:
+            yield from _keys(value, groups, f"{name}.")
+
+
+def _unknown(name: str) -> str:
+    known = list(option_names())
+    known += sorted({option.rpartition(".")[0] for option in known} - {""})
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "--print-config shows all options"
+    return f"unknown option {name!r}; {hint}"
 
 
 def _is_value(argument: str) -> bool:
@@ -158,9 +199,7 @@ def _explain(message: str) -> str:
     if in_group:
         name = f"{in_group[1]}.{in_group[2]}"
     if name is not None and name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; --print-config shows all options"
-        return f"unknown option {name!r}{hint}"
+        return _unknown(name)
     return " ".join(message.split())
 
 

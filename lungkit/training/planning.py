@@ -45,6 +45,8 @@ class Plan:
 
     dims: int
     patch_size: tuple[int, ...]
+    context_slices: int
+    """Slices on either side that a 2D network sees as channels."""
     model: dict[str, Any]
     """Arguments of :func:`lungkit.nn.build_model`."""
     epochs: int
@@ -60,7 +62,8 @@ class Plan:
     def summary(self) -> str:
         """Some lines for people."""
         return (
-            f"{self.dims}D, patch {' x '.join(map(str, self.patch_size))}, batch {self.batch_size}, "
+            f"{self.dims}D{f' with {self.context_slices} slices on either side' if self.context_slices else ''}, "
+            f"patch {' x '.join(map(str, self.patch_size))}, batch {self.batch_size}, "
             f"{self.epochs} epochs of {self.steps_per_epoch} steps, learning rate {self.learning_rate:g}\n"
             f"{self.model['name']}, features {self.model['features']}, strides {self.model['strides']}"
         )
@@ -181,6 +184,11 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
         len(config.data.patch_size) if config.data.patch_size else 2 if shape[0] < _FLAT_STACK else 3
     )
     patch = config.data.patch_size or _default_patch(shape[3 - dims :], dims)
+    context = config.data.context_slices
+    if context is None:
+        context = 1 if dims == 2 and shape[0] > 1 else 0
+    if context and dims == 3:
+        raise UsageError(f"data.context_slices is {context}, but the run is 3D, where patches have depth; leave it out")
     features = config.model.features or (16, 32, 64, 128)
     strides = config.model.strides or _strides(len(features) - 1, spacing[3 - dims :])
     phantom = config.data.root is None
@@ -195,7 +203,13 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
     return Plan(
         dims=dims,
         patch_size=tuple(patch),
-        model=_model_options(config.model, dims, dataset, tuple(features), strides),
+        context_slices=context,
+        model={
+            "dims": dims,
+            "in_channels": len(dataset.channel_names) * (2 * context + 1),
+            "out_channels": dataset.num_classes,
+            **_model_options(config.model, tuple(features), strides),
+        },
         epochs=epochs,
         steps_per_epoch=steps,
         batch_size=batch,
@@ -263,14 +277,9 @@ def _strides(steps: int, spacing: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(strides)
 
 
-def _model_options(
-    model: ModelConfig, dims: int, dataset: Dataset, features: tuple[int, ...], strides: Any
-) -> dict[str, Any]:
+def _model_options(model: ModelConfig, features: tuple[int, ...], strides: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
         "name": model.name,
-        "dims": dims,
-        "in_channels": len(dataset.channel_names),
-        "out_channels": dataset.num_classes,
         "features": features,
         "strides": strides,
         "kernel_size": model.kernel_size,

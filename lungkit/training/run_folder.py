@@ -57,8 +57,10 @@ class RunFolder:
         """Make ``runs/name``, or ``runs/name-2`` and so on where that exists: no run is overwritten.
 
         Raises:
-            UsageError: the folder cannot be made.
+            UsageError: the folder cannot be made, or ``name`` is not that of a folder in ``runs``.
         """
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+            raise UsageError(f"name is {name!r}; give the name of a folder, without a path")
         number = 1
         while True:
             path = Path(runs) / (name if number == 1 else f"{name}-{number}")

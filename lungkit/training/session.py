@@ -122,6 +122,7 @@ class Session:
             foreground_fraction=self.config.data.foreground_fraction,
             seed=self.config.seed,
             pad_label=IGNORE_INDEX,
+            context_slices=self.plan.context_slices,
         )
         return Batches(
             sampler,
@@ -204,6 +205,7 @@ class Session:
                 "label_values": dict(self.prepared.dataset.labels),
                 "channels": list(self.prepared.dataset.channel_names),
                 "patch_size": list(self.plan.patch_size),
+                "context_slices": self.plan.context_slices,
             },
             trainer={
                 "network": self.network.state_dict(),

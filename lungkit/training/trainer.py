@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -185,9 +186,9 @@ class Trainer:
     def _open_folder(self, prepared: Prepared, fabric: Fabric) -> RunFolder:
         if self.resume is not None:
             return self.resume
-        name = self.config.name or f"{prepared.dataset.name}-{self.config.model.name}".lower().replace(
-            " ", "-"
-        )
+        # The dataset's name comes from a file: only what is harmless in the name of a folder is kept.
+        dataset = re.sub(r"[^a-z0-9_.]+", "-", prepared.dataset.name.lower()).strip("-.") or "run"
+        name = self.config.name or f"{dataset}-{self.config.model.name}"
         path = ""
         if fabric.is_global_zero:
             folder = RunFolder.create(self.config.runs, name)

@@ -16,26 +16,28 @@ from lungkit.metrics import CaseTable, evaluate_case
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet
 from lungkit.report import choose_slice, save_overlays
 from lungkit.training.engine import gather_objects
+from lungkit.training.planning import Plan
 
 METRICS = ("dice", "iou", "ppv", "sensitivity")
 _PATCHES_PER_CALL = {2: 16, 3: 1}
 
 
-def predict(network: nn.Module, case: CachedCase, patch_size: Sequence[int]) -> np.ndarray:
+def predict(network: nn.Module, case: CachedCase, plan: Plan) -> np.ndarray:
     """Label map of a cached case, uint8 (Z, Y, X); a 2D network sees whole slices."""
     return predict_case(
         network,
         case,
-        patch_size,
-        batch_size=_PATCHES_PER_CALL[len(patch_size)],
-        whole_slices=len(patch_size) == 2,
+        plan.patch_size,
+        batch_size=_PATCHES_PER_CALL[plan.dims],
+        whole_slices=plan.dims == 2,
+        context_slices=plan.context_slices,
     )
 
 
 def validate(
     network: nn.Module,
     cases: Sequence[CachedCase],
-    patch_size: Sequence[int],
+    plan: Plan,
     class_names: Sequence[str],
     *,
     rank: int = 0,
@@ -50,7 +52,7 @@ def validate(
     mine = []
     for case in cases[rank::world_size]:
         overlap = evaluate_case(
-            predict(network, case, patch_size), np.asarray(case.label), len(labels), ignore_index=IGNORE_INDEX
+            predict(network, case, plan), np.asarray(case.label), len(labels), ignore_index=IGNORE_INDEX
         )
         mine.append((case.case_id, overlap))
         if after_case is not None:
@@ -86,7 +88,7 @@ def representative_cases(table: CaseTable) -> dict[str, str]:
 
 
 def draw_overlays(
-    folder: Path, network: nn.Module, cases: Sequence[CachedCase], patch_size: Sequence[int], table: CaseTable
+    folder: Path, network: nn.Module, cases: Sequence[CachedCase], plan: Plan, table: CaseTable
 ) -> None:
     """A picture each of the worst, median and best case: CT, truth, prediction and, if there is one, attention map."""
     by_id = {case.case_id: case for case in cases}
@@ -94,7 +96,7 @@ def draw_overlays(
     for rank, case_id in representative_cases(table).items() if table.rows else ():
         case = by_id[case_id]
         image = case.image_float()
-        prediction = predict(network, case, patch_size)
+        prediction = predict(network, case, plan)
         slice_index = choose_slice(np.asarray(case.label), prediction)
         attention = None
         if isinstance(network, (AttentionUNet, MonaiAttentionUNet)):
@@ -102,9 +104,10 @@ def draw_overlays(
             attention = attention_map(
                 network,
                 torch.from_numpy(image).to(device),
-                patch_size,
+                plan.patch_size,
                 slice_index,
-                whole_slices=len(patch_size) == 2,
+                whole_slices=plan.dims == 2,
+                context_slices=plan.context_slices,
             ).cpu()
         save_overlays(
             folder / f"{rank}-{case_id}.png",

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lungkit.errors import CheckpointError, ResourceError
+from lungkit.training.checkpoint import load_checkpoint, recover_checkpoint, save_checkpoint
+
+
+def save(folder, value=1.0, **trainer):
+    save_checkpoint(
+        folder,
+        weights={"w": torch.full((3, 2), value)},
+        description={"epoch": int(value), "model": {"name": "unet"}},
+        trainer={"step": int(value), **trainer},
+    )
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_comes_back_as_it_was(tmp_path):
+    save(tmp_path / "last", 2.0, momentum=torch.arange(3.0))
+    checkpoint = load_checkpoint(tmp_path / "last")
+    assert torch.equal(checkpoint.weights["w"], torch.full((3, 2), 2.0))
+    assert checkpoint.trainer["step"] == 2
+    assert torch.equal(checkpoint.trainer["momentum"], torch.arange(3.0))
+    assert checkpoint.description["model"] == {"name": "unet"}
+
+
+def test_weights_of_any_memory_layout_come_back(tmp_path):
+    weights = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path / "last", weights={"w": weights}, description={}, trainer={})
+    assert torch.equal(load_checkpoint(tmp_path / "last").weights["w"], weights)
+
+
+def test_holds_the_three_files_and_nothing_else_stays(tmp_path):
+    save(tmp_path / "last")
+    assert names(tmp_path / "last") == ["manifest.json", "model.safetensors", "trainer.pt"]
+    assert names(tmp_path) == ["last"]
+
+
+def test_the_last_one_becomes_the_previous_one(tmp_path):
+    for value in (1.0, 2.0, 3.0):
+        save(tmp_path / "last", value)
+    assert names(tmp_path) == ["last", "previous"]
+    assert load_checkpoint(tmp_path / "previous").trainer["step"] == 2
+
+
+def test_the_best_one_is_replaced(tmp_path):
+    save(tmp_path / "best", 1.0)
+    save(tmp_path / "best", 2.0)
+    assert names(tmp_path) == ["best"]
+    assert load_checkpoint(tmp_path / "best").trainer["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_named_and_the_previous_one_offered(tmp_path, name, damage):
+    save(tmp_path / "last", 1.0)
+    save(tmp_path / "last", 2.0)
+    path = tmp_path / "last" / name
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content if damage == "flip" else content[:-7])
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(tmp_path / "last")
+    assert name in str(raised.value) and "--checkpoint previous" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": 99}', '{"format": 1}', '{"format": 1, "sha256": []}']
+)
+def test_a_damaged_manifest_is_an_error(tmp_path, content):
+    save(tmp_path / "last")
+    (tmp_path / "last" / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not a usable checkpoint"):
+        load_checkpoint(tmp_path / "last")
+
+
+def test_a_changed_manifest_is_an_error(tmp_path):
+    save(tmp_path / "last")
+    path = tmp_path / "last" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model"]["name"] = "attention-unet"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        load_checkpoint(tmp_path / "last")
+
+
+def test_a_damaged_previous_one_is_not_offered(tmp_path):
+    save(tmp_path / "last", 1.0)
+    save(tmp_path / "last", 2.0)
+    for name in ("last", "previous"):
+        (tmp_path / name / "trainer.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(tmp_path / "last")
+    assert "--checkpoint" not in str(raised.value)
+
+
+def test_a_missing_one_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"last.*manifest\.json is missing"):
+        load_checkpoint(tmp_path / "last")
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    with pytest.raises(CheckpointError):
+        save_checkpoint(tmp_path / "last", weights={}, description={}, trainer={"x": Evil()})
+        load_checkpoint(tmp_path / "last")
+    assert not (tmp_path / "touched").exists()
+
+
+_FULL_DISK = """
+import resource, sys, torch
+from lungkit.errors import ResourceError
+from lungkit.training.checkpoint import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+big, small = torch.zeros(100_000), torch.zeros(1)
+weights, state = (big, small) if sys.argv[2] == "weights" else (small, big)
+try:
+    save_checkpoint(sys.argv[1], weights={"w": weights}, description={}, trainer={"s": state})
+except ResourceError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on file sizes are POSIX")
+@pytest.mark.parametrize("what", ["weights", "trainer"])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, what):
+    save(tmp_path / "last", 1.0)
+    command = [sys.executable, "-c", _FULL_DISK, str(tmp_path / "last"), what]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "last: checkpoint not written, the disk or quota is full" in done.stderr
+    assert names(tmp_path) == ["last"]
+    assert load_checkpoint(tmp_path / "last").trainer["step"] == 1
+
+
+def test_no_space_for_the_manifest_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path / "last", 1.0)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(ResourceError, match="disk or quota is full"):
+        save(tmp_path / "last", 2.0)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["last"]
+    assert load_checkpoint(tmp_path / "last").trainer["step"] == 1
+
+
+def test_leftovers_of_a_crash_are_not_taken_for_a_checkpoint(tmp_path):
+    save(tmp_path / ".0123456789ab.new-last", 7.0)
+    save(tmp_path / "last", 2.0)
+    assert names(tmp_path) == ["last"]
+    assert load_checkpoint(tmp_path / "last").trainer["step"] == 2
+
+
+def test_a_best_one_that_a_crash_left_aside_comes_back(tmp_path):
+    save(tmp_path / "best", 3.0)
+    (tmp_path / "best").rename(tmp_path / ".old-best")
+    recover_checkpoint(tmp_path / "best")
+    assert names(tmp_path) == ["best"]

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from lungkit.data import AugmentConfig
+from lungkit.errors import UsageError
+from lungkit.training import LossConfig, ModelConfig, OptimiserConfig, TrainConfig, load_config
+from lungkit.training.config_io import config_to_dict, config_to_yaml, option_names, parse_arguments
+
+
+def test_without_arguments_the_defaults_hold():
+    assert parse_arguments([]) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "get", "value"),
+    [
+        (["--model", "unet"], lambda c: c.model.name, "unet"),
+        (["--model=unet"], lambda c: c.model.name, "unet"),
+        (["--data", "some/folder"], lambda c: c.data.root, "some/folder"),
+        (["--max-voxels", "1000"], lambda c: c.data.max_voxels, 1000),
+        (["--deterministic"], lambda c: c.engine.deterministic, True),
+        (["--model.features", "16", "32", "64"], lambda c: c.model.features, (16, 32, 64)),
+        (["--model.features", "[16, 32]"], lambda c: c.model.features, (16, 32)),
+        (["--model.strides", "[[1, 2, 2], [2, 2, 2]]"], lambda c: c.model.strides, ((1, 2, 2), (2, 2, 2))),
+        (["--data.patch_size", "96", "96"], lambda c: c.data.patch_size, (96, 96)),
+        (["--data.window", "lung"], lambda c: c.data.window, "lung"),
+        (["--data.window", "-1000", "400"], lambda c: c.data.window, (-1000, 400)),
+        (["--data.spacing_mm", "2.5", "0.7", "0.7"], lambda c: c.data.spacing_mm, (2.5, 0.7, 0.7)),
+        (["--optimiser.learning_rate", "1e-3"], lambda c: c.optimiser.learning_rate, 1e-3),
+        (["--optimiser.clip_norm", "null"], lambda c: c.optimiser.clip_norm, None),
+        (["--loss.dice_weight", "0"], lambda c: c.loss.dice_weight, 0),
+        (["--engine.compile"], lambda c: c.engine.compile, True),
+        (["--engine.channels_last", "false"], lambda c: c.engine.channels_last, False),
+        (["--augment.noise_std", "0", "0.3"], lambda c: c.augment.noise_std, (0.0, 0.3)),
+        (["--augment.enabled", "false"], lambda c: c.augment.enabled, False),
+        (["--epochs", "7", "--seed", "3"], lambda c: (c.epochs, c.seed), (7, 3)),
+    ],
+)
+def test_an_option_reaches_its_place(arguments, get, value):
+    assert get(parse_arguments(arguments)) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found", "nearest"),
+    [
+        (["--modle.features", "8"], "modle.features", "model.features"),
+        (["--model.featurs", "8"], "model.featurs", "model.features"),
+        (["--engine.devcies", "2"], "engine.devcies", "engine.devices"),
+        (["--epoch", "2"], "epoch", "epochs"),
+        (["--augment.noise", "0"], "augment.noise", "augment.noise_std"),
+    ],
+)
+def test_an_unknown_option_suggests_the_nearest(arguments, found, nearest):
+    with pytest.raises(UsageError) as raised:
+        parse_arguments(arguments)
+    assert repr(found) in str(raised.value) and repr(nearest) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "nearest"),
+    [
+        ({"modle": {"name": "unet"}}, "modle", "model"),
+        ({"model": {"featurs": [8]}}, "model.featurs", "model.features"),
+        ({"epoch": 3}, "epoch", "epochs"),
+    ],
+)
+def test_an_unknown_key_of_a_file_suggests_the_nearest(tmp_path, content, found, nearest):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError) as raised:
+        load_config(path)
+    assert "run.yaml" in str(raised.value)
+    assert repr(found) in str(raised.value) and repr(nearest) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--epochs", "many"], "epochs"),
+        (["--model.features", "a", "b"], "model.features"),
+        (["--engine.precision", "fp8"], "engine.precision"),
+        (["--optimiser.name", "adam"], "optimiser.name"),
+        (["--data.dims", "4"], "data.dims"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_option(arguments, name):
+    with pytest.raises(UsageError, match=name):
+        parse_arguments(arguments)
+
+
+def test_a_bare_word_is_refused():
+    with pytest.raises(UsageError, match="unexpected argument 'unet'"):
+        parse_arguments(["unet"])
+
+
+def test_options_after_a_file_change_what_it_says(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: unet, features: [4, 8]}\nepochs: 9\n")
+    config = parse_arguments(["--config", str(path), "--epochs", "3"])
+    assert (config.model.name, config.model.features, config.epochs) == ("unet", (4, 8), 3)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: [unclosed")
+    with pytest.raises(UsageError, match=r"run\.yaml"):
+        load_config(path)
+
+
+def test_yaml_round_trip(tmp_path):
+    config = TrainConfig(
+        model=ModelConfig(name="unet", features=(8, 16, 32), strides=((1, 2, 2), (2, 2, 2))),
+        loss=LossConfig(ce_weight=0.5),
+        augment=AugmentConfig(noise_probability=0.7, blur_sigma=(0.1, 0.2)),
+        epochs=3,
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(config_to_yaml(config))
+    assert config_to_dict(load_config(path)) == config_to_dict(config)
+
+
+def test_every_option_can_be_named():
+    names = set(option_names())
+    assert {"data.root", "model.features", "loss.dice_weight", "optimiser.ema_decay", "seed"} <= names
+    assert {"augment.rotation_probability", "engine.deterministic"} <= names
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"seed": -1}, "seed"),
+        ({"loss": LossConfig(dice_weight=0, ce_weight=0)}, "loss.dice_weight and loss.ce_weight"),
+        ({"loss": LossConfig(dice_weight=-1)}, "loss.dice_weight"),
+        ({"model": ModelConfig(dropout=1.0)}, "model.dropout"),
+        ({"model": ModelConfig(name="unett")}, "did you mean 'unet'"),
+        ({"optimiser": OptimiserConfig(learning_rate=0.0)}, "optimiser.learning_rate"),
+        ({"optimiser": OptimiserConfig(learning_rate=float("nan"))}, "optimiser.learning_rate"),
+        ({"optimiser": OptimiserConfig(ema_decay=1.0)}, "optimiser.ema_decay"),
+    ],
+)
+def test_a_value_out_of_range_names_its_option(change, name):
+    with pytest.raises(UsageError, match=name):
+        replace(TrainConfig(), **change).validate()
+
+
+def test_patch_and_dims_must_agree():
+    config = parse_arguments(["--data.dims", "3", "--data.patch_size", "32", "32"])
+    with pytest.raises(UsageError, match=r"data\.patch_size.*data\.dims"):
+        config.validate()
+
+
+def test_a_configuration_needs_no_engine():
+    script = (
+        "import sys; from lungkit.training import TrainConfig; TrainConfig();"
+        "print([m for m in ('lightning_fabric', 'matplotlib', 'jsonargparse') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
