@@ -64,6 +64,10 @@ class PatchSampler:
     *Two dimensions.* With a ``patch_size`` of two entries a patch is part of one axial slice: the slice of
     the chosen voxel, or a uniformly drawn one.
 
+    *Context.* A 2D patch may carry the slices above and below as further channels, which is what tells a nodule
+    from a vessel: the channels are those of slice z - n, then z - n + 1, up to z + n; beyond the first and the last
+    slice that one is repeated.
+
     *Padding.* Along an axis where the case is smaller than the patch, the position of the case inside the
     patch is random; around it the image holds the smallest value of the case (air), the label ``pad_label``.
 
@@ -76,6 +80,7 @@ class PatchSampler:
         foreground_fraction: share of foreground patches, from 0 to 1.
         seed: non-negative integer.
         pad_label: label of padding; the ignore label keeps padding out of the loss.
+        context_slices: n, slices on either side that a 2D patch carries as channels.
 
     Raises:
         UsageError: an option is out of its range.
@@ -106,12 +111,18 @@ class PatchSampler:
         foreground_fraction: float = 0.33,
         seed: int = 0,
         pad_label: int = 0,
+        context_slices: int = 0,
     ) -> None:
         self.cases = tuple(cases)
         self.patch_size = _checked_patch_size(patch_size)
         self.foreground_fraction = float(foreground_fraction)
         self.seed = operator.index(seed)
         self.pad_label = operator.index(pad_label)
+        self.context_slices = operator.index(context_slices)
+        if self.context_slices < 0 or (self.context_slices and self.dims == 3):
+            raise UsageError(
+                f"context_slices is {context_slices} for {self.dims}D patches; give 0 or more, and 0 in 3D"
+            )
         if not 0.0 <= self.foreground_fraction <= 1.0:
             raise UsageError(f"foreground_fraction is {foreground_fraction}; give a share from 0 to 1")
         if self.seed < 0:
@@ -164,9 +175,14 @@ class PatchSampler:
                 first = max(first, int(voxel[axis]) - length + 1)
                 last = min(last, int(voxel[axis]))
             start.append(int(random.integers(first, last + 1)))
-        image, label = self._crop(case, start, size)
-        shape = self.patch_size
         z, y, x = start
+        label = self._crop_label(case, start, size)
+        last = case.label.shape[0] - 1
+        slices = range(z - self.context_slices, z + self.context_slices + 1) if self.dims == 2 else (z,)
+        # In 3D a patch may hang over the ends; in 2D it lies on a slice, and so do those beside it.
+        starts = [(min(max(i, 0), last) if self.dims == 2 else i, y, x) for i in slices]
+        image = np.concatenate([self._crop_image(case, first, size) for first in starts])
+        shape = self.patch_size
         return Patch(image.reshape(-1, *shape), label.reshape(shape), case.case_id, (z, y, x), on_foreground)
 
     def batch(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,35 +198,43 @@ class PatchSampler:
         labels = np.stack([patch.label for patch in patches])
         return torch.from_numpy(images), torch.from_numpy(labels)
 
-    def _crop(
-        self, case: PatchSource, start: Sequence[int], size: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        inside, target = [], []
-        for first, length, extent in zip(start, size, case.label.shape, strict=True):
-            low, high = max(first, 0), min(first + length, extent)
-            inside.append(slice(low, high))
-            target.append(slice(low - first, high - first))
-        z, y, x = inside
+    def _crop_image(self, case: PatchSource, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        (z, y, x), target = _overlap(case.label.shape, start, size)
         stored = case.image[:, z, y, x]
         if stored.shape[1:] == tuple(size):
-            label = np.array(case.label[z, y, x], dtype=np.uint8)
             image = stored.astype(np.float32)
         else:
-            label = np.full(size, self.pad_label, np.uint8)
-            label[tuple(target)] = case.label[z, y, x]
             image = np.empty((stored.shape[0], *size), np.float32)
             image[:] = self._air_of(case)[:, None, None, None]
             z, y, x = target
             image[:, z, y, x] = stored
         image *= np.float32(case.slope)
         image += np.float32(case.intercept)
-        return image, label
+        return image
+
+    def _crop_label(self, case: PatchSource, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        inside, target = _overlap(case.label.shape, start, size)
+        label = np.full(size, self.pad_label, np.uint8)
+        label[target] = case.label[inside]
+        return label
 
     def _air_of(self, case: PatchSource) -> np.ndarray:
         """Smallest stored value of each channel; the same for any order of calls, hence safe to keep."""
         if case.case_id not in self._air:
             self._air[case.case_id] = np.asarray(case.image).min(axis=(1, 2, 3)).astype(np.float32)
         return self._air[case.case_id]
+
+
+def _overlap(
+    shape: Sequence[int], start: Sequence[int], size: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a patch lies in its case, and where that part lies in the patch."""
+    inside, target = [], []
+    for first, length, extent in zip(start, size, shape, strict=True):
+        low, high = max(first, 0), min(first + length, extent)
+        inside.append(slice(low, high))
+        target.append(slice(low - first, high - first))
+    return tuple(inside), tuple(target)
 
 
 def _checked_patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ def predict_label(
     overlap: float = 0.5,
     batch_size: int = 4,
     whole_slices: bool = False,
+    context_slices: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
     r"""Class of every voxel of a volume, from a 2D or 3D network by sliding window.
@@ -44,6 +45,7 @@ def predict_label(
         overlap: share of a patch in common with its neighbour, along the axes of ``patch_size``.
         batch_size: patches in one call of the network.
         whole_slices: let a 2D network take every slice whole, whatever its size; ``patch_size`` then only says 2D.
+        context_slices: slices on either side that a 2D network takes as channels, see :func:`with_context`.
         progress: called with the patches done and the patches in all.
 
     Returns:
@@ -63,7 +65,7 @@ def predict_label(
         raise UsageError(f"whole_slices is for 2D networks, but patch_size is {tuple(patch_size)}")
     label = torch.zeros(image.shape[1:], dtype=torch.uint8, device=image.device)
     for first, last, logits in _stream(
-        network, image, patch_size, overlap, batch_size, whole_slices, progress
+        network, image, patch_size, overlap, batch_size, whole_slices, context_slices, progress
     ):
         label[first:last] = _classes(logits)
     return label
@@ -77,6 +79,7 @@ def predict_case(
     overlap: float = 0.5,
     batch_size: int = 4,
     whole_slices: bool = False,
+    context_slices: int = 0,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -92,6 +95,7 @@ def predict_case(
         overlap=overlap,
         batch_size=batch_size,
         whole_slices=whole_slices,
+        context_slices=context_slices,
         progress=progress,
     )
     return label.cpu().numpy()
@@ -107,6 +111,7 @@ def attention_map(
     overlap: float = 0.5,
     batch_size: int = 4,
     whole_slices: bool = False,
+    context_slices: int = 0,
 ) -> Tensor:
     """The coefficients alpha of one attention gate over one axial slice, stitched as the logits are.
 
@@ -123,6 +128,7 @@ def attention_map(
         overlap: as for :func:`predict_label`.
         batch_size: as for :func:`predict_label`.
         whole_slices: as for :func:`predict_label`.
+        context_slices: as for :func:`predict_label`.
 
     Returns:
         float32 (Y, X), values between 0 and 1.
@@ -141,7 +147,7 @@ def attention_map(
         raise UsageError(f"slice_index must be between 0 and {depth - 1}, got {slice_index}")
     thick = 1 if len(patch_size) == 2 else min(patch_size[0], depth)
     first = min(max(slice_index - thick // 2, 0), depth - thick)
-    slab = image[:, first : first + thick]
+    slab = with_context(image, context_slices)[:, first : first + thick]
 
     def alpha(patches: Tensor) -> Tensor:
         _, maps = network(patches, return_attention=True)
@@ -153,9 +159,39 @@ def attention_map(
         mode = "bilinear" if patches.dim() == 4 else "trilinear"
         return F.interpolate(by_size[level].float(), size=patches.shape[2:], mode=mode, align_corners=False)
 
-    slabs = _stream(alpha, slab, patch_size, overlap, batch_size, whole_slices, None, module=network)
+    slabs = _stream(alpha, slab, patch_size, overlap, batch_size, whole_slices, 0, None, module=network)
     maps = [logits[0].clone() for _, _, logits in slabs]
     return torch.cat(maps)[slice_index - first]
+
+
+def with_context(image: Tensor, context_slices: int) -> Tensor:
+    """Every slice with n slices on either side as further channels, as :class:`lungkit.data.PatchSampler` gives them.
+
+    The channels of slice z are those of z - n, then z - n + 1, up to z + n; beyond the first and the last slice that
+    one is repeated.
+
+    Args:
+        image: (C, Z, Y, X).
+        context_slices: n.
+
+    Returns:
+        ((2 n + 1) C, Z, Y, X), ``image`` itself for n = 0.
+
+    Raises:
+        UsageError: ``context_slices`` is negative.
+
+    Example:
+        >>> image = torch.arange(3.0).reshape(1, 3, 1, 1)
+        >>> with_context(image, 1)[:, :, 0, 0].tolist()
+        [[0.0, 0.0, 1.0], [0.0, 1.0, 2.0], [1.0, 2.0, 2.0]]
+    """
+    if context_slices < 0:
+        raise UsageError(f"context_slices must be 0 or more, got {context_slices}")
+    if context_slices == 0:
+        return image
+    slices = torch.arange(image.shape[1], device=image.device)
+    offsets = range(-context_slices, context_slices + 1)
+    return torch.cat([image[:, (slices + k).clamp(0, image.shape[1] - 1)] for k in offsets])
 
 
 def _stream(
@@ -165,10 +201,13 @@ def _stream(
     overlap: float,
     batch_size: int,
     whole_slices: bool,
+    context_slices: int,
     progress: Progress | None,
     module: object | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     if len(patch_size) == 3:
+        if context_slices:
+            raise UsageError(f"context_slices is for 2D networks, but patch_size is {tuple(patch_size)}")
         return stream_logits(
             network,
             image,
@@ -180,6 +219,8 @@ def _stream(
         )
     if len(patch_size) != 2:
         raise UsageError(f"patch_size must be (Y, X) or (Z, Y, X), got {tuple(patch_size)}")
+
+    image = with_context(image, context_slices)
 
     # To the sliding window a 2D network is a 3D one whose patches are one slice deep.
     def slicewise(patches: Tensor) -> Tensor:

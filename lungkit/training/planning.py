@@ -188,7 +188,9 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
     if context is None:
         context = 1 if dims == 2 and shape[0] > 1 else 0
     if context and dims == 3:
-        raise UsageError(f"data.context_slices is {context}, but the run is 3D, where patches have depth; leave it out")
+        raise UsageError(
+            f"data.context_slices is {context}, but the run is 3D, where patches have depth; leave it out"
+        )
     features = config.model.features or (16, 32, 64, 128)
     strides = config.model.strides or _strides(len(features) - 1, spacing[3 - dims :])
     phantom = config.data.root is None

@@ -181,7 +181,7 @@ class Session:
             return validate(
                 self.evaluated,
                 cases,
-                self.plan.patch_size,
+                self.plan,
                 self.prepared.dataset.class_names,
                 rank=self.fabric.global_rank,
                 world_size=self.fabric.world_size,

@@ -321,7 +321,7 @@ class Trainer:
         if session.fabric.is_global_zero:
             epoch = session.position.best_epoch or session.epoch
             write_case_table(folder.path, table, name="validation", extra={"epoch": epoch})
-            draw_overlays(folder.overlays, session.evaluated, val, session.plan.patch_size, table)
+            draw_overlays(folder.overlays, session.evaluated, val, session.plan, table)
             _LOG.info("validation with the weights of epoch %d\n%s", epoch, format_case_table(table))
         session.fabric.barrier()
         return table

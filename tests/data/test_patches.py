@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,3 +238,38 @@ def test_cached_cases_of_a_dataset_are_served(tmp_path: Path) -> None:
     np.testing.assert_allclose(patch.image[:, -z : 6 - z], inside, atol=1e-6)
     again = PatchSampler(pickle.loads(pickle.dumps(cases)), (8, 32, 32), foreground_fraction=1.0, seed=1)
     np.testing.assert_array_equal(again.sample(2).image, patch.image)
+
+
+def stack_of_slices():
+    image = np.arange(4, dtype=np.int16).reshape(1, 4, 1, 1) * np.ones((1, 4, 16, 16), np.int16)
+    label = np.zeros((4, 16, 16), np.uint8)
+    label[:, 5, 6] = 1
+    foreground = np.argwhere(label).astype(np.int32)
+    return SimpleNamespace(
+        case_id="a", image=image, label=label, foreground=foreground, slope=1.0, intercept=0.0
+    )
+
+
+def test_context_slices_are_channels_and_repeat_at_the_ends():
+    sampler = PatchSampler([stack_of_slices()], (8, 8), context_slices=1)
+    for index in range(20):
+        patch = sampler.sample(index)
+        z = patch.start[0]
+        assert patch.image.shape == (3, 8, 8)
+        assert patch.image[:, 0, 0].tolist() == [max(z - 1, 0), z, min(z + 1, 3)]
+
+
+def test_context_slices_change_neither_place_nor_label():
+    plain = PatchSampler([stack_of_slices()], (8, 8))
+    context = PatchSampler([stack_of_slices()], (8, 8), context_slices=2)
+    for index in range(10):
+        a, b = plain.sample(index), context.sample(index)
+        assert a.start == b.start
+        assert np.array_equal(a.label, b.label)
+        assert np.array_equal(a.image[0], b.image[2])
+
+
+@pytest.mark.parametrize(("patch_size", "context"), [((8, 8), -1), ((2, 8, 8), 1)])
+def test_context_slices_that_do_not_fit_are_refused(patch_size, context):
+    with pytest.raises(UsageError, match="context_slices"):
+        PatchSampler([stack_of_slices()], patch_size, context_slices=context)

@@ -101,3 +101,19 @@ def test_coarser_gate_is_interpolated_to_full_resolution() -> None:
 def test_bad_arguments_are_named(call: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         call()
+
+
+def test_a_network_with_context_sees_the_slices_that_it_was_trained_on():
+    image = torch.randn(1, 5, 8, 8)
+
+    def above_is_brighter(x):
+        return torch.stack([x[:, 1], x[:, 2]], dim=1)  # this slice against the one above it
+
+    label = predict_label(above_is_brighter, image, (8, 8), context_slices=1)
+    above = torch.cat([image[0, 1:], image[0, -1:]])
+    assert torch.equal(label, (above > image[0]).to(torch.uint8))
+
+
+def test_context_is_refused_for_a_3d_network():
+    with pytest.raises(UsageError, match="context_slices"):
+        predict_label(lambda x: x, torch.zeros(1, 4, 8, 8), (4, 8, 8), context_slices=1)
