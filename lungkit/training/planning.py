@@ -24,16 +24,13 @@ from lungkit.data import (
     plan_preprocessing,
     write_phantom_dataset,
 )
-from lungkit.errors import DataError, UsageError
+from lungkit.errors import CheckpointError, DataError, UsageError
 from lungkit.nn import build_model
 from lungkit.training.config import ModelConfig, TrainConfig
 
 _PHANTOM_SHAPE = (1, 128, 128)
 _PHANTOM_SEED = 0
 _MAX_PATCH = {2: (256, 256), 3: (64, 128, 128)}
-_ANISOTROPY = (
-    3.0  # from this ratio of slice distance to pixel size on, nnU-Net treats a volume as a stack of slices
-)
 _FLAT_STACK = 16  # a median of fewer slices leaves a 3D network little to pool over
 
 Progress = Callable[[str, int, int], None]
@@ -75,6 +72,9 @@ class Prepared:
 
     dataset: Dataset
     split: Split
+    """The fold that is trained."""
+    splits: tuple[Split, ...]
+    """All folds; of a run that is continued only its own."""
     fingerprint: Fingerprint
     preprocessing: Preprocessing
     plan: Plan
@@ -114,10 +114,11 @@ def prepare(
     Raises:
         UsageError: an option does not fit the dataset.
         DataError: a file cannot be used, or the dataset is not the one the run was started on.
+        CheckpointError: ``known`` is damaged.
     """
     dataset = _open(config)
     if known is not None:
-        return _restore(dataset, known, config)
+        return _restore(dataset, known)
     labelled = replace(dataset, cases=tuple(case for case in dataset.cases if case.label is not None))
     if not labelled.cases:
         raise DataError(f"{dataset.root}: no case has a label; training needs labelled cases")
@@ -141,14 +142,10 @@ def prepare(
             "choose another fold with --data.fold or check the masks"
         )
     plan = make_plan(config, fingerprint, labelled)
-    # A 2D network sees the pixels of one slice: resampling would only blur slices into each other.
-    native = plan.dims == 2 and config.data.spacing_mm == "auto"
     preprocessing = plan_preprocessing(
-        fingerprint,
-        window=config.data.window,
-        spacing_mm="native" if native else config.data.spacing_mm,
+        fingerprint, window=config.data.window, spacing_mm=_spacing_option(config, plan.dims)
     )
-    return Prepared(labelled, split, fingerprint, preprocessing, plan)
+    return Prepared(labelled, split, tuple(splits), fingerprint, preprocessing, plan)
 
 
 def prepare_cases(
@@ -178,11 +175,19 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
     a case up to 256 x 256 or 64 x 128 x 128; three quarters of a smaller slice, so that crops are shifted
     and the middle of a patch says little about the foreground.
     """
-    shape = np.median(np.asarray(fingerprint.shapes), axis=0)
-    spacing = np.median(np.asarray(fingerprint.spacings_mm), axis=0)
+    shapes, spacings = np.asarray(fingerprint.shapes), np.asarray(fingerprint.spacings_mm)
     dims = config.data.dims or (
-        len(config.data.patch_size) if config.data.patch_size else 2 if shape[0] < _FLAT_STACK else 3
+        len(config.data.patch_size)
+        if config.data.patch_size
+        else 2
+        if np.median(shapes[:, 0]) < _FLAT_STACK
+        else 3
     )
+    # What the network will see: a spacing that was asked for, else about the median one.
+    asked = _spacing_option(config, dims)
+    spacing = np.median(spacings, axis=0) if isinstance(asked, str) else np.asarray(asked, dtype=float)
+    factors = np.where((shapes > 1) & (asked != "native"), spacings / spacing, 1.0)
+    shape = np.maximum(1, np.round(np.median(shapes * factors, axis=0)))
     patch = config.data.patch_size or _default_patch(shape[3 - dims :], dims)
     context = config.data.context_slices
     if context is None:
@@ -219,6 +224,30 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
     )
 
 
+def resolve(config: TrainConfig, plan: Plan) -> TrainConfig:
+    """``config`` with what the plan decided written out, and paths that hold in any working directory."""
+    folders = {
+        name: None if path is None else str(Path(path).expanduser().resolve())
+        for name, path in (("root", config.data.root), ("cache", config.data.cache))
+    }
+    strides = tuple(step if isinstance(step, int) else tuple(step) for step in plan.model["strides"])
+    return replace(
+        config,
+        data=replace(
+            config.data,
+            **folders,
+            dims=plan.dims,  # type: ignore[arg-type]
+            patch_size=plan.patch_size,
+            context_slices=plan.context_slices,
+        ),
+        model=replace(config.model, features=tuple(plan.model["features"]), strides=strides),
+        optimiser=replace(config.optimiser, learning_rate=plan.learning_rate),
+        epochs=plan.epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        batch_size=plan.batch_size,
+    )
+
+
 def build_network(plan: Plan, seed: int) -> nn.Module:
     """The network of a plan, with weights drawn from ``seed``."""
     return build_model(**plan.model, seed=seed)
@@ -234,27 +263,30 @@ def _open(config: TrainConfig) -> Dataset:
     return open_dataset(Path(config.data.root).expanduser(), layout=config.data.layout)
 
 
-def _restore(dataset: Dataset, known: dict[str, Any], config: TrainConfig) -> Prepared:
+def _restore(dataset: Dataset, known: dict[str, Any]) -> Prepared:
     try:
         split = Split(tuple(known["split"]["train"]), tuple(known["split"]["val"]))
         plan = Plan(**{**known["plan"], "patch_size": tuple(known["plan"]["patch_size"])})
-        labels = known["labels"]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"the run's dataset.json cannot be restored: {error!r}") from error
+        fingerprint = Fingerprint.from_dict(known["fingerprint"])
+        preprocessing = Preprocessing.from_dict(known["preprocessing"])
+        labels = list(known["labels"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a DataError is a ValueError
+        raise CheckpointError(
+            f"the run's dataset.json cannot be restored ({error!r}); start a new run"
+        ) from error
     present = {case.case_id for case in dataset.cases}
     missing = sorted({*split.train, *split.val} - present)
-    if missing or list(labels) != list(dataset.class_names):
+    if missing or labels != list(dataset.class_names):
         raise DataError(
             f"{dataset.root} is not the dataset that the run was started on: "
             + (f"case {missing[0]} is missing" if missing else f"its labels are {list(dataset.class_names)}")
         )
-    return Prepared(
-        dataset,
-        split,
-        Fingerprint.from_dict(known["fingerprint"]),
-        Preprocessing.from_dict(known["preprocessing"]),
-        plan,
-    )
+    return Prepared(dataset, split, (split,), fingerprint, preprocessing, plan)
+
+
+def _spacing_option(config: TrainConfig, dims: int) -> str | tuple[float, float, float]:
+    # A 2D network sees the pixels of one slice: resampling would only blur slices into each other.
+    return "native" if dims == 2 and config.data.spacing_mm == "auto" else config.data.spacing_mm
 
 
 def _default_patch(shape: np.ndarray, dims: int) -> tuple[int, ...]:

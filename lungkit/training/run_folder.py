@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 import lungkit
 from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit.data import Split, write_splits
 from lungkit.errors import CheckpointError, UsageError
 from lungkit.ops import _library
 
@@ -42,8 +43,8 @@ METRIC_COLUMNS = (
 class RunFolder:
     """Files of one run.
 
-    ``config.yaml``, ``env.json``, ``dataset.json``, ``metrics.csv``, ``metrics.jsonl``, ``train.log``,
-    ``progress.png``, ``overlays/``, ``checkpoints/``, ``status.json`` and, at the end, ``validation.*``.
+    ``config.yaml``, ``env.json``, ``dataset.json``, ``splits_final.json``, ``metrics.csv``, ``metrics.jsonl``,
+    ``train.log``, ``progress.png``, ``overlays/``, ``checkpoints/``, ``status.json`` and, at the end, ``validation.*``.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -104,10 +105,13 @@ class RunFolder:
             self._handler.close()
             self._handler = None
 
-    def write_description(self, config_yaml: str, dataset: Mapping[str, Any]) -> None:
-        """Write ``config.yaml``, ``dataset.json`` and ``env.json``."""
+    def write_description(
+        self, config_yaml: str, dataset: Mapping[str, Any], splits: Sequence[Split]
+    ) -> None:
+        """Write ``config.yaml``, ``dataset.json``, ``splits_final.json`` and ``env.json``."""
         write_text_atomic(self.path / "config.yaml", config_yaml)
         write_json_atomic(self.path / "dataset.json", dataset)
+        write_splits(self.path, splits)
         write_json_atomic(self.path / "env.json", environment())
 
     def dataset(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lungkit.training.checkpoint import BEST, LAST, load_checkpoint, recover_che
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, load_config
 from lungkit.training.engine import as_resource_error, start_engine
-from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases
+from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
 from lungkit.training.progress import Display
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.session import Session
@@ -135,6 +135,8 @@ class Trainer:
         with fabric.rank_zero_first():
             prepared = prepare(self.config, known=known, progress=display.preparing)
             train, val = prepare_cases(prepared, self.config, progress=display.preparing)
+        if self.resume is None:
+            self.config = resolve(self.config, prepared.plan)
         display.prepared()
         return prepared, train, val
 
@@ -192,7 +194,7 @@ class Trainer:
         path = ""
         if fabric.is_global_zero:
             folder = RunFolder.create(self.config.runs, name)
-            folder.write_description(config_to_yaml(self.config), prepared.to_dict())
+            folder.write_description(config_to_yaml(self.config), prepared.to_dict(), prepared.splits)
             path = str(folder.path)
         return RunFolder(fabric.broadcast(path))
 

@@ -60,7 +60,7 @@ def test_a_folder_that_is_no_run_says_what_is_missing(tmp_path):
 
 def test_a_damaged_description_is_named(tmp_path):
     folder = RunFolder.create(tmp_path, "lung")
-    folder.write_description("", {})
+    folder.write_description("", {}, [])
     (folder.path / "dataset.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"dataset\.json"):
         RunFolder.open(folder.path).dataset()
