@@ -48,7 +48,7 @@ class DataConfig:
     foreground_fraction: float = 0.33
     cache: str | None = None
     max_voxels: int = DEFAULT_MAX_VOXELS
-    phantom_cases: int = 120
+    phantom_cases: int = 250
 
 
 @dataclass
