@@ -154,6 +154,8 @@ def _draw_patch(axes: Axes, image: np.ndarray, label: np.ndarray, low: float, hi
         areas = foreground.sum(axis=(1, 2))
         shown = int(areas.argmax()) if areas.any() else len(image) // 2
         image, foreground = image[shown], foreground[shown]
+    # As radiologists see a slice: front up, the patient's right on the left; arrays run to the right and front.
+    image, foreground = image[::-1, ::-1], foreground[::-1, ::-1]
     axes.imshow(image, cmap="gray", vmin=low, vmax=high)
     if foreground.any() and min(foreground.shape) > 1:
         axes.contour(foreground, levels=[0.5], colors=[_CONTOUR], linewidths=1.1)

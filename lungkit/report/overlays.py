@@ -67,11 +67,11 @@ def save_overlays(
 
     Truth is outlined in green; a prediction in colour, over a dashed line for the truth. Where the foreground fills
     little of the slice, the panels beside the CT show the part round it, framed in the CT; all masks are shown in the
-    same part.
+    same part. A slice is shown as radiologists see it, front up and the patient's right on the left.
 
     Args:
         path: picture to write; its suffix (.png, .pdf, .svg) says which kind.
-        image: (Z, Y, X), or (C, Z, Y, X) of which the first channel is shown.
+        image: (Z, Y, X) in RAS orientation, or (C, Z, Y, X) of which the first channel is shown.
         truth: labels (Z, Y, X).
         prediction: labels (Z, Y, X); or several of them by the name of the model.
         attention: alpha (Y, X) of the slice, between 0 and 1; or several by the name of the model.
@@ -113,6 +113,11 @@ def save_overlays(
     z = choose_slice(true, first) if slice_index is None else slice_index
     if not 0 <= z < len(scan):
         raise UsageError(f"slice_index must be between 0 and {len(scan) - 1}, got {z}")
+
+    # Arrays run to the patient's right and front; a radiologist sees the front up and the patient's right on the left.
+    scan, true = _as_seen(scan), _as_seen(true)
+    predictions = {name: _as_seen(labels) for name, labels in predictions.items()}
+    attentions = {name: _as_seen(_array(alpha)) for name, alpha in attentions.items()}
 
     masks = [true[z], *(labels[z] for labels in predictions.values())]
     ct = np.asarray(scan[z], dtype=np.float32)
@@ -168,6 +173,10 @@ def save_overlays(
     figure.suptitle(heading, color=_TEXT, fontsize=12)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, facecolor=_BACKGROUND)
+
+
+def _as_seen(array: np.ndarray) -> np.ndarray:
+    return array[..., ::-1, ::-1]
 
 
 def _crop_box(mask: np.ndarray) -> Box:

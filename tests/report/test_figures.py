@@ -180,3 +180,15 @@ def test_same_numbers_give_the_same_picture(tmp_path: Path) -> None:
 def test_metric_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'hd'"):
         save_distributions(tmp_path / "a.png", dice_table(0.5), ["hd"])
+
+
+def test_a_slice_is_shown_front_up_and_patients_right_on_the_left(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.imshow", lambda self, image, **_: shown.append(np.asarray(image))
+    )
+    image = np.zeros((1, 4, 6), np.float32)
+    image[0, 3, 5] = 1.0  # front, right
+    empty = np.zeros((1, 4, 6), np.uint8)
+    save_overlays(tmp_path / "case.png", image, empty, empty)
+    assert shown[0][0, 0] == 1.0
