@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "confusion_counts/schema.h"
+#include "dice_ce/schema.h"
 
 #ifdef LUNGKIT_EMULATE
 STABLE_TORCH_LIBRARY(lungkit_emulated, m) {
@@ -9,4 +10,5 @@ STABLE_TORCH_LIBRARY(lungkit_emulated, m) {
 STABLE_TORCH_LIBRARY(lungkit, m) {
 #endif
   lungkit::define_confusion_counts(m);
+  lungkit::define_dice_ce(m);
 }
