@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 
 _COLOURS = ("#1f6fb4", "#e8612c", "#2a9d6f", "#8e5bb5", "#c9a227", "#5c6670")
-_RUN_DASHES = ("solid", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_DASHES = ("solid", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _PANELS = ("loss", "metric", "learning rate")
 
 
@@ -37,7 +37,7 @@ def save_curves(
 
     Args:
         path: picture to write; its suffix (.png, .pdf, .svg) says which kind.
-        rows: one mapping a row from column to number; or several runs by name, told apart by the dash of the line.
+        rows: one mapping a row from column to number; or several runs by name, a colour each.
         x: column of the horizontal axis.
         title: heading of the picture.
 
@@ -69,13 +69,20 @@ def save_curves(
     for ax, (panel, found) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for colour, column in zip(_cycle(_COLOURS, len(found)), found, strict=True):
-            for dashes, (run, curves) in zip(_cycle(_RUN_DASHES, len(series)), series.items(), strict=True):
-                if column in curves:
-                    label = " · ".join(filter(None, [run, _curve_title(column)]))
-                    _draw_curve(
-                        ax, *curves[column], colour, dashes, label, mark_best=_is_validation_dice(column)
-                    )
+        for line, column in enumerate(found):
+            for number, (run, curves) in enumerate(series.items()):
+                if column not in curves:
+                    continue
+                # Colours tell columns apart in one run, and runs where there are several.
+                colour, dash = (line, 0) if len(series) == 1 else (number, line)
+                _draw_curve(
+                    ax,
+                    *curves[column],
+                    _COLOURS[colour % len(_COLOURS)],
+                    _DASHES[dash % len(_DASHES)],
+                    " · ".join(filter(None, [run, _curve_title(column)])),
+                    mark_best=_is_validation_dice(column),
+                )
         _dress(ax, panel, x)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if title:
@@ -157,10 +164,6 @@ def _number(cell: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return value if math.isfinite(value) else None
-
-
-def _cycle(items: Sequence[Any], length: int) -> list[Any]:
-    return [items[i % len(items)] for i in range(length)]
 
 
 def _keys(runs: Mapping[str, Rows]) -> set[str]:

@@ -27,7 +27,9 @@ _MINIMUM_CROP = 48
 _SCALE_BARS_MM = (5, 10, 20, 50, 100)
 
 
-def choose_slice(truth: ArrayLike, prediction: ArrayLike | None = None) -> int:
+def choose_slice(
+    truth: ArrayLike, prediction: ArrayLike | None = None, *, ignore_index: int | None = None
+) -> int:
     """The axial slice that shows a case: the one with most true foreground, the lowest of a tie.
 
     Without true foreground it is the slice with most predicted foreground; without any, the middle one.
@@ -35,6 +37,7 @@ def choose_slice(truth: ArrayLike, prediction: ArrayLike | None = None) -> int:
     Args:
         truth: labels (Z, Y, X), foreground where not 0.
         prediction: labels (Z, Y, X).
+        ignore_index: label that is not foreground.
 
     Example:
         >>> truth = np.zeros((3, 4, 4), np.uint8)
@@ -44,7 +47,7 @@ def choose_slice(truth: ArrayLike, prediction: ArrayLike | None = None) -> int:
     """
     for labels in (truth, prediction):
         if labels is not None:
-            area = (_array(labels) != 0).sum(axis=(1, 2))
+            area = (_foreground(labels, ignore_index) != 0).sum(axis=(1, 2))
             if area.any():
                 return int(area.argmax())
     return truth.shape[0] // 2

@@ -47,6 +47,11 @@ def test_slice_of_an_empty_truth_is_the_one_with_most_prediction() -> None:
     assert choose_slice(mask_of((4, 8, 8)), mask_of((4, 8, 8), np.s_[2, 0, 0])) == 2
 
 
+def test_ignored_voxels_do_not_choose_the_slice() -> None:
+    truth = mask_of((4, 8, 8), np.s_[1, :2, :2]) + mask_of((4, 8, 8), np.s_[3]) * 255
+    assert choose_slice(truth, ignore_index=255) == 1
+
+
 def test_crop_holds_the_foreground_and_is_square() -> None:
     rows, columns = _crop_box(mask_of((200, 300), np.s_[190:200, 20:45]) != 0)
     assert rows.start <= 190 and rows.stop == 200

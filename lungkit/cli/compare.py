@@ -1,0 +1,112 @@
+"""``lungkit-compare``: train the arms of an experiment under one budget and compare them case by case."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lungkit
+from lungkit.cli._common import run_command
+from lungkit.errors import UsageError
+
+_LOG = logging.getLogger("lungkit")
+
+_EPILOG = """
+Any option of lungkit-train can follow and holds for all arms, e.g. --data DIR --epochs 50 --data.patch_size 96 96.
+Written to the output folder: table.md/.csv/.tex/.txt (each metric with its bootstrap interval, the paired difference,
+p, cases better and worse), cases/ (every metric of every case), distributions.png, curves.png, overlays/ (worst, median
+and best case, chosen by rule), runs/ and comparison.json.
+Examples:
+  lungkit-compare                                        the paper's experiment on the CT phantom
+  lungkit-compare --data DIR --seeds 0 1 2               on your scans, three seeds
+  lungkit-compare --data DIR --arm A=a.yaml --arm B=b.yaml   any two configurations
+  lungkit-compare --runs runs/unet --runs runs/attention-unet    finished runs
+The same command again goes on where it was stopped. Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources,
+75 interrupted and saved.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="lungkit-compare",
+        description="Compare two ways to train a network, by default the paper's: a U-Net with cross-entropy, and an "
+        "Attention U-Net with Dice + cross-entropy, with the same data, folds, seeds and budget.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("comparison"), help='(default: "comparison")'
+    )
+    parser.add_argument(
+        "--arm", action="append", metavar="NAME=FILE.yaml", help="an arm of your own, twice or more"
+    )
+    parser.add_argument(
+        "--runs",
+        action="append",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="finished runs of one arm (one a fold and seed), twice or more; nothing is trained",
+    )
+    parser.add_argument("--folds", type=int, nargs="+", default=[0], help="folds to hold out (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds to train with (default: 0)")
+    parser.add_argument(
+        "--test", type=Path, metavar="DIR", help="measure this dataset instead of the held-out folds"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        choices=("last", "best"),
+        default="last",
+        help="weights to measure: at the end of the budget, or the best on the held-out fold (default: last)",
+    )
+    parser.add_argument("--version", action="version", version=lungkit.__version__)
+    options, rest = parser.parse_known_args(arguments)
+    return run_command(lambda: _run(options, rest))
+
+
+def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lungkit.experiments.arms import paper_arms, parse_arm
+    from lungkit.experiments.compare import Experiment, compare, compare_runs
+    from lungkit.experiments.results import format_comparison
+
+    if options.runs and (options.arm or rest):
+        given = "--arm" if options.arm else rest[0]
+        raise UsageError(
+            f"--runs compares finished runs and trains nothing, so {given} has no meaning with it"
+        )
+    if options.runs and len(options.runs) < 2:
+        raise UsageError("--runs must be given twice, once for each arm")
+    if options.runs:
+        arms = []
+    elif options.arm:
+        arms = [parse_arm(text, rest) for text in options.arm]
+    else:
+        arms = paper_arms(rest)
+    experiment = Experiment(
+        arms=tuple(arms),
+        folds=tuple(options.folds),
+        seeds=tuple(options.seeds),
+        test=options.test,
+        checkpoint=options.checkpoint,
+        published=not (options.arm or options.runs),
+    )
+    if options.runs:
+        runs = {", ".join(path.name for path in found): found for found in options.runs}
+        if len(runs) < len(options.runs):
+            raise UsageError("--runs must name different runs")
+        rows = compare_runs(experiment, runs, options.output, progress=_report)
+    else:
+        rows = compare(experiment, options.output, progress=_report)
+    sys.stdout.write(format_comparison(rows) + "\n")
+    _LOG.info("everything is in %s", options.output)
+    return 0
+
+
+def _report(run: str, done: int, total: int) -> None:
+    if done == total:
+        _LOG.info("measured %d cases of %s", total, run)

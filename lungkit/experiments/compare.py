@@ -1,0 +1,321 @@
+"""The whole experiment: train what is missing, measure the held-out cases, write tables and figures."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lungkit
+from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit.data.dataset import IGNORE_INDEX
+from lungkit.errors import UsageError
+from lungkit.experiments.arms import PAPER_FIGURES, Arm, budget_differences, check_arms
+from lungkit.experiments.results import ComparisonRow, compare_tables, format_comparison, merge_runs
+from lungkit.experiments.runs import LoadedRun, finished_run, train_or_resume
+from lungkit.metrics import CaseTable, MetricGroup, MetricOptions
+from lungkit.report import choose_slice, save_curves, save_distributions, save_overlays, write_case_table
+from lungkit.training.checkpoint import LAST
+from lungkit.training.config_io import config_to_dict
+
+_LOG = logging.getLogger("lungkit")
+
+_EXPERIMENT = "experiment.json"
+_OVERLAP = ("dice", "iou", "ppv", "sensitivity")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared, and how.
+
+    Args:
+        arms: at least two; the last is compared with the first.
+        folds: folds to train and hold out, the same for every arm.
+        seeds: seeds to train with, the same for every arm.
+        test: dataset whose labelled cases are measured instead of the held-out folds.
+        checkpoint: "last", the weights at the end of the budget, or "best", those that did best on the held-out fold.
+            "last" is the fair one: nothing is then chosen on the cases that are measured.
+        options: definitions of the metrics.
+        published: show the paper's figures beside the results.
+    """
+
+    arms: tuple[Arm, ...]
+    folds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)
+    test: Path | None = None
+    checkpoint: str = LAST
+    options: MetricOptions = field(
+        default_factory=lambda: MetricOptions(
+            groups=(MetricGroup.OVERLAP, MetricGroup.SURFACE, MetricGroup.LESION)
+        )
+    )
+    published: bool = False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics of the table."""
+        options = self.options
+        return (*_OVERLAP, options.hausdorff_name, options.surface_dice_name, "assd_pooled_mm", "lesion_f1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What makes it this experiment and no other."""
+        return {
+            "arms": {arm.name: config_to_dict(arm.config) for arm in self.arms},
+            "folds": list(self.folds),
+            "seeds": list(self.seeds),
+        }
+
+
+def compare(experiment: Experiment, output: Path, *, progress: Progress | None = None) -> list[ComparisonRow]:
+    """Train every arm on every fold with every seed, measure, and write the comparison to ``output``.
+
+    Finished runs in ``output`` are taken as they are and an interrupted one is continued, so that the same call goes
+    on where it was stopped.
+
+    Raises:
+        Interrupted: stopped and saved.
+        UsageError: the arms do not fit each other, or ``output`` holds another experiment.
+    """
+    check_arms(experiment.arms)
+    for difference in budget_differences(experiment.arms):
+        _LOG.warning("the arms have different budgets: %s", difference)
+    _claim(output, experiment.to_dict())
+    paths: dict[str, list[Path]] = {arm.name: [] for arm in experiment.arms}
+    total = len(experiment.arms) * len(experiment.folds) * len(experiment.seeds)
+    for fold in experiment.folds:
+        for seed in experiment.seeds:
+            for arm in experiment.arms:
+                done = sum(map(len, paths.values()))
+                _LOG.info("run %d of %d: %s, fold %d, seed %d", done + 1, total, arm.name, fold, seed)
+                paths[arm.name].append(train_or_resume(arm, output / "runs", fold, seed))
+    return _measure_and_write(experiment, paths, output, progress)
+
+
+def compare_runs(
+    experiment: Experiment,
+    runs: Mapping[str, Sequence[Path]],
+    output: Path,
+    *,
+    progress: Progress | None = None,
+) -> list[ComparisonRow]:
+    """As :func:`compare`, with finished runs by the name of the arm; run i of every arm must hold out the same cases.
+
+    Raises:
+        CheckpointError: a folder is not that of a finished run.
+        UsageError: arms with different numbers of runs or different cases.
+    """
+    if len({len(paths) for paths in runs.values()}) > 1:
+        raise UsageError("every arm must have the same number of runs, one for each fold and seed")
+    paths = {name: [finished_run(path) for path in found] for name, found in runs.items()}
+    _claim(output, {"runs": {name: [str(path) for path in found] for name, found in paths.items()}})
+    return _measure_and_write(experiment, paths, output, progress)
+
+
+def _claim(output: Path, description: dict[str, Any]) -> None:
+    """Make the output folder, or recognise it as that of this experiment."""
+    path = output / _EXPERIMENT
+    description = json.loads(json.dumps(description))
+    if path.is_file():
+        if json.loads(path.read_bytes()) != description:
+            raise UsageError(
+                f"{output} holds another experiment (see {path}); name another folder with --output"
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is no experiment's folder; name a new one with --output")
+    try:
+        (output / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{output}: cannot be made ({error.strerror}); name a folder that can be written"
+        ) from error
+    write_json_atomic(path, description)
+
+
+def _measure_and_write(
+    experiment: Experiment, paths: Mapping[str, Sequence[Path]], output: Path, progress: Progress | None
+) -> list[ComparisonRow]:
+    runs = {
+        name: [LoadedRun.open(path, checkpoint=experiment.checkpoint, test=experiment.test) for path in found]
+        for name, found in paths.items()
+    }
+    _check_same_cases(runs)
+    cases = output / "cases"
+    cases.mkdir(exist_ok=True)
+    tables: dict[str, list[CaseTable]] = {}
+    for name, loaded in runs.items():
+        tables[name] = []
+        for run in loaded:
+            step = None if progress is None else functools.partial(progress, run.path.name)
+            table = run.measure(experiment.options, progress=step)
+            tables[name].append(table)
+            write_case_table(cases, table, name=run.path.name, metrics=experiment.metrics)
+    rows = compare_tables(tables, experiment.metrics, paper=PAPER_FIGURES if experiment.published else None)
+    for style, suffix in (("text", "txt"), ("csv", "csv"), ("latex", "tex")):
+        write_text_atomic(output / f"table.{suffix}", format_comparison(rows, style=style) + "\n")
+    notes = _notes(experiment, runs, tables)
+    markdown = [format_comparison(rows, style="markdown"), "", *(f"- {note}" for note in notes)]
+    write_text_atomic(output / "table.md", "\n".join(markdown) + "\n")
+    write_json_atomic(
+        output / "comparison.json",
+        {
+            "lungkit": lungkit.__version__,
+            "torch": torch.__version__,
+            "runs": {name: [str(run.path) for run in loaded] for name, loaded in runs.items()},
+            "notes": notes,
+            "definitions": experiment.options.definitions(),
+        },
+    )
+    _draw(experiment, runs, tables, output)
+    return rows
+
+
+def _check_same_cases(runs: Mapping[str, Sequence[LoadedRun]]) -> None:
+    (first_name, first), *others = runs.items()
+    for name, loaded in others:
+        for one, other in zip(first, loaded, strict=True):
+            if one.case_ids != other.case_ids or one.prepared.dataset.root != other.prepared.dataset.root:
+                raise UsageError(
+                    f"{one.path} ({first_name}) and {other.path} ({name}) do not hold out the same cases; "
+                    "compare runs of the same data and fold"
+                )
+
+
+def _notes(
+    experiment: Experiment, runs: Mapping[str, Sequence[LoadedRun]], tables: Mapping[str, Sequence[CaseTable]]
+) -> list[str]:
+    """What a reader must know to judge the table."""
+    some = next(iter(runs.values()))
+    cases = len({case_id for run in some for case_id in run.case_ids})
+    first, *_, last = runs
+    chosen = {
+        True: "Weights: those at the end of the budget; nothing was chosen on the held-out cases.",
+        False: "Weights: those of the best validation Dice, which was measured on the same held-out cases.",
+    }
+    notes = [
+        f"Cells: mean over {cases} cases of {some[0].dataset.name}, with the 95 % BCa bootstrap interval.",
+        f"Difference: {last} minus {first}, paired by case; p: Wilcoxon signed-rank test, two-sided.",
+        chosen[experiment.checkpoint == LAST],
+    ]
+    for name, loaded in runs.items():
+        plan = loaded[0].prepared.plan
+        seconds = [_training_seconds(run.path) for run in loaded]
+        notes.append(
+            f"{name}: {len(loaded)} run{'s' if len(loaded) > 1 else ''} of {plan.epochs} epochs x "
+            f"{plan.steps_per_epoch} steps, batch {plan.batch_size}, patch {' x '.join(map(str, plan.patch_size))}, "
+            f"{loaded[0].parameters:,} weights, {np.mean(seconds) / 60:.1f} min of training each."
+        )
+    touched = {
+        name: len(
+            {row.case_id for table in found for row in table.rows if row.touched & set(experiment.metrics)}
+        )
+        for name, found in tables.items()
+    }
+    counts = ", ".join(f"{count} for {name}" for name, count in touched.items())
+    notes.append(
+        f'Empty masks: policy "{experiment.options.empty.value}"; cases with a metric that it decided: {counts}. '
+        "A case whose metric is undefined for one arm is left out of the paired difference."
+    )
+    definitions = experiment.options.definitions()
+    notes += [f"{name}: {definitions[name]}." for name in experiment.metrics if name not in _OVERLAP]
+    if experiment.published:
+        notes.append("Paper: what the paper reports for its two models on its own data, which are not these.")
+    return notes
+
+
+def _training_seconds(run: Path) -> float:
+    return sum(
+        float(row[column] or 0)
+        for row in _curve_rows(run)
+        for column in ("seconds_waiting_for_data", "seconds_computing")
+    )
+
+
+def _curve_rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _draw(
+    experiment: Experiment,
+    runs: Mapping[str, Sequence[LoadedRun]],
+    tables: Mapping[str, Sequence[CaseTable]],
+    output: Path,
+) -> None:
+    first = {name: found[0] for name, found in tables.items()}
+    merged = {name: merge_runs(found) for name, found in tables.items()}
+    save_distributions(output / "distributions.png", merged, experiment.metrics)
+    curves = {name: _curve_rows(loaded[0].path) for name, loaded in runs.items()}
+    shown = ("epoch", "train_loss", "val_dice", "learning_rate")
+    save_curves(
+        output / "curves.png",
+        {name: [{column: row[column] for column in shown} for row in rows] for name, rows in curves.items()},
+    )
+    overlays = output / "overlays"
+    overlays.mkdir(exist_ok=True)
+    for old in overlays.glob("*.png"):
+        old.unlink()
+    for rank, case_id in representative_cases(first).items():
+        _draw_case(
+            overlays / f"{rank}-{case_id}.png", rank, case_id, {n: r[0] for n, r in runs.items()}, first
+        )
+
+
+def representative_cases(tables: Mapping[str, CaseTable]) -> dict[str, str]:
+    """Worst, median and best case by the mean Dice of all arms, so that the choice favours none; ties by name.
+
+    Example:
+        >>> first, second = CaseTable(), CaseTable()
+        >>> for case, dice in {"a": 0.9, "b": 0.2, "c": 0.7}.items():
+        ...     first.add_row(case, "tumour", {"dice": dice})
+        ...     second.add_row(case, "tumour", {"dice": dice - 0.1})
+        >>> representative_cases({"A": first, "B": second})
+        {'worst': 'b', 'median': 'c', 'best': 'a'}
+    """
+    dice: dict[str, list[float]] = {}
+    for table in tables.values():
+        for row in table.of_label(table.labels[0]):
+            dice.setdefault(row.case_id, []).append(row.values["dice"])
+    ranked = sorted(
+        (float(np.mean(values)), case_id) for case_id, values in dice.items() if not np.isnan(values).any()
+    )
+    if not ranked:
+        return {}
+    return {"worst": ranked[0][1], "median": ranked[len(ranked) // 2][1], "best": ranked[-1][1]}
+
+
+def _draw_case(
+    path: Path, rank: str, case_id: str, runs: Mapping[str, LoadedRun], tables: Mapping[str, CaseTable]
+) -> None:
+    some = next(iter(runs.values()))
+    case = some.case(case_id)
+    truth = np.asarray(case.label)
+    predictions = {name: run.predict(run.case(case_id)) for name, run in runs.items()}
+    slice_index = choose_slice(truth, next(iter(predictions.values())), ignore_index=IGNORE_INDEX)
+    maps = {name: run.attention(run.case(case_id), slice_index) for name, run in runs.items()}
+    dice = {
+        name: next(row.values["dice"] for row in table.rows if row.case_id == case_id)
+        for name, table in tables.items()
+    }
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in dice.items())
+    save_overlays(
+        path,
+        case.image_float(),
+        truth,
+        predictions,
+        {name: alpha for name, alpha in maps.items() if alpha is not None},
+        slice_index=slice_index,
+        spacing_mm=case.spacing_mm,
+        ignore_index=IGNORE_INDEX,
+        title=f"{rank} held-out case {case_id} (Dice: {shown})",
+    )

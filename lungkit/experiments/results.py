@@ -1,0 +1,228 @@
+"""What an experiment found: each metric of each arm with its interval, and the paired difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lungkit.errors import UsageError
+from lungkit.metrics import CaseRow, CaseTable, Interval, PairedComparison, bca_interval, compare_paired
+from lungkit.report import format_rows, format_value, metric_title
+
+_LOWER_IS_BETTER = ("hd", "assd")
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One metric of one arm over the held-out cases."""
+
+    name: str
+    mean: float
+    interval: Interval
+    cases: int
+    undefined: int
+    run_means: tuple[float, ...]
+    """Mean over the cases of every single run (fold and seed)."""
+
+    @property
+    def run_spread(self) -> float:
+        """Sample standard deviation of the means of the runs; NaN for one run."""
+        return float(np.std(self.run_means, ddof=1)) if len(self.run_means) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One metric of one class: all arms, and the last one compared with the first."""
+
+    metric: str
+    label: str
+    arms: tuple[ArmSummary, ...]
+    comparison: PairedComparison
+    paper: tuple[float, float] | None = None
+
+
+def compare_tables(
+    arms: Mapping[str, Sequence[CaseTable]],
+    metrics: Sequence[str],
+    *,
+    paper: Mapping[str, tuple[float, float]] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> list[ComparisonRow]:
+    """Compare the last arm with the first, case by case.
+
+    A case's value is its mean over the runs (folds, seeds) that held it out, so that a case counts once however many
+    runs there were; it is undefined where one of these is. Intervals and tests are over cases.
+
+    Args:
+        arms: name -> a table a run; run i of every arm must hold the same cases.
+        metrics: names of metrics of the tables.
+        paper: metric -> published figures of the first and the last arm, to be shown beside.
+        confidence: of the intervals.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        UsageError: fewer than two arms, or runs that held out different cases.
+
+    Example:
+        >>> first, second = CaseTable(), CaseTable()
+        >>> for case, dice in enumerate([0.5, 0.6, 0.8]):
+        ...     first.add_row(str(case), "tumour", {"dice": dice})
+        ...     second.add_row(str(case), "tumour", {"dice": dice + 0.1})
+        >>> row = compare_tables({"A": [first], "B": [second]}, ["dice"])[0]
+        >>> round(row.arms[0].mean, 3), round(row.comparison.mean_difference, 3), row.comparison.better
+        (0.633, 0.1, 3)
+    """
+    if len(arms) < 2:
+        raise UsageError(f"a comparison needs at least two arms, got {len(arms)}")
+    tables = list(arms.values())
+    for other in tables[1:]:
+        if [table.case_ids for table in other] != [table.case_ids for table in tables[0]]:
+            raise UsageError(
+                "the arms were measured on different cases; compare runs of the same folds and seeds"
+            )
+    merged = {name: merge_runs(runs) for name, runs in arms.items()}
+    rows = []
+    for label in tables[0][0].labels:
+        for metric in metrics:
+            values = {name: table.column(metric, label) for name, table in merged.items()}
+            summaries = tuple(
+                _summarise(name, values[name], arms[name], metric, label, confidence, resamples, seed)
+                for name in arms
+            )
+            first, *_, last = values.values()
+            comparison = compare_paired(
+                first,
+                last,
+                higher_is_better=not metric.startswith(_LOWER_IS_BETTER),
+                confidence=confidence,
+                resamples=resamples,
+                seed=seed,
+            )
+            rows.append(ComparisonRow(metric, label, summaries, comparison, (paper or {}).get(metric)))
+    return rows
+
+
+def merge_runs(tables: Sequence[CaseTable]) -> CaseTable:
+    """One row a case and class: its mean over the runs that hold it, NaN where it is undefined in one of them.
+
+    Example:
+        >>> first, second = CaseTable(), CaseTable()
+        >>> first.add_row("a", "tumour", {"dice": 0.5})
+        >>> second.add_row("a", "tumour", {"dice": 0.7})
+        >>> merge_runs([first, second]).column("dice", "tumour").tolist()
+        [0.6]
+    """
+    found: dict[tuple[str, str], list[CaseRow]] = {}
+    for table in tables:
+        for row in table.rows:
+            found.setdefault((row.case_id, row.label), []).append(row)
+    merged = CaseTable(empty=tables[0].empty)
+    for (case_id, label), rows in sorted(found.items(), key=lambda item: item[0][0]):
+        means = {name: math.fsum(row.values[name] for row in rows) / len(rows) for name in rows[0].values}
+        merged.add_row(case_id, label, means, frozenset().union(*(row.touched for row in rows)))
+    return merged
+
+
+def format_comparison(rows: Sequence[ComparisonRow], *, style: str = "text") -> str:
+    """The comparison as a table; ``style`` as for :func:`lungkit.report.format_rows`, "csv" with bare numbers."""
+    if not rows:
+        raise UsageError("there is nothing to compare")
+    header, cells = (_csv_cells if style == "csv" else _readable_cells)(rows)
+    return format_rows(header, cells, style=style)
+
+
+def _readable_cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
+    names = [arm.name for arm in rows[0].arms]
+    several_labels = len({row.label for row in rows}) > 1
+    published = any(row.paper for row in rows)
+    spread = len(rows[0].arms[0].run_means) > 1
+    header = [
+        "metric",
+        *(["class"] if several_labels else []),
+        *names,
+        "difference",
+        "p",
+        "better / worse / equal",
+    ]
+    header += ["spread over runs"] if spread else []
+    header += ["paper"] if published else []
+    cells = []
+    for row in rows:
+        result = row.comparison
+        line = [metric_title(row.metric), *([row.label] if several_labels else [])]
+        line += [_with_interval(row.metric, arm.mean, arm.interval) for arm in row.arms]
+        line += [_with_interval(row.metric, result.mean_difference, result.interval, sign=True)]
+        line += [_format_p(result.p_value), f"{result.better} / {result.worse} / {result.equal}"]
+        if spread:
+            line.append(" / ".join(format_value(row.metric, arm.run_spread) for arm in row.arms))
+        if published:
+            line.append(" / ".join(f"{value:.3f}" for value in row.paper) if row.paper else "-")
+        cells.append(line)
+    return header, cells
+
+
+def _csv_cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
+    header = ["metric", "class"]
+    for arm in rows[0].arms:
+        header += [
+            f"{arm.name}: {what}"
+            for what in ("mean", "low", "high", "cases", "undefined", "spread over runs")
+        ]
+    header += ["difference", "difference: low", "difference: high", "p", "better", "worse", "equal"]
+    header += ["cases compared", "cases left out"]
+    header += ["paper first", "paper last"]
+    cells = []
+    for row in rows:
+        line: list[object] = [row.metric, row.label]
+        for arm in row.arms:
+            line += [arm.mean, arm.interval.low, arm.interval.high, arm.cases, arm.undefined, arm.run_spread]
+        result = row.comparison
+        line += [result.mean_difference, result.interval.low, result.interval.high, result.p_value]
+        line += [result.better, result.worse, result.equal, result.cases, result.undefined]
+        line += row.paper or ("", "")
+        cells.append([str(cell) for cell in line])
+    return header, cells
+
+
+def _summarise(
+    name: str,
+    values: np.ndarray,
+    runs: Sequence[CaseTable],
+    metric: str,
+    label: str,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> ArmSummary:
+    defined = values[np.isfinite(values)]
+    return ArmSummary(
+        name=name,
+        mean=float(defined.mean()) if len(defined) else math.nan,
+        interval=bca_interval(values, confidence=confidence, resamples=resamples, seed=seed),
+        cases=len(defined),
+        undefined=len(values) - len(defined),
+        run_means=tuple(table.summary(label)[metric].mean for table in runs),
+    )
+
+
+def _with_interval(metric: str, value: float, interval: Interval, *, sign: bool = False) -> str:
+    # Three decimals: the fourth is far below the width of any interval here.
+    decimals = 2 if metric.endswith(("_mm", "_ml")) else 3
+
+    def text(number: float) -> str:
+        if math.isnan(number):
+            return "-"
+        # Adding zero turns the minus zero that rounding leaves into zero.
+        return f"{round(number, decimals) + 0.0:{'+' if sign else ''}.{decimals}f}"
+
+    return f"{text(value)} [{text(interval.low)}, {text(interval.high)}]"
+
+
+def _format_p(p: float) -> str:
+    return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,205 @@
+"""The experiment as a whole on a tiny phantom: what it writes, that it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from lungkit.cli.compare import main
+from lungkit.errors import UsageError
+from lungkit.experiments import Arm, paper_arms, runs
+from lungkit.experiments.arms import budget_differences, check_arms, parse_arm
+from lungkit.experiments.runs import LoadedRun, train_or_resume
+from lungkit.metrics import MetricOptions
+from lungkit.training import TrainConfig
+
+TINY = ["--epochs", "1", "--steps_per_epoch", "2", "--batch_size", "2", "--model.features", "4", "8"]
+RUNS = {"u-net-ce-fold0-seed0", "attention-u-net-dice-ce-fold0-seed0"}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    cache = tmp_path_factory.mktemp("cache")
+    return [*TINY, "--data.phantom_cases", "10", "--data.cache", str(cache)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, options: list[str]) -> Path:
+    output = tmp_path_factory.mktemp("experiment") / "out"
+    assert main(["-o", str(output), *options]) == 0
+    return output
+
+
+def test_tables_and_figures_are_written(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"table.md", "table.csv", "table.tex", "table.txt", "distributions.png", "curves.png"} <= names
+    assert {path.name for path in (finished / "runs").iterdir()} == RUNS
+    assert {path.name for path in (finished / "cases").glob("*.csv")} >= {f"{name}.csv" for name in RUNS}
+
+
+def test_overlays_are_those_of_the_chosen_cases(finished: Path) -> None:
+    ranks = {path.name.split("-")[0] for path in (finished / "overlays").iterdir()}
+    assert ranks == {"worst", "median", "best"}
+
+
+def test_table_says_what_a_reader_must_know(finished: Path) -> None:
+    text = (finished / "table.md").read_text()
+    for expected in ("Wilcoxon", "end of the budget", "weights", "HD95 directed (mm)", "0.908 / 0.952"):
+        assert expected in text
+
+
+def test_same_command_again_trains_nothing(
+    finished: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs.Trainer, "fit", lambda self: pytest.fail("trained again"))
+    table = (finished / "table.csv").read_text()
+    assert main(["-o", str(finished), *options]) == 0
+    assert (finished / "table.csv").read_text() == table
+
+
+def test_other_experiment_does_not_overwrite(
+    finished: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-o", str(finished), "--seeds", "1", *options]) == 2
+    assert "another experiment" in capsys.readouterr().err
+
+
+def test_finished_runs_are_compared(finished: Path, tmp_path: Path) -> None:
+    names = [str(finished / "runs" / name) for name in sorted(RUNS, reverse=True)]
+    assert main(["-o", str(tmp_path / "out"), "--runs", names[0], "--runs", names[1]]) == 0
+    assert "u-net-ce-fold0-seed0" in (tmp_path / "out" / "table.txt").read_text()
+    assert "0.952" not in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_case_is_measured_on_its_own_grid(finished: Path) -> None:
+    run = LoadedRun.open(finished / "runs" / "u-net-ce-fold0-seed0")
+    case_id = run.case_ids[0]
+    prediction, truth, spacing_mm = run._on_own_grid(case_id)
+    case = run.case(case_id)
+    assert np.array_equal(truth, case.label)
+    assert np.array_equal(prediction, run.predict(case))
+    assert spacing_mm == pytest.approx(case.spacing_mm)
+
+
+def test_other_dataset_is_measured_whole(finished: Path, options: list[str]) -> None:
+    run = LoadedRun.open(finished / "runs" / "u-net-ce-fold0-seed0")
+    other = LoadedRun.open(run.path, test=run.dataset.root)
+    assert len(other.case_ids) == 10
+    table = other.measure(MetricOptions())
+    assert set(run.case_ids) < set(table.case_ids)
+
+
+class FakeTrainer:
+    """Records how it was made."""
+
+    made: ClassVar[list[str]] = []
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.made.append(f"new {config.name}")
+
+    @classmethod
+    def from_run(cls, path: Path) -> FakeTrainer:
+        trainer = cls.__new__(cls)
+        cls.made.append(f"continued {path.name}")
+        return trainer
+
+    def fit(self) -> object:
+        return type("Result", (), {"run_folder": Path("done")})()
+
+
+@pytest.mark.parametrize(
+    ("state", "has_checkpoint", "expected"),
+    [
+        (None, False, ["new unet-fold0-seed0"]),
+        ("interrupted", True, ["continued unet-fold0-seed0"]),
+        ("running", True, ["continued unet-fold0-seed0"]),
+        ("failed", False, ["new unet-fold0-seed0"]),
+        ("finished", True, []),
+    ],
+)
+def test_run_is_found_continued_or_started(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str | None,
+    has_checkpoint: bool,
+    expected: list[str],
+) -> None:
+    monkeypatch.setattr(runs, "Trainer", FakeTrainer)
+    monkeypatch.setattr(FakeTrainer, "made", [])
+    folder = tmp_path / "unet-fold0-seed0"
+    if state is not None:
+        folder.mkdir()
+        (folder / "config.yaml").write_text("epochs: 1\n")
+        (folder / "status.json").write_text(json.dumps({"state": state}))
+        if has_checkpoint:
+            (folder / "checkpoints" / "last").mkdir(parents=True)
+    train_or_resume(Arm("UNet", TrainConfig()), tmp_path, 0, 0)
+    assert FakeTrainer.made == expected
+
+
+def test_latest_of_repeated_runs_counts(tmp_path: Path) -> None:
+    for name in ("unet-fold0-seed0", "unet-fold0-seed0-2", "unet-fold0-seed0-10", "unet-fold0-seed01"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("")
+    assert runs._latest(tmp_path, "unet-fold0-seed0") == tmp_path / "unet-fold0-seed0-10"
+
+
+def test_arms_share_options_and_differ_in_model_and_loss() -> None:
+    baseline, candidate = paper_arms(["--epochs", "7"])
+    assert (baseline.config.model.name, candidate.config.model.name) == ("unet", "attention-unet")
+    assert (baseline.config.loss.dice_weight, candidate.config.loss.dice_weight) == (0, 1)
+    assert baseline.config.epochs == candidate.config.epochs == 7
+
+
+def test_run_has_its_own_fold_and_seed() -> None:
+    arm = Arm("A", TrainConfig())
+    config = arm.run_config(Path("out"), 3, 4)
+    assert (config.data.fold, config.seed, config.runs, config.name) == (3, 4, "out", "a-fold3-seed4")
+    assert arm.config.seed == 0
+
+
+def test_arm_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("epochs: 3\n")
+    arm = parse_arm(f"mine={tmp_path / 'a.yaml'}", ["--batch_size", "2"])
+    assert (arm.name, arm.config.epochs, arm.config.batch_size) == ("mine", 3, 2)
+
+
+def test_different_budgets_are_said() -> None:
+    arms = [Arm("A", TrainConfig(epochs=3)), Arm("B", TrainConfig(epochs=4))]
+    assert budget_differences(arms) == ["epochs: 3 (A), 4 (B)"]
+
+
+def test_arms_on_different_data_are_refused() -> None:
+    other = TrainConfig()
+    other.data.root = "elsewhere"
+    with pytest.raises(UsageError, match=r"data\.root"):
+        check_arms([Arm("A", TrainConfig()), Arm("B", other)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "unet"], "what the arms differ in"),
+        (["--arm", "A"], "NAME=FILE"),
+        (["--runs", "a"], "twice"),
+        (["--runs", "a", "--runs", "b", "--epochs", "3"], "--epochs has no meaning"),
+        (["--modle.features", "8"], "model.features"),
+    ],
+)
+def test_bad_option_ends_with_2(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-o", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unfinished_run_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-o", str(tmp_path / "out"), "--runs", str(finished), "--runs", str(tmp_path)]) == 4
+    assert "not a run folder" in capsys.readouterr().err
