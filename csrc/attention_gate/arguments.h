@@ -21,7 +21,8 @@ inline bool is_by_voxel(const Tensor& tensor) {
 
 // `tensor` itself where the kernels can read it as it is, else a copy.
 inline Tensor with_unit_stride(const Tensor& tensor) {
-  const bool readable = has_flat_voxels(tensor, 2) && (voxel_stride_of(tensor, 2) == 1 || is_by_voxel(tensor));
+  const bool readable =
+      has_flat_voxels(tensor, 2) && (voxel_stride_of(tensor, 2) == 1 || is_by_voxel(tensor));
   return readable ? tensor : torch::stable::contiguous(tensor);
 }
 
@@ -35,6 +36,21 @@ inline Tensor new_features(const Tensor& like) {
   Tensor features = torch::stable::new_empty(like, shape);
   for (int64_t d = like.dim() - 1; d > 1; --d) features = torch::stable::transpose(features, d - 1, d);
   return features;
+}
+
+// An uninitialised map (B, 1, *S) beside features (B, C, *S).
+inline Tensor new_map(const Tensor& features) {
+  std::vector<int64_t> shape{features.size(0), 1};
+  for (int64_t d = 2; d < features.dim(); ++d) shape.push_back(features.size(d));
+  return torch::stable::new_empty(features, shape);
+}
+
+// The strides of features that with_unit_stride() returned; a voxel stride of 1 says that they are
+// channels-first.
+inline VoxelLayout readable_layout(const Tensor& features) {
+  VoxelLayout layout = channel_layout(features);
+  if (!is_by_voxel(features)) layout.voxel_stride = 1;
+  return layout;
 }
 
 // `grad` as the kernels read it beside x: in x's order of memory.
@@ -52,7 +68,8 @@ struct GateArguments {
   Tensor phi;
   VoxelLayout x_layout;
   VoxelLayout phi_layout;
-  std::array<int64_t, 3> fine;    // the grids as (Z, Y, X); a 2D image is (Y, 1, X), so that it has planes to split
+  std::array<int64_t, 3>
+      fine;  // the grids as (Z, Y, X); a 2D image is (Y, 1, X), so that it has planes to split
   std::array<int64_t, 3> coarse;
 };
 
@@ -72,26 +89,29 @@ inline void check_gate_parameter(const Tensor& parameter, const char* name, cons
   for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
   LUNGKIT_CHECK(same, "attention_gate: ", name, " must be (", expected, ") for x and phi's channels, got ",
                 shape_of(parameter));
-  LUNGKIT_CHECK(parameter.scalar_type() == type, "attention_gate: w_x is ", toString(type), " but ", name, " is ",
-                toString(parameter.scalar_type()));
+  LUNGKIT_CHECK(parameter.scalar_type() == type, "attention_gate: w_x is ", toString(type), " but ", name,
+                " is ", toString(parameter.scalar_type()));
 }
 
-inline GateArguments check_attention_gate(const Tensor& x, const Tensor& phi, const Tensor& w_x, const Tensor& w_psi,
-                                          const Tensor& b_psi) {
-  LUNGKIT_CHECK(x.dim() == 4 || x.dim() == 5, "attention_gate: x must be (B, Cx, Y, X) or (B, Cx, Z, Y, X), got ",
-                shape_of(x));
+inline GateArguments check_attention_gate(const Tensor& x, const Tensor& phi, const Tensor& w_x,
+                                          const Tensor& w_psi, const Tensor& b_psi) {
+  LUNGKIT_CHECK(x.dim() == 4 || x.dim() == 5,
+                "attention_gate: x must be (B, Cx, Y, X) or (B, Cx, Z, Y, X), got ", shape_of(x));
   bool fits = phi.dim() == x.dim() && phi.size(0) == x.size(0);
-  for (int64_t d = 2; fits && d < x.dim(); ++d) fits = phi.size(d) <= x.size(d) && (phi.size(d) > 0 || x.size(d) == 0);
-  LUNGKIT_CHECK(fits, "attention_gate: phi must be (B, Ci, *Sg) with x's batch and a grid no finer than x's, got ",
+  for (int64_t d = 2; fits && d < x.dim(); ++d)
+    fits = phi.size(d) <= x.size(d) && (phi.size(d) > 0 || x.size(d) == 0);
+  LUNGKIT_CHECK(fits,
+                "attention_gate: phi must be (B, Ci, *Sg) with x's batch and a grid no finer than x's, got ",
                 shape_of(phi), " for x ", shape_of(x));
   LUNGKIT_CHECK(phi.get_device_index() == x.get_device_index() && phi.is_cuda() == x.is_cuda(),
                 "attention_gate: x and phi must be on the same device");
   LUNGKIT_CHECK(phi.scalar_type() == x.scalar_type(), "attention_gate: x is ", toString(x.scalar_type()),
                 " but phi is ", toString(phi.scalar_type()));
   const ScalarType type = w_x.scalar_type();
-  LUNGKIT_CHECK(type == x.scalar_type() || (type == ScalarType::Float && x.scalar_type() != ScalarType::Double),
-                "attention_gate: w_x must have x's dtype (", toString(x.scalar_type()),
-                "), or float32 where x is a half type, got ", toString(type));
+  LUNGKIT_CHECK(
+      type == x.scalar_type() || (type == ScalarType::Float && x.scalar_type() != ScalarType::Double),
+      "attention_gate: w_x must have x's dtype (", toString(x.scalar_type()),
+      "), or float32 where x is a half type, got ", toString(type));
   check_gate_parameter(w_x, "w_x", x, type, {phi.size(1), x.size(1)});
   check_gate_parameter(w_psi, "w_psi", x, type, {phi.size(1)});
   check_gate_parameter(b_psi, "b_psi", x, type, {1});

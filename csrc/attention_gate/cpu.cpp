@@ -1,5 +1,6 @@
-// Splits a batch into chunks, packs the weights, runs the kernels and adds up what the chunks leave. The split
-// depends on the shapes alone and the sums run in its order: the result has the same bits for any number of threads.
+// Splits a batch into chunks, packs the weights, runs the kernels and adds up what the chunks leave. The
+// split depends on the shapes alone and the sums run in its order: the result has the same bits for any
+// number of threads.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -8,8 +9,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../support/huge_pages.h"
 #include "../support/parallel.h"
 #include "arguments.h"
+#include "interpolation.h"
 #include "kernel.h"
 
 namespace lungkit {
@@ -29,17 +32,16 @@ class AlignedBuffer {
   std::unique_ptr<void, Free> memory_;
 };
 
+// LinearAxis as a table: the kernels read it once a voxel.
 struct Axis {
   std::vector<int64_t> lower;
   std::vector<double> weight;
 
-  // Linear interpolation with align_corners=False.
   Axis(int64_t fine, int64_t coarse) : lower(fine), weight(fine) {
-    const double ratio = static_cast<double>(coarse) / static_cast<double>(fine);
+    const LinearAxis axis{fine, coarse};
     for (int64_t p = 0; p < fine; ++p) {
-      const double position = std::max(0.0, ratio * (static_cast<double>(p) + 0.5) - 0.5);
-      lower[p] = std::min(static_cast<int64_t>(position), coarse - 1);
-      weight[p] = lower[p] == coarse - 1 ? 0.0 : position - static_cast<double>(lower[p]);
+      lower[p] = axis.lower(p);
+      weight[p] = axis.weight<double>(p);
     }
   }
   AxisView view(int64_t coarse) const {
@@ -64,7 +66,11 @@ void dispatch_real(ScalarType type, Body&& body) {
   }
 }
 
-// The largest tile, up to 192 voxels, whose features and inner channels fill no more than half of a common L2.
+// Features of this size are gone from any cache before the next layer reads them.
+constexpr int64_t streamed_bytes = int64_t{16} << 20;
+
+// The largest tile, up to 192 voxels, whose features and inner channels fill no more than half of a common
+// L2.
 int64_t tile_voxels_for(int64_t x_channels, int64_t inner_channels, int64_t real_size) {
   const int64_t bytes_per_voxel = 2 * (padded_row(x_channels) + padded_row(inner_channels)) * real_size;
   const int64_t fitting = (int64_t{256} << 10) / bytes_per_voxel / 48 * 48;
@@ -74,7 +80,8 @@ int64_t tile_voxels_for(int64_t x_channels, int64_t inner_channels, int64_t real
 void pack_weights(const Tensor& w_x, const Tensor& w_psi, const Tensor& b_psi, PreparedGate& gate) {
   GateProblem& p = gate.problem;
   const int64_t channels = p.x_channels, inner = p.inner_channels;
-  const int64_t by_channel = padded_rows(channels) * padded_row(inner), by_inner = inner * padded_row(channels);
+  const int64_t by_channel = padded_rows(channels) * padded_row(inner),
+                by_inner = inner * padded_row(channels);
   const Tensor w = torch::stable::contiguous(w_x), psi = torch::stable::contiguous(w_psi);
   gate.weights = AlignedBuffer((by_channel + by_inner + padded_row(inner)) * gate.real_size);
   dispatch_real(p.type, [&](auto zero) {
@@ -104,7 +111,8 @@ void pack_weights(const Tensor& w_x, const Tensor& w_psi, const Tensor& b_psi, P
 
 PreparedGate prepare(const GateArguments& a, const Tensor& w_x, const Tensor& w_psi, const Tensor& b_psi) {
   const ScalarType type = a.x.scalar_type();
-  dispatch_floating(type, "attention_gate", [](auto) {});  // the kernels trust the dtype: refuse what they lack
+  dispatch_floating(type, "attention_gate",
+                    [](auto) {});  // the kernels trust the dtype: refuse what they lack
   const int64_t real_size = type == ScalarType::Double ? 8 : 4;
   const int64_t channels = a.x_layout.channels, inner = a.phi_layout.channels;
   PreparedGate gate{.problem = {.type = type,
@@ -113,6 +121,7 @@ PreparedGate prepare(const GateArguments& a, const Tensor& w_x, const Tensor& w_
                                 .axes = {},
                                 .same_grid = a.fine == a.coarse,
                                 .tile_voxels = tile_voxels_for(channels, inner, real_size),
+                                .past_caches = a.x.numel() * element_size(type) >= streamed_bytes,
                                 .w_x = nullptr,
                                 .w_x_rows = nullptr,
                                 .w_psi = nullptr,
@@ -123,12 +132,6 @@ PreparedGate prepare(const GateArguments& a, const Tensor& w_x, const Tensor& w_
   for (int d = 0; d < 3; ++d) gate.problem.axes[d] = gate.axes[d].view(a.coarse[d]);
   pack_weights(w_x, w_psi, b_psi, gate);
   return gate;
-}
-
-VoxelLayout readable_layout(const Tensor& features) {
-  VoxelLayout layout = channel_layout(features);
-  if (!is_by_voxel(features)) layout.voxel_stride = 1;
-  return layout;
 }
 
 ImageView image_view(const Tensor& features, int64_t image) {
@@ -152,12 +155,17 @@ struct Chunk {
   int64_t last_plane;
 };
 
-constexpr int64_t chunk_voxels = 1 << 14;
+// Enough work a chunk to be worth a thread's while: 4 million multiplications of the product, or 16384
+// voxels.
+int64_t chunk_voxels(const GateArguments& a) {
+  const int64_t work_per_voxel = std::max<int64_t>(1, a.x_layout.channels * a.phi_layout.channels);
+  return std::clamp<int64_t>((int64_t{1} << 22) / work_per_voxel, 192, 1 << 14);
+}
 
 // Whole planes of x a chunk, so that each plane of phi is interpolated along z once.
 std::vector<Chunk> forward_chunks(const GateArguments& a) {
   const int64_t plane = a.fine == a.coarse ? 1 : a.fine[1] * a.fine[2];
-  const int64_t step = std::max<int64_t>(1, chunk_voxels / plane) * plane;
+  const int64_t step = std::max<int64_t>(1, chunk_voxels(a) / plane) * plane;
   std::vector<Chunk> chunks;
   for (int64_t b = 0; b < a.x_layout.batch; ++b) {
     for (int64_t v = 0; v < a.x_layout.voxels; v += step) {
@@ -167,22 +175,22 @@ std::vector<Chunk> forward_chunks(const GateArguments& a) {
   return chunks;
 }
 
-// Where phi is coarser, a chunk is all of x that reads its own planes of phi first: with `lower` as in AxisView, the
-// planes of x with first_plane <= lower < last_plane. It also reads plane last_plane, which belongs to the next
-// chunk: each chunk therefore leaves two planes to be added up, and `most` bounds the memory of all of them.
-std::vector<Chunk> backward_chunks(const GateArguments& a, const Axis& z_axis, int64_t most) {
+// Where phi is coarser, a chunk is all of x that reads its own planes of phi first: with `lower` as in
+// AxisView, the planes of x with first_plane <= lower < last_plane. It also reads plane last_plane, which
+// belongs to the next chunk: each chunk therefore leaves two planes to be added up, and `most` bounds the
+// memory of all of them.
+std::vector<Chunk> backward_chunks(const GateArguments& a, int64_t most) {
   if (a.fine == a.coarse) return forward_chunks(a);
   const int64_t plane = a.fine[1] * a.fine[2];
-  const int64_t splits = std::clamp<int64_t>(std::min(most / a.x_layout.batch, a.x_layout.voxels / 2048), 1, a.coarse[0]);
+  const int64_t splits = std::clamp<int64_t>(
+      std::min(most / a.x_layout.batch, a.x_layout.voxels / chunk_voxels(a)), 1, a.coarse[0]);
   const int64_t step = ceil_div(a.coarse[0], splits);
-  const auto first_voxel_of = [&](int64_t k) {
-    return (std::lower_bound(z_axis.lower.begin(), z_axis.lower.end(), k) - z_axis.lower.begin()) * plane;
-  };
+  const LinearAxis axis{a.fine[0], a.coarse[0]};
   std::vector<Chunk> chunks;
   for (int64_t b = 0; b < a.x_layout.batch; ++b) {
     for (int64_t k = 0; k < a.coarse[0]; k += step) {
       const int64_t end = std::min(a.coarse[0], k + step);
-      chunks.push_back({b, first_voxel_of(k), first_voxel_of(end), k, end});
+      chunks.push_back({b, axis.first_reading(k) * plane, axis.first_reading(end) * plane, k, end});
     }
   }
   return chunks;
@@ -192,10 +200,9 @@ std::tuple<Tensor, Tensor> attention_gate_cpu(const Tensor& x, const Tensor& phi
                                               const Tensor& w_psi, const Tensor& b_psi) {
   const GateArguments a = check_attention_gate(x, phi, w_x, w_psi, b_psi);
   Tensor out = new_features(a.x);
-  std::vector<int64_t> map_shape{x.size(0), 1};
-  for (int64_t d = 2; d < x.dim(); ++d) map_shape.push_back(x.size(d));
-  Tensor alpha = torch::stable::new_empty(a.x, map_shape);
+  Tensor alpha = new_map(a.x);
   if (alpha.numel() == 0) return {out, alpha};
+  prefer_huge_pages(out);
 
   const PreparedGate gate = prepare(a, w_x, w_psi, b_psi);
   const GateKernels& kernels = LUNGKIT_SELECT_KERNELS(gate_kernels);
@@ -228,15 +235,17 @@ struct Partials {
 };
 
 template <class Real>
-void write_weight_gradients(const Partials& partials, int64_t groups, const GateProblem& p, const Tensor& grad_w_x,
-                            const Tensor& grad_w_psi, const Tensor& grad_b_psi) {
+void write_weight_gradients(const Partials& partials, int64_t groups, const GateProblem& p,
+                            const Tensor& grad_w_x, const Tensor& grad_w_psi, const Tensor& grad_b_psi) {
   const auto* parts = reinterpret_cast<const Real*>(partials.weights.data());
   const auto total = [&](int64_t offset) {
     double sum = 0;
-    for (int64_t g = 0; g < groups; ++g) sum += static_cast<double>(parts[g * partials.weights_size + offset]);
+    for (int64_t g = 0; g < groups; ++g)
+      sum += static_cast<double>(parts[g * partials.weights_size + offset]);
     return sum;
   };
-  const int64_t inner = p.inner_channels, stride = padded_row(inner), psi = padded_rows(p.x_channels) * stride;
+  const int64_t inner = p.inner_channels, stride = padded_row(inner),
+                psi = padded_rows(p.x_channels) * stride;
   dispatch_floating(grad_w_x.scalar_type(), "attention_gate", [&](auto zero) {
     using Stored = decltype(zero);
     const auto set = [](const Tensor& tensor, int64_t i, double value) {
@@ -251,9 +260,9 @@ void write_weight_gradients(const Partials& partials, int64_t groups, const Gate
 }
 
 Gradients attention_gate_backward_cpu(std::optional<Tensor> grad_out, std::optional<Tensor> grad_alpha,
-                                      const Tensor& x, const Tensor& phi, const Tensor& w_x, const Tensor& w_psi,
-                                      const Tensor& b_psi, bool needs_x, bool needs_phi, bool needs_w_x,
-                                      bool needs_psi) {
+                                      const Tensor& x, const Tensor& phi, const Tensor& w_x,
+                                      const Tensor& w_psi, const Tensor& b_psi, bool needs_x, bool needs_phi,
+                                      bool needs_w_x, bool needs_psi) {
   const GateArguments a = check_attention_gate(x, phi, w_x, w_psi, b_psi);
   const int64_t channels = a.x_layout.channels, inner = a.phi_layout.channels;
   const auto wanted = [&](bool needed, std::vector<int64_t> shape) {
@@ -266,6 +275,8 @@ Gradients attention_gate_backward_cpu(std::optional<Tensor> grad_out, std::optio
   Tensor grad_b_psi = wanted(needs_psi, {1});
   const Gradients gradients{grad_x, grad_phi, grad_w_x, grad_w_psi, grad_b_psi};
   if (x.size(0) * a.x_layout.voxels == 0) return gradients;
+  prefer_huge_pages(grad_x);
+  prefer_huge_pages(grad_phi);
 
   if (grad_out) grad_out = in_order_of(a.x, *grad_out);
   if (grad_alpha) grad_alpha = torch::stable::contiguous(*grad_alpha);
@@ -273,14 +284,15 @@ Gradients attention_gate_backward_cpu(std::optional<Tensor> grad_out, std::optio
   const GateProblem& p = gate.problem;
   const GateKernels& kernels = LUNGKIT_SELECT_KERNELS(gate_kernels);
 
-  // Partial sums take at most a few per cent of x's memory, and no less than lets a small problem use some threads.
+  // Partial sums take at most a few per cent of x's memory, and no less than lets a small problem use some
+  // threads.
   const int64_t weights_size = padded_row(padded_rows(channels) * padded_row(inner) + padded_row(inner) + 1);
   const int64_t plane_size = padded_row(inner) * a.coarse[1] * a.coarse[2];
   const int64_t budget = x.numel() * element_size(x.scalar_type()) / 40;
   const auto within_budget = [&](int64_t elements) {
     return std::clamp<int64_t>(budget / (elements * gate.real_size), 8, 64);
   };
-  const std::vector<Chunk> chunks = backward_chunks(a, gate.axes[0], within_budget(2 * plane_size));
+  const std::vector<Chunk> chunks = backward_chunks(a, within_budget(2 * plane_size));
   const int64_t count = static_cast<int64_t>(chunks.size());
   const bool split = !p.same_grid && count > x.size(0);
   const int64_t groups = std::min(count, within_budget(weights_size));
@@ -311,7 +323,8 @@ Gradients attention_gate_backward_cpu(std::optional<Tensor> grad_out, std::optio
              .first_plane = shared ? plane_of(i, 0) : nullptr,
              .next_plane = shared ? plane_of(i, 1) : nullptr,
              .grad_w_x = needs_w_x ? weights : nullptr,
-             .grad_psi = needs_psi ? weights + padded_rows(channels) * padded_row(inner) * gate.real_size : nullptr},
+             .grad_psi =
+                 needs_psi ? weights + padded_rows(channels) * padded_row(inner) * gate.real_size : nullptr},
             scratch.data());
       }
     }

@@ -31,8 +31,8 @@ struct AxisView {
   const double* weight;
 };
 
-// What forward and backward share. Packed operands are in the type that the kernel computes with (float, or double
-// for double) and in rows padded with zeros.
+// What forward and backward share. Packed operands are in the type that the kernel computes with (float, or
+// double for double) and in rows padded with zeros.
 struct GateProblem {
   torch::headeronly::ScalarType type;
   int64_t x_channels;
@@ -40,9 +40,10 @@ struct GateProblem {
   AxisView axes[3];  // z, y, x
   bool same_grid;    // phi lies at x's grid: nothing to interpolate
   int64_t tile_voxels;
-  const void* w_x;        // (padded_rows(Cx), padded_row(Ci)): the transposed weight
-  const void* w_x_rows;   // (Ci, padded_row(Cx)); channels-last x only, for its gradient
-  const void* w_psi;      // (padded_row(Ci))
+  bool past_caches;      // write features around the caches, which they would fill
+  const void* w_x;       // (padded_rows(Cx), padded_row(Ci)): the transposed weight
+  const void* w_x_rows;  // (Ci, padded_row(Cx)); channels-last x only, for its gradient
+  const void* w_psi;     // (padded_row(Ci))
   double b_psi;
 };
 
@@ -60,17 +61,18 @@ struct GateBackwardChunk {
   int64_t last_voxel;
   ImageView x;
   ImageView phi;
-  ImageView grad_out;      // data may be null: no gradient
-  const void* grad_alpha;  // of the image, may be null
+  ImageView grad_out;         // data may be null: no gradient
+  const void* grad_alpha;     // of the image, may be null
   MutableImageView grad_x;    // data null: not asked for
   MutableImageView grad_phi;  // likewise
-  // Gradients of phi's planes that only this chunk touches are written at once. The first plane may also receive
-  // from the chunk before, and the plane after the last one belongs to the chunk after: both are left here, in rows
-  // padded as the inner channels are. Both null: the chunk is a whole image and writes every plane.
+  // Gradients of phi's planes that only this chunk touches are written at once. The first plane may also
+  // receive from the chunk before, and the plane after the last one belongs to the chunk after: both are left
+  // here, in rows padded as the inner channels are. Both null: the chunk is a whole image and writes every
+  // plane.
   void* first_plane;
   void* next_plane;
-  void* grad_w_x;    // (padded_rows(Cx), padded_row(Ci)), of this chunk; null: not asked for
-  void* grad_psi;    // padded_row(Ci), then one for the bias; null: not asked for
+  void* grad_w_x;  // (padded_rows(Cx), padded_row(Ci)), of this chunk; null: not asked for
+  void* grad_psi;  // padded_row(Ci), then one for the bias; null: not asked for
 };
 
 inline constexpr int64_t padded_row(int64_t n) {
@@ -85,7 +87,8 @@ struct GateKernels {
   void (*forward)(const GateProblem&, const GateForwardChunk&, void* scratch);
   void (*backward)(const GateProblem&, const GateBackwardChunk&, void* scratch);
   // grad_phi[plane] = a + b, both in padded rows; b may be null.
-  void (*store_plane)(const GateProblem&, const void* a, const void* b, int64_t plane, MutableImageView grad_phi);
+  void (*store_plane)(const GateProblem&, const void* a, const void* b, int64_t plane,
+                      MutableImageView grad_phi);
 };
 
 }  // namespace lungkit

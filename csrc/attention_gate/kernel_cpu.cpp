@@ -1,6 +1,6 @@
-// The gate on one chunk of voxels, a tile at a time. Everything of the inner width lives in the tile's scratch memory
-// and stays in L1 or L2; the backward pass computes it again instead of reading it. Compiled once for each
-// instruction set (support/isa.h).
+// The gate on one chunk of voxels, a tile at a time. Everything of the inner width lives in the tile's
+// scratch memory and stays in L1 or L2; the backward pass computes it again instead of reading it. Compiled
+// once for each instruction set (support/isa.h).
 #include "matmul.h"
 #include "resample.h"
 
@@ -49,9 +49,9 @@ class Gate {
   void compute(const ImageView& x, Upsampler<Stored>& up, int64_t first, int64_t last) {
     voxels_ = last - first;
     padded_ = (voxels_ + voxel_step - 1) / voxel_step * voxel_step;
-    load_tile<Stored>(x, p_.x_channels, first, voxels_, padded_, x_);
+    load_x(x, first);
     up.load(first, last, q_);
-    for (int64_t i = voxels_ * stride_; i < padded_ * stride_; i += lanes<T>) store(q_ + i, Vec<T>{});
+    clear(q_ + voxels_ * stride_, (padded_ - voxels_) * stride_);
     multiply_add<T>({x_.data, x_.voxel_step, x_.channel_step}, {w_x(), stride_}, {q_, stride_}, padded_,
                     p_.x_channels, width_);
     const T* w_psi = static_cast<const T*>(p_.w_psi);
@@ -71,45 +71,33 @@ class Gate {
     }
   }
 
-  // tile *= alpha, voxel by voxel.
-  void scale(Tile<T> tile) const {
-    const int64_t channels = by_channel_ ? p_.x_channels : tile.voxel_step;
-    if (by_channel_) {
-      for (int64_t c = 0; c < channels; ++c) {
-        T* row = tile.data + c * tile.channel_step;
-        for (int64_t v = 0; v < padded_; v += lanes<T>) store(row + v, load(row + v) * load(alpha_ + v));
-      }
-    } else {
-      for (int64_t v = 0; v < padded_; ++v) {
-        T* row = tile.data + v * tile.voxel_step;
-        for (int64_t c = 0; c < channels; c += lanes<T>) store(row + c, load(row + c) * alpha_[v]);
+  const T* alpha() const { return alpha_; }
+
+  // out = alpha x
+  void write_gated(const MutableImageView& out, int64_t first) const {
+    const Rows<Stored> rows(out, p_.x_channels, first, voxels_);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const T* x = x_.row(r);
+      if (by_channel_) {
+        write_row(rows.row(r), rows.length, p_.past_caches,
+                  [&](int64_t i) { return load(alpha_ + i) * load(x + i); });
+      } else {
+        write_row(rows.row(r), rows.length, p_.past_caches,
+                  [&](int64_t i) { return alpha_[r] * load(x + i); });
       }
     }
   }
 
-  // to[v] += sum of a * b over the channels of voxel v.
-  void add_dot(Tile<T> a, Tile<T> b, T* to) const {
-    if (by_channel_) {
-      for (int64_t v = 0; v < padded_; v += lanes<T>) {
-        Vec<T> sum = load(to + v);
-        for (int64_t c = 0; c < p_.x_channels; ++c) {
-          sum += load(a.data + c * a.channel_step + v) * load(b.data + c * b.channel_step + v);
-        }
-        store(to + v, sum);
-      }
-    } else {
-      for (int64_t v = 0; v < padded_; v += lanes<T>) {
-        Vec<T> rows[lanes<T>];
-        for (int r = 0; r < lanes<T>; ++r) {
-          const int64_t voxel = (v + r) * a.voxel_step;
-          rows[r] = Vec<T>{};
-          for (int64_t c = 0; c < a.voxel_step; c += lanes<T>) {
-            rows[r] += load(a.data + voxel + c) * load(b.data + voxel + c);
-          }
-        }
-        store(to + v, load(to + v) + sum_of_rows<T>(rows));
-      }
+ protected:
+  void load_x(const ImageView& x, int64_t first) {
+    const Rows<const Stored> rows(x, p_.x_channels, first, voxels_);
+    const int64_t count = by_channel_ ? padded_rows(rows.count) : padded_;
+    const int64_t length = by_channel_ ? padded_ : x_.voxel_step;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      rows.prefetch(r + prefetch_rows);
+      read_row(rows.row(r), rows.length, length, [&](int64_t i, Vec<T> v) { store(x_.row(r) + i, v); });
     }
+    for (int64_t r = rows.count; r < count; ++r) clear(x_.row(r), length);
   }
 
   const T* w_x() const { return static_cast<const T*>(p_.w_x); }
@@ -136,10 +124,11 @@ void forward_chunk(const GateProblem& p, const GateForwardChunk& chunk, void* sc
   for (int64_t first = chunk.first_voxel; first < chunk.last_voxel; first += p.tile_voxels) {
     const int64_t last = first + p.tile_voxels < chunk.last_voxel ? first + p.tile_voxels : chunk.last_voxel;
     gate.compute(chunk.x, up, first, last);
-    gate.scale(gate.x_);
-    store_tile<Stored>(gate.x_, p.x_channels, first, last - first, chunk.out);
-    store_row(gate.alpha_, last - first, static_cast<Stored*>(chunk.alpha) + first);
+    gate.write_gated(chunk.out, first);
+    write_row(static_cast<Stored*>(chunk.alpha) + first, last - first, false,
+              [&](int64_t i) { return load(gate.alpha() + i); });
   }
+  fence();
 }
 
 template <class Stored>
@@ -165,7 +154,8 @@ class GateGradient : Gate<Stored> {
     if (chunk_.grad_x.data != nullptr) write_grad_x(first);
     if (chunk_.grad_w_x != nullptr) {
       multiply_add<T>({x_.data, x_.channel_step, x_.voxel_step}, {q_, stride_},
-                      {static_cast<T*>(chunk_.grad_w_x), stride_}, padded_rows(p_.x_channels), padded_, width_);
+                      {static_cast<T*>(chunk_.grad_w_x), stride_}, padded_rows(p_.x_channels), padded_,
+                      width_);
     }
     if (chunk_.grad_phi.data == nullptr) return;
     if (p_.same_grid) {
@@ -177,20 +167,56 @@ class GateGradient : Gate<Stored> {
   }
 
  private:
-  // grad_psi = alpha (1 - alpha) (sum of grad_out * x over the channels + grad_alpha)
+  // grad_psi = alpha (1 - alpha) (sum of grad_out * x over the channels + grad_alpha), and the tile's copy of
+  // grad_out becomes alpha grad_out.
   void load_gradients(int64_t first) {
+    clear(grad_psi_, padded_);
     if (chunk_.grad_alpha != nullptr) {
-      load_row(static_cast<const Stored*>(chunk_.grad_alpha) + first, voxels_, padded_, grad_psi_);
-    } else {
-      for (int64_t v = 0; v < padded_; v += lanes<T>) store(grad_psi_ + v, Vec<T>{});
+      read_row(static_cast<const Stored*>(chunk_.grad_alpha) + first, voxels_, padded_,
+               [&](int64_t i, Vec<T> grad) { store(grad_psi_ + i, grad); });
     }
-    if (chunk_.grad_out.data != nullptr) {
-      load_tile<Stored>(chunk_.grad_out, p_.x_channels, first, voxels_, padded_, grad_);
-      this->add_dot(grad_, x_, grad_psi_);
+    if (chunk_.grad_out.data == nullptr) {
+      clear(grad_.data, padded_row(p_.x_channels) * p_.tile_voxels);
+    } else if (by_channel_) {
+      load_grad_out_by_channel(first);
+    } else {
+      load_grad_out_by_voxel(first);
     }
     for (int64_t v = 0; v < padded_; v += lanes<T>) {
       const Vec<T> alpha = load(alpha_ + v);
       store(grad_psi_ + v, alpha * (1 - alpha) * load(grad_psi_ + v));
+    }
+  }
+
+  void load_grad_out_by_channel(int64_t first) {
+    const Rows<const Stored> rows(chunk_.grad_out, p_.x_channels, first, voxels_);
+    for (int64_t c = 0; c < rows.count; ++c) {
+      rows.prefetch(c + prefetch_rows);
+      const T* x = x_.row(c);
+      T* scaled = grad_.row(c);
+      read_row(rows.row(c), rows.length, padded_, [&](int64_t v, Vec<T> grad) {
+        store(grad_psi_ + v, load(grad_psi_ + v) + grad * load(x + v));
+        store(scaled + v, load(alpha_ + v) * grad);
+      });
+    }
+    for (int64_t c = rows.count; c < padded_rows(rows.count); ++c) clear(grad_.row(c), padded_);
+  }
+
+  void load_grad_out_by_voxel(int64_t first) {
+    const Rows<const Stored> rows(chunk_.grad_out, p_.x_channels, first, voxels_);
+    for (int64_t v = 0; v < padded_; v += lanes<T>) {
+      Vec<T> dot[lanes<T>] = {};
+      for (int r = 0; r < lanes<T>; ++r) {
+        const T* x = x_.row(v + r);
+        T* scaled = grad_.row(v + r);
+        const T alpha = alpha_[v + r];
+        read_row(rows.row(v + r), v + r < rows.count ? rows.length : 0, grad_.voxel_step,
+                 [&](int64_t c, Vec<T> grad) {
+                   dot[r] += grad * load(x + c);
+                   store(scaled + c, alpha * grad);
+                 });
+      }
+      store(grad_psi_ + v, load(grad_psi_ + v) + sum_of_rows<T>(dot));
     }
   }
 
@@ -224,11 +250,6 @@ class GateGradient : Gate<Stored> {
 
   // grad_x = alpha grad_out + W_x^T grad_theta
   void write_grad_x(int64_t first) {
-    if (chunk_.grad_out.data != nullptr) {
-      this->scale(grad_);
-    } else {
-      for (int64_t i = 0; i < padded_row(p_.x_channels) * p_.tile_voxels; i += lanes<T>) store(grad_.data + i, Vec<T>{});
-    }
     if (by_channel_) {
       for (int64_t i = 0; i < width_ * lanes<T>; i += lanes<T>) {
         for (int64_t v = 0; v < padded_; v += lanes<T>) {
@@ -238,13 +259,18 @@ class GateGradient : Gate<Stored> {
           for (int r = 0; r < lanes<T>; ++r) store(transposed_ + (i + r) * p_.tile_voxels + v, rows[r]);
         }
       }
-      multiply_add<T>({this->w_x(), stride_, 1}, {transposed_, p_.tile_voxels}, {grad_.data, grad_.channel_step},
-                      padded_rows(p_.x_channels), p_.inner_channels, padded_ / lanes<T>);
+      multiply_add<T>({this->w_x(), stride_, 1}, {transposed_, p_.tile_voxels},
+                      {grad_.data, grad_.channel_step}, padded_rows(p_.x_channels), p_.inner_channels,
+                      padded_ / lanes<T>);
     } else {
       multiply_add<T>({q_, stride_, 1}, {static_cast<const T*>(p_.w_x_rows), grad_.voxel_step},
-                      {grad_.data, grad_.voxel_step}, padded_, p_.inner_channels, round_up<T>(p_.x_channels) / lanes<T>);
+                      {grad_.data, grad_.voxel_step}, padded_, p_.inner_channels,
+                      round_up<T>(p_.x_channels) / lanes<T>);
     }
-    store_tile<Stored>(grad_, p_.x_channels, first, voxels_, chunk_.grad_x);
+    const Rows<Stored> rows(chunk_.grad_x, p_.x_channels, first, voxels_);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      write_row(rows.row(r), rows.length, p_.past_caches, [&](int64_t i) { return load(grad_.row(r) + i); });
+    }
   }
 
   const GateBackwardChunk& chunk_;
@@ -265,10 +291,12 @@ void backward_chunk(const GateProblem& p, const GateBackwardChunk& chunk, void* 
     gradient.add_tile(up, down, first, last);
   }
   if (chunk.grad_phi.data != nullptr && !p.same_grid) down.finish();
+  fence();
 }
 
 template <class Stored>
-void store_plane_sum(const GateProblem& p, const void* a, const void* b, int64_t plane, MutableImageView grad_phi) {
+void store_plane_sum(const GateProblem& p, const void* a, const void* b, int64_t plane,
+                     MutableImageView grad_phi) {
   using T = Real<Stored>;
   const int64_t stride = padded_row(p.inner_channels), voxels = p.axes[1].coarse * p.axes[2].coarse;
   T* sum = static_cast<T*>(const_cast<void*>(a));
@@ -304,7 +332,8 @@ void backward(const GateProblem& p, const GateBackwardChunk& chunk, void* scratc
   dispatch(p.type, [&](auto zero) { backward_chunk<decltype(zero)>(p, chunk, scratch); });
 }
 
-void store_plane(const GateProblem& p, const void* a, const void* b, int64_t plane, MutableImageView grad_phi) {
+void store_plane(const GateProblem& p, const void* a, const void* b, int64_t plane,
+                 MutableImageView grad_phi) {
   dispatch(p.type, [&](auto zero) { store_plane_sum<decltype(zero)>(p, a, b, plane, grad_phi); });
 }
 

@@ -1,5 +1,5 @@
-// The three products of the gate are one loop: C (rows x width) += A (rows x depth) B (depth x width), with C and B
-// in rows of vectors and A read one broadcast element at a time, so that A may be strided either way.
+// The three products of the gate are one loop: C (rows x width) += A (rows x depth) B (depth x width), with C
+// and B in rows of vectors and A read one broadcast element at a time, so that A may be strided either way.
 #pragma once
 
 #include "simd.h"
@@ -15,7 +15,7 @@ struct Strided {
 };
 
 template <class T>
-struct Rows {
+struct Matrix {
   T* data;
   int64_t stride;
 };
@@ -65,15 +65,15 @@ void multiply_rows(Strided<T> a, const T* b, int64_t b_stride, T* c, int64_t c_s
 
 // rows: a multiple of 4; width: counted in vectors.
 template <class T>
-void multiply_add(Strided<T> a, Rows<const T> b, Rows<T> c, int64_t rows, int64_t depth, int64_t width) {
+void multiply_add(Strided<T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t depth, int64_t width) {
   constexpr int pair = max_accumulators / 2 / 4 * 4;
   int64_t v = 0;
   for (; v + 2 <= width; v += 2) {
     multiply_rows<pair, 2>(a, b.data + v * lanes<T>, b.stride, c.data + v * lanes<T>, c.stride, rows, depth);
   }
   if (v < width) {
-    multiply_rows<max_accumulators, 1>(a, b.data + v * lanes<T>, b.stride, c.data + v * lanes<T>, c.stride, rows,
-                                       depth);
+    multiply_rows<max_accumulators, 1>(a, b.data + v * lanes<T>, b.stride, c.data + v * lanes<T>, c.stride,
+                                       rows, depth);
   }
 }
 

@@ -1,5 +1,5 @@
-// up(phi) and its adjoint, a tile of voxels at a time. Both walk the tile row by row of the fine grid. The inner
-// channels lie across the lanes, so that any ratio of the grids costs the same few operations a voxel.
+// up(phi) and its adjoint, a tile of voxels at a time. Both walk the tile row by row of the fine grid. The
+// inner channels lie across the lanes, so that any ratio of the grids costs the same few operations a voxel.
 #pragma once
 
 #include "tile.h"
@@ -7,8 +7,8 @@
 namespace lungkit::LUNGKIT_ISA {
 namespace {
 
-// Calls body(z, y, first_x, last_x, offset) for each piece of a row of the fine grid in [first, last), the piece
-// starting `offset` voxels after `first`.
+// Calls body(z, y, first_x, last_x, offset) for each piece of a row of the fine grid in [first, last), the
+// piece starting `offset` voxels after `first`.
 template <class Body>
 void for_each_row(const AxisView (&axes)[3], int64_t first, int64_t last, const Body& body) {
   const int64_t width = axes[2].fine;
@@ -20,8 +20,8 @@ void for_each_row(const AxisView (&axes)[3], int64_t first, int64_t last, const 
   }
 }
 
-// Interpolates one axis after the other: a plane of phi for each z, of it a row for each y, of it the voxels. Plane
-// and row are kept from one tile to the next.
+// Interpolates one axis after the other: a plane of phi for each z, of it a row for each y, of it the voxels.
+// Plane and row are kept from one tile to the next.
 template <class Stored>
 class Upsampler {
  public:
@@ -32,7 +32,10 @@ class Upsampler {
   }
 
   Upsampler(const GateProblem& problem, const ImageView& phi, T* scratch)
-      : p_(problem), phi_(phi), stride_(padded_row(problem.inner_channels)), plane_(scratch),
+      : p_(problem),
+        phi_(phi),
+        stride_(padded_row(problem.inner_channels)),
+        plane_(scratch),
         row_(scratch + stride_ * problem.axes[2].coarse * problem.axes[1].coarse) {}
 
   // up[v * padded_row(Ci) + i] for the voxels in [first, last).
@@ -55,7 +58,8 @@ class Upsampler {
     const int64_t voxels = p_.axes[1].coarse * p_.axes[2].coarse;
     const Stored* low = at<Stored>(phi_, axis.lower[z] * voxels);
     const Stored* high = axis.weight[z] != 0 ? at<Stored>(phi_, (axis.lower[z] + 1) * voxels) : low;
-    load_voxel_rows(low, high, static_cast<T>(axis.weight[z]), phi_, p_.inner_channels, voxels, plane_, stride_);
+    load_voxel_rows(low, high, static_cast<T>(axis.weight[z]), phi_, p_.inner_channels, voxels, plane_,
+                    stride_);
     z_ = z;
     y_ = -1;
   }
@@ -70,8 +74,8 @@ class Upsampler {
     const T* high = low + size;
     const T weight = static_cast<T>(axis.weight[y]);
     for (int64_t i = 0; i < size; i += lanes<T>) {
-      const Vec<T> a = ::lungkit::LUNGKIT_ISA::load(low + i);
-      store(row_ + i, a + weight * (::lungkit::LUNGKIT_ISA::load(high + i) - a));
+      const Vec<T> a = LUNGKIT_ISA::load(low + i);
+      store(row_ + i, a + weight * (LUNGKIT_ISA::load(high + i) - a));
     }
     mixed_ = row_;
   }
@@ -83,8 +87,8 @@ class Upsampler {
         const T* low = mixed_ + axis.lower[x] * stride_ + c;
         const T weight = static_cast<T>(axis.weight[x]);
         const T* high = weight != 0 ? low + stride_ : low;
-        const Vec<T> a = ::lungkit::LUNGKIT_ISA::load(low);
-        store(up + (x - first) * stride_ + c, a + weight * (::lungkit::LUNGKIT_ISA::load(high) - a));
+        const Vec<T> a = LUNGKIT_ISA::load(low);
+        store(up + (x - first) * stride_ + c, a + weight * (LUNGKIT_ISA::load(high) - a));
       }
     }
   }
@@ -99,8 +103,8 @@ class Upsampler {
   int64_t y_ = -1;
 };
 
-// The adjoint. A chunk holds whole planes of the fine grid and takes them in order, so at any time two planes of
-// phi's gradient are open, lower[z] and the one after it; a plane is finished when lower[z] has passed it.
+// The adjoint. A chunk holds whole planes of the fine grid and takes them in order, so at any time two planes
+// of phi's gradient are open, lower[z] and the one after it; a plane is finished when lower[z] has passed it.
 template <class Stored>
 class Downsampler {
  public:
@@ -144,10 +148,7 @@ class Downsampler {
     return ring_ + (k & 1) * plane_size(p_);
   }
 
-  void clear(int64_t k) const {
-    T* to = plane(k);
-    for (int64_t i = 0; i < plane_size(p_); i += lanes<T>) store(to + i, Vec<T>{});
-  }
+  void clear(int64_t k) const { LUNGKIT_ISA::clear(plane(k), plane_size(p_)); }
 
   void finish(int64_t k) const {
     if (k == first_ && chunk_.first_plane != nullptr) return;

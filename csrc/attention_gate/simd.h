@@ -1,5 +1,5 @@
-// Vectors of the instruction set that this file is compiled for, written with the vector extensions of GCC and
-// Clang. Included by kernel_cpu.cpp only, once for each instruction set.
+// Vectors of the instruction set that this file is compiled for, written with the vector extensions of GCC
+// and Clang. Included by kernel_cpu.cpp only, once for each instruction set.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef __F16C__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -35,7 +35,8 @@ using Vec = typename VectorOf<T, vector_bytes>::type;
 template <class T>
 constexpr int lanes = vector_bytes / sizeof(T);
 
-// Half types travel as their bits; what the kernel computes with is float.
+// Half types travel as their bits: a class of a library might bring functions that are shared between
+// instruction sets.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -51,104 +52,129 @@ To bit_cast(From from) {
   return to;
 }
 
-inline Vec<float> load(const float* from) {
-  Vec<float> v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-inline Vec<double> load(const double* from) {
-  Vec<double> v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-inline void store(float* to, Vec<float> v) {
-  std::memcpy(to, &v, sizeof v);
-}
-inline void store(double* to, Vec<double> v) {
-  std::memcpy(to, &v, sizeof v);
-}
-
 template <class T>
 Vec<T> broadcast(T value) {
   return value - Vec<T>{};
-}
-
-constexpr int float_lanes = lanes<float>;
-using Bits16 = VectorOf<uint16_t, float_lanes * 2>::type;
-using Bits32 = Vec<uint32_t>;
-
-inline Bits32 widen(const uint16_t* bits) {
-  Bits16 narrow;
-  std::memcpy(&narrow, bits, sizeof narrow);
-  return __builtin_convertvector(narrow, Bits32);
-}
-
-inline void store_narrow(uint16_t* to, Bits32 bits) {
-  const Bits16 narrow = __builtin_convertvector(bits, Bits16);
-  std::memcpy(to, &narrow, sizeof narrow);
-}
-
-inline Vec<float> load(const BFloat16* from) {
-  return bit_cast<Vec<float>>(widen(&from->bits) << 16);
-}
-
-// To the nearest, ties to even; NaN keeps its sign and becomes quiet.
-inline void store(BFloat16* to, Vec<float> v) {
-  const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits32 quiet = (bits >> 16) | 0x40;
-  store_narrow(&to->bits, (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
-}
-
-inline Vec<float> load(const Float16* from) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-  const Bits32 half = widen(&from->bits);
-  const Bits32 magnitude = (half & 0x7fff) << 13;
-  // The exponents' biases differ by 112: one multiplication moves them, subnormal numbers included.
-  const Bits32 finite = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
-  const Bits32 value = (half & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000) : finite;
-  return bit_cast<Vec<float>>(value | (half & 0x8000) << 16);
-#endif
-}
-
-inline void store(Float16* to, Vec<float> v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 sign = (bits >> 16) & 0x8000;
-  const Bits32 magnitude = bits & 0x7fffffff;
-  // Adding a number of the right exponent lets the float adder round a subnormal half.
-  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
-  const Bits32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
-  const Bits32 special = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
-  store_narrow(&to->bits, sign | (magnitude >= 0x47800000 ? special : finite));
-#endif
 }
 
 // What is computed with for each stored type.
 template <class Stored>
 using Real = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
 
+using Bits16 = VectorOf<uint16_t, lanes<float> * 2>::type;
+using Bits32 = Vec<uint32_t>;
+
+// How a vector of each stored type lies in memory, and the way from there and back.
 template <class Stored>
-Vec<Real<Stored>> load_first(const Stored* from, int count) {
+struct Format {
+  using Packed = Vec<Stored>;
+  static Vec<Stored> unpack(Packed v) { return v; }
+  static Packed pack(Vec<Stored> v) { return v; }
+};
+
+template <>
+struct Format<BFloat16> {
+  using Packed = Bits16;
+
+  static Vec<float> unpack(Packed bits) {
+    return bit_cast<Vec<float>>(__builtin_convertvector(bits, Bits32) << 16);
+  }
+
+  // To the nearest, ties to even; NaN keeps its sign and becomes quiet.
+  static Packed pack(Vec<float> v) {
+    const Bits32 bits = bit_cast<Bits32>(v);
+    const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits32 quiet = (bits >> 16) | 0x40;
+    return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded, Bits16);
+  }
+};
+
+template <>
+struct Format<Float16> {
+  using Packed = Bits16;
+
+#if defined(__AVX512F__)
+  static Vec<float> unpack(Packed bits) { return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)); }
+  static Packed pack(Vec<float> v) {
+    return bit_cast<Packed>(_mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static Vec<float> unpack(Packed bits) { return _mm256_cvtph_ps(bit_cast<__m128i>(bits)); }
+  static Packed pack(Vec<float> v) { return bit_cast<Packed>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+  static Vec<float> unpack(Packed bits) {
+    const Bits32 half = __builtin_convertvector(bits, Bits32);
+    const Bits32 magnitude = (half & 0x7fff) << 13;
+    // The exponents' biases differ by 112: one multiplication moves them, subnormal numbers included.
+    const Bits32 finite = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+    const Bits32 value = (half & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000) : finite;
+    return bit_cast<Vec<float>>(value | (half & 0x8000) << 16);
+  }
+  static Packed pack(Vec<float> v) {
+    const Bits32 bits = bit_cast<Bits32>(v);
+    const Bits32 sign = (bits >> 16) & 0x8000;
+    const Bits32 magnitude = bits & 0x7fffffff;
+    // Adding a number of the right exponent lets the float adder round what becomes a subnormal half.
+    const Bits32 subnormal = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
+    const Bits32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
+    const Bits32 special = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
+    return __builtin_convertvector(sign | (magnitude >= 0x47800000 ? special : finite), Bits16);
+  }
+#endif
+};
+
+template <class Stored>
+Vec<Real<Stored>> load(const Stored* from) {
+  typename Format<Stored>::Packed packed;
+  std::memcpy(&packed, from, sizeof packed);
+  return Format<Stored>::unpack(packed);
+}
+
+template <class Stored>
+void store(Stored* to, Vec<Real<Stored>> v) {
+  const auto packed = Format<Stored>::pack(v);
+  std::memcpy(to, &packed, sizeof packed);
+}
+
+// Past the caches: for memory that is written once and read much later. `to` lies on a boundary of 64 bytes
+// or a whole number of vectors after one. The thread calls fence() before others may read.
+template <class Stored>
+void stream(Stored* to, Vec<Real<Stored>> v) {
+  const auto packed = Format<Stored>::pack(v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof packed == 64)
+    return _mm512_stream_ps(reinterpret_cast<float*>(to), bit_cast<__m512>(packed));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof packed == 32)
+    return _mm256_stream_ps(reinterpret_cast<float*>(to), bit_cast<__m256>(packed));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof packed == 16)
+    return _mm_stream_ps(reinterpret_cast<float*>(to), bit_cast<__m128>(packed));
+#endif
+  std::memcpy(to, &packed, sizeof packed);
+}
+
+inline void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <class Stored>
+Vec<Real<Stored>> load_first(const Stored* from, int64_t count) {
   Stored padded[lanes<Real<Stored>>] = {};
-  for (int i = 0; i < count; ++i) padded[i] = from[i];
+  for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
   return load(padded);
 }
 
 template <class Stored>
-void store_first(Stored* to, Vec<Real<Stored>> v, int count) {
+void store_first(Stored* to, Vec<Real<Stored>> v, int64_t count) {
   Stored padded[lanes<Real<Stored>>];
   store(padded, v);
-  for (int i = 0; i < count; ++i) to[i] = padded[i];
+  for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
 }
 
 // Lane l of the result is a[l] where bit `step` of l is 0, else b[l ^ step].
@@ -175,8 +201,8 @@ Vec<T> high_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
 #endif
 }
 
-// Transposes a square of `lanes` rows in place: a butterfly that exchanges one bit of the row index for the same
-// bit of the lane index at a time.
+// Transposes a square of `lanes` rows in place: a butterfly that exchanges one bit of the row index for the
+// same bit of the lane index at a time.
 template <class T, int step = 1>
 void transpose(Vec<T> (&rows)[lanes<T>]) {
   if constexpr (step < lanes<T>) {
@@ -215,7 +241,8 @@ inline Vec<float> exponential(Vec<float> x) {
   x = x > 88.f ? broadcast(88.f) : x;
   // Truncation towards zero after adding a half of x's sign rounds to the nearest integer.
   const Vec<float> scaled = x * 1.44269504088896341f;
-  const Int exponent = __builtin_convertvector(scaled + (scaled < 0.f ? broadcast(-0.5f) : broadcast(0.5f)), Int);
+  const Int exponent =
+      __builtin_convertvector(scaled + (scaled < 0.f ? broadcast(-0.5f) : broadcast(0.5f)), Int);
   const Vec<float> whole = __builtin_convertvector(exponent, Vec<float>);
   const Vec<float> r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
   Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;

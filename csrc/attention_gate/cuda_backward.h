@@ -1,0 +1,462 @@
+// Backward: one block owns a box of phi's grid and takes every voxel of x that reads it, so that the gradient
+// of phi is a sum that one block makes in one order. Voxels that read two boxes are computed twice; one of
+// the two, the box that holds the lower corner, also owns the voxel: its gradient of x and its part in the
+// gradients of the weights.
+#pragma once
+
+#include "cuda_tile.h"
+
+namespace lungkit {
+
+// How the blocks share the work. `interpolates`: the boxes are cut from phi's grid along z, y and x;
+// otherwise (equal grids, or no gradient of phi asked for) they are runs of box[2] voxels.
+struct BoxGrid {
+  bool interpolates;
+  int64_t box[3];
+  int64_t boxes[3];
+  __host__ __device__ int64_t per_image() const { return boxes[0] * boxes[1] * boxes[2]; }
+};
+
+template <class Stored>
+struct GateGradients {
+  const Stored* grad_out;    // null: no gradient
+  const Stored* grad_alpha;  // (B, voxels), likewise
+  Stored* grad_x;            // null: not asked for
+  Stored* grad_phi;          // likewise
+  float* partial;            // (blocks, Ci * Cx + Ci + 1): this block's grad_w_x, grad_w_psi, grad_b_psi
+  VoxelLayout grad_out_layout;
+  VoxelLayout grad_x_layout;
+  VoxelLayout grad_phi_layout;
+};
+
+struct Range {
+  int64_t first;
+  int64_t last;
+  __device__ bool holds(int64_t k) const { return first <= k && k < last; }
+  __device__ int size() const { return static_cast<int>(last - first); }
+};
+
+// What a voxel of the tile reads and owes.
+struct VoxelState {
+  float alpha;
+  float grad_psi;
+  bool owned;
+};
+
+template <class Stored>
+struct GateBackwardShared {
+  __device__ GateBackwardShared(unsigned char* memory, int channels, int inner, int64_t box_width)
+      : corners(reinterpret_cast<Corner*>(memory)),
+        voxels(reinterpret_cast<VoxelState*>(corners + tile_voxels)),
+        w_psi(reinterpret_cast<float*>(voxels + tile_voxels)),
+        first_x(reinterpret_cast<int*>(w_psi + padded16(inner))),
+        w_x(reinterpret_cast<Stored*>(first_x + (box_width + 3 + 3) / 4 * 4)),
+        x(w_x + padded16(inner) * weight_stride<Stored>(channels)),
+        grad(x + padded16(channels) * tile_stride<Stored>),
+        grad_theta(grad + padded16(channels) * tile_stride<Stored>),
+        planes(reinterpret_cast<float*>(grad_theta + padded16(inner) * tile_stride<Stored>)) {}
+
+  static size_t bytes(int channels, int inner, const BoxGrid& grid) {
+    const int64_t plane = grid.interpolates ? 2 * inner * grid.box[1] * grid.box[2] : 0;
+    const int64_t width = grid.interpolates ? grid.box[2] : 0;
+    return tile_voxels * (sizeof(Corner) + sizeof(VoxelState)) + sizeof(float) * padded16(inner) +
+           sizeof(int) * ((width + 3 + 3) / 4 * 4) +
+           sizeof(Stored) *
+               (padded16(inner) * weight_stride<Stored>(channels) +
+                (2 * padded16(channels) + padded16(inner)) * tile_stride<Stored>)+sizeof(float) *
+               plane;
+  }
+
+  Corner* corners;
+  VoxelState* voxels;
+  float* w_psi;
+  int* first_x;  // first_x[k]: the first position along x that reads column box.first - 1 + k
+  Stored* w_x;
+  Stored* x;
+  Stored* grad;        // grad_out, then grad_x
+  Stored* grad_theta;  // gradient of theta + up(phi)
+  float* planes;       // two open planes of phi's gradient, (2, Ci, box y, box x)
+};
+
+// `size` 1, 2 or 4: at most 32 * size channels and 16 * size inner channels.
+template <class Stored, int size>
+class GateBackward {
+ public:
+  __device__ GateBackward(const GateInputs<Stored>& in, const GateGradients<Stored>& out, const BoxGrid& grid,
+                          unsigned char* memory)
+      : in_(in),
+        out_(out),
+        grid_(grid),
+        channels_(in.x_channels()),
+        inner_(in.inner()),
+        shared_(memory, channels_, inner_, grid.interpolates ? grid.box[2] : 0),
+        b_psi_(*in.b_psi) {
+    load_weights(in, shared_.w_x, shared_.w_psi);
+  }
+
+  __device__ void add_box(int64_t index) {
+    image_ = index / grid_.per_image();
+    const int64_t box = index % grid_.per_image();
+    if (!grid_.interpolates) {
+      const int64_t end = min((box + 1) * grid_.box[2], in_.x_layout.voxels);
+      for (int64_t v = box * grid_.box[2]; v < end; v += tile_voxels)
+        add_tile(v, static_cast<int>(min(end - v, int64_t{tile_voxels})));
+      return;
+    }
+    const int64_t at[3] = {box / grid_.boxes[2] / grid_.boxes[1], box / grid_.boxes[2] % grid_.boxes[1],
+                           box % grid_.boxes[2]};
+    Range reads[3];
+    for (int d = 0; d < 3; ++d) {
+      const LinearAxis& axis = in_.axes[d];
+      box_[d] = {at[d] * grid_.box[d], min((at[d] + 1) * grid_.box[d], axis.coarse)};
+      // Positions whose lower corner lies one before the box read it too; along equal axes none does.
+      const int64_t before = axis.fine == axis.coarse ? 0 : 1;
+      reads[d] = {axis.first_reading(box_[d].first - before), axis.first_reading(box_[d].last)};
+    }
+    open_box();
+    const bool whole_rows = grid_.boxes[2] == 1;
+    for (int64_t z = reads[0].first; z < reads[0].last; ++z) {
+      for (; open_ < in_.axes[0].lower(z); ++open_) store_plane(open_);
+      const int64_t plane = z * in_.axes[1].fine;
+      if (whole_rows) {
+        add_run((plane + reads[1].first) * in_.axes[2].fine, (plane + reads[1].last) * in_.axes[2].fine);
+      } else {
+        for (int64_t y = reads[1].first; y < reads[1].last; ++y) {
+          const int64_t row = (plane + y) * in_.axes[2].fine;
+          add_run(row + reads[2].first, row + reads[2].last);
+        }
+      }
+    }
+    for (; open_ < box_[0].last; ++open_) store_plane(open_);
+  }
+
+  // What this block adds to the gradients of the weights.
+  __device__ void write_partial(float* partial) {
+    const int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int m = 0; m < size; ++m) {
+#pragma unroll
+      for (int n = 0; n < size; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int i = 16 * m + lane_row(j), c = 8 * (warp + 4 * n) + lane_column(j);
+          if (i < inner_ && c < channels_) partial[i * channels_ + c] = grad_w_x_[m][n][0][j];
+        }
+      }
+    }
+    // Lanes of one row, then warps, in a fixed order.
+    float* sums = reinterpret_cast<float*>(shared_.corners);  // (4 warps, padded16(Ci) + 1)
+    const int width = padded16(inner_) + 1;
+    static_assert(4 * (64 + 1) * sizeof(float) <= tile_voxels * sizeof(Corner));
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < size; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = sum_over_columns(grad_w_psi_[m][h]);
+        const int row = 16 * m + lane_row(2 * h);
+        if (threadIdx.x % 4 == 0 && row < inner_) sums[warp * width + row] = sum;
+      }
+    }
+    float sum = grad_b_psi_;
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
+    if (threadIdx.x % 32 == 0) sums[warp * width + width - 1] = sum;
+    __syncthreads();
+    for (int i = threadIdx.x; i <= inner_; i += gate_threads) {
+      const int at = i < inner_ ? i : width - 1;
+      partial[inner_ * channels_ + i] =
+          (sums[at] + sums[width + at]) + (sums[2 * width + at] + sums[3 * width + at]);
+    }
+  }
+
+ private:
+  __device__ void open_box() {
+    __syncthreads();
+    const int plane = 2 * inner_ * box_[1].size() * box_[2].size();
+    for (int k = threadIdx.x; k < plane; k += gate_threads) shared_.planes[k] = 0;
+    for (int k = threadIdx.x; k < box_[2].size() + 3; k += gate_threads) {
+      shared_.first_x[k] = static_cast<int>(in_.axes[2].first_reading(box_[2].first - 1 + k));
+    }
+    open_ = box_[0].first;
+  }
+
+  __device__ void add_run(int64_t first, int64_t last) {
+    for (int64_t v = first; v < last; v += tile_voxels)
+      add_tile(v, static_cast<int>(min(last - v, int64_t{tile_voxels})));
+  }
+
+  __device__ void add_tile(int64_t first, int count) {
+    __syncthreads();
+    load_tile(shared_.x, image_of(in_.x, in_.x_layout, image_), first, count, channels_);
+    if (out_.grad_out != nullptr) {
+      load_tile(shared_.grad, image_of(out_.grad_out, out_.grad_out_layout, image_), first, count, channels_);
+    }
+    const int own = threadIdx.x;
+    shared_.corners[own] = corner_of(in_.axes, first + min(own, count - 1));
+    shared_.voxels[own].owned = own < count && is_owned(shared_.corners[own]);
+    const int owned = __syncthreads_count(shared_.voxels[own].owned);
+    compute_grad_theta(first, count);
+    __syncthreads();
+    if (out_.grad_phi != nullptr) {
+      if (grid_.interpolates) {
+        add_to_planes(first, count);
+      } else {
+        store_tile(image_of(out_.grad_phi, out_.grad_phi_layout, image_), first, count, inner_,
+                   [&](int i, int v) { return shared_.grad_theta[i * tile_stride<Stored> + v]; });
+      }
+    }
+    if (owned == 0) return;
+    if (out_.grad_x != nullptr) compute_grad_x();
+    if (owned < count) forget_x_of_others();
+    __syncthreads();
+    if (out_.grad_x != nullptr) store_grad_x(first, count, owned == count);
+    if (out_.partial != nullptr) add_grad_w_x();
+  }
+
+  __device__ bool is_owned(const Corner& corner) const {
+    if (!grid_.interpolates) return true;
+    const int64_t row = corner.voxel / in_.axes[2].coarse;
+    return box_[0].first <= row / in_.axes[1].coarse && box_[1].first <= row % in_.axes[1].coarse &&
+           box_[2].first <= corner.x;
+  }
+
+  // The forward pass again, as far as q and alpha, then back to theta. Each warp takes its own 32 voxels.
+  __device__ void compute_grad_theta(int64_t first, int count) {
+    constexpr int tile = tile_stride<Stored>;
+    const int stride = weight_stride<Stored>(channels_), warp_first = threadIdx.x / 32 * warp_voxels;
+    const Features<const Stored> phi = image_of(in_.phi, in_.phi_layout, image_);
+    float q[size][4][4];
+    float psi[4][2] = {};
+#pragma unroll
+    for (int m = 0; m < size; ++m) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) q[m][n][j] = 0;
+      }
+      if (16 * m >= inner_) continue;
+      multiply_add<4, Stored>(q[m], {shared_.w_x + 16 * m * stride, stride, 1},
+                              {shared_.x + warp_first, tile, 1}, 8, padded16(channels_));
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int row = 16 * m + lane_row(j);
+          if (row >= inner_) continue;
+          const Corner& corner = shared_.corners[warp_first + 8 * n + lane_column(j)];
+          const float sum = q[m][n][j] + interpolate(phi, in_.axes, row, corner);
+          q[m][n][j] = sum < 0 ? 0.f : sum;  // keeps NaN
+          psi[n][j % 2] += shared_.w_psi[row] * q[m][n][j];
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float sum = sum_over_rows(psi[n][j]);
+        if (threadIdx.x % 32 < 4)
+          shared_.voxels[warp_first + 8 * n + lane_column(j)].alpha = sigmoid(sum + b_psi_);
+      }
+    }
+    __syncwarp();
+    compute_grad_psi(first, count);
+    __syncwarp();
+
+#pragma unroll
+    for (int m = 0; m < size; ++m) {
+      if (16 * m >= inner_) continue;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int row = 16 * m + lane_row(j), v = warp_first + 8 * n + lane_column(j);
+          const VoxelState& voxel = shared_.voxels[v];
+          if (voxel.owned) grad_w_psi_[m][j / 2] += voxel.grad_psi * q[m][n][j];
+          shared_.grad_theta[row * tile + v] =
+              static_cast<Stored>(q[m][n][j] > 0 ? shared_.w_psi[row] * voxel.grad_psi : 0.f);
+        }
+      }
+    }
+  }
+
+  // grad_psi = alpha (1 - alpha) (sum of grad_out * x over the channels + grad_alpha); one voxel a thread.
+  __device__ void compute_grad_psi(int64_t first, int count) {
+    constexpr int tile = tile_stride<Stored>;
+    const int v = threadIdx.x;
+    VoxelState& voxel = shared_.voxels[v];
+    float sum = 0;
+    if (out_.grad_out != nullptr) {
+      for (int c = 0; c < channels_; ++c) {
+        sum += static_cast<float>(shared_.grad[c * tile + v]) * static_cast<float>(shared_.x[c * tile + v]);
+      }
+    }
+    if (out_.grad_alpha != nullptr && v < count) {
+      sum += static_cast<float>(out_.grad_alpha[image_ * in_.x_layout.voxels + first + v]);
+    }
+    voxel.grad_psi = v < count ? voxel.alpha * (1 - voxel.alpha) * sum : 0.f;
+    if (voxel.owned) grad_b_psi_ += voxel.grad_psi;
+  }
+
+  // grad = alpha grad_out + W_x^T grad_theta, in place; each warp its own 32 voxels.
+  __device__ void compute_grad_x() {
+    constexpr int tile = tile_stride<Stored>;
+    const int stride = weight_stride<Stored>(channels_), warp_first = threadIdx.x / 32 * warp_voxels;
+    for (int c = 0; c < channels_; c += 16) {
+      float sum[4][4] = {};
+      multiply_add<4, Stored>(sum, {shared_.w_x + c, 1, stride}, {shared_.grad_theta + warp_first, tile, 1},
+                              8, padded16(inner_));
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int v = warp_first + 8 * n + lane_column(j);
+          Stored& grad = shared_.grad[(c + lane_row(j)) * tile + v];
+          const float direct =
+              out_.grad_out != nullptr ? shared_.voxels[v].alpha * static_cast<float>(grad) : 0.f;
+          grad = static_cast<Stored>(direct + sum[n][j]);
+        }
+      }
+    }
+  }
+
+  // A voxel of another box has no part in the gradient of the weights: its x becomes 0 before that product.
+  __device__ void forget_x_of_others() const {
+    if (shared_.voxels[threadIdx.x].owned) return;
+    for (int c = 0; c < channels_; ++c) shared_.x[c * tile_stride<Stored> + threadIdx.x] = Stored(0.f);
+  }
+
+  // The voxels that the block owns are written; those of other boxes are written there.
+  __device__ void store_grad_x(int64_t first, int count, bool all_owned) const {
+    const Features<Stored> to = image_of(out_.grad_x, out_.grad_x_layout, image_);
+    const auto value = [&](int c, int v) { return shared_.grad[c * tile_stride<Stored> + v]; };
+    if (all_owned) return store_tile(to, first, count, channels_, value);
+    for (int k = threadIdx.x; k < channels_ * tile_voxels; k += gate_threads) {
+      const int c = k / tile_voxels, v = k % tile_voxels;
+      if (shared_.voxels[v].owned) *to.at(c, first + v) = value(c, v);
+    }
+  }
+
+  __device__ void add_grad_w_x() {
+    constexpr int tile = tile_stride<Stored>;
+    const int first_channel = 8 * (threadIdx.x / 32);
+#pragma unroll
+    for (int m = 0; m < size; ++m) {
+      if (16 * m >= inner_) continue;
+#pragma unroll
+      for (int n = 0; n < size; ++n) {
+        const int c = first_channel + 32 * n;
+        if (c >= channels_) continue;
+        multiply_add<1, Stored>(grad_w_x_[m][n], {shared_.grad_theta + 16 * m * tile, tile, 1},
+                                {shared_.x + c * tile, 1, tile}, 0, tile_voxels);
+      }
+    }
+  }
+
+  // The adjoint of the interpolation: every element of the open planes gathers from the tile, one row of x's
+  // grid after the other. A thread keeps to its own elements, so that no two add to the same.
+  __device__ void add_to_planes(int64_t first, int count) const {
+    const int64_t width = in_.axes[2].fine;
+    for (int begin = 0; begin < count;) {
+      const int64_t row = (first + begin) / width, x = (first + begin) % width;
+      const int end = static_cast<int>(min(int64_t{count}, begin + width - x));
+      const int64_t z = row / in_.axes[1].fine, y = row % in_.axes[1].fine;
+      const Corner& left = shared_.corners[begin];
+      const Range columns{max(box_[2].first, int64_t{left.x}),
+                          min(box_[2].last, int64_t{shared_.corners[end - 1].x} + 2)};
+      for (int64_t k = columns.first + threadIdx.x % 32; k < columns.last; k += 32) {
+        const int in_box = static_cast<int>(k - box_[2].first);
+        const int from = max(begin, begin + static_cast<int>(shared_.first_x[in_box] - x));
+        const int to = min(end, begin + static_cast<int>(shared_.first_x[in_box + 2] - x));
+        for (int i = threadIdx.x / 32; i < inner_; i += gate_threads / 32) {
+          float sum = 0;
+          for (int v = from; v < to; ++v) {
+            const Corner& corner = shared_.corners[v];
+            const float weight = corner.x == k ? 1 - corner.wx : corner.wx;
+            sum += weight * static_cast<float>(shared_.grad_theta[i * tile_stride<Stored> + v]);
+          }
+          add_to_rows(i, in_.axes[0].lower(z), in_.axes[1].lower(y), in_box, left.wz, left.wy, sum);
+        }
+      }
+      begin = end;
+    }
+  }
+
+  __device__ void add_to_rows(int i, int64_t z, int64_t y, int x, float wz, float wy, float sum) const {
+    for (int dz = 0; dz < 2; ++dz) {
+      const float weight_z = dz ? wz : 1 - wz;
+      if (weight_z == 0 || !box_[0].holds(z + dz)) continue;
+      for (int dy = 0; dy < 2; ++dy) {
+        const float weight = weight_z * (dy ? wy : 1 - wy);
+        if (weight == 0 || !box_[1].holds(y + dy)) continue;
+        *element(z + dz, i, static_cast<int>(y + dy - box_[1].first), x) += weight * sum;
+      }
+    }
+  }
+
+  __device__ float* element(int64_t z, int i, int y, int x) const {
+    return shared_.planes + ((z & 1) * inner_ + i) * box_[1].size() * box_[2].size() + y * box_[2].size() + x;
+  }
+
+  __device__ void store_plane(int64_t z) const {
+    const Features<Stored> to = image_of(out_.grad_phi, out_.grad_phi_layout, image_);
+    const int columns = box_[2].size(), rows = box_[1].size();
+    __syncthreads();
+    for (int k = threadIdx.x; k < inner_ * rows * columns; k += gate_threads) {
+      const int i = k / (rows * columns), y = k / columns % rows, x = k % columns;
+      const int64_t voxel =
+          (z * in_.axes[1].coarse + box_[1].first + y) * in_.axes[2].coarse + box_[2].first + x;
+      float* sum = element(z, i, y, x);
+      *to.at(i, voxel) = static_cast<Stored>(*sum);
+      *sum = 0;
+    }
+    __syncthreads();
+  }
+
+  const GateInputs<Stored>& in_;
+  const GateGradients<Stored>& out_;
+  const BoxGrid& grid_;
+  const int channels_;
+  const int inner_;
+  const GateBackwardShared<Stored> shared_;
+  const float b_psi_;
+  int64_t image_ = 0;
+  int64_t open_ = 0;  // the first plane of phi that is not stored yet
+  Range box_[3] = {};
+  float grad_w_x_[size][size][1][4] = {};  // blocks of 16 x 8; a warp has every fourth block of columns
+  float grad_w_psi_[size][2] = {};
+  float grad_b_psi_ = 0;
+};
+
+template <class Stored, int size>
+__global__ void __launch_bounds__(gate_threads)
+    gate_backward_kernel(GateInputs<Stored> in, GateGradients<Stored> out, BoxGrid grid) {
+  LUNGKIT_DYNAMIC_SHARED(unsigned char, memory);
+  GateBackward<Stored, size> backward(in, out, grid, memory);
+  const int64_t boxes = grid.per_image() * in.x_layout.batch;
+  for (int64_t box = blockIdx.x; box < boxes; box += gridDim.x) backward.add_box(box);
+  const int64_t width = static_cast<int64_t>(in.inner()) * in.x_channels() + in.inner() + 1;
+  if (out.partial != nullptr) backward.write_partial(out.partial + blockIdx.x * width);
+}
+
+// Adds up the blocks' parts of the gradients of the weights, in the order of the blocks.
+template <class Weight>
+__global__ void gate_weights_kernel(const float* __restrict__ partial, int blocks, int64_t product,
+                                    int64_t inner, Weight* grad_w_x, Weight* grad_w_psi, Weight* grad_b_psi) {
+  const int64_t width = product + inner + 1, k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (k >= width) return;
+  double sum = 0;
+  for (int b = 0; b < blocks; ++b) sum += static_cast<double>(partial[b * width + k]);
+  const auto value = static_cast<Weight>(static_cast<float>(sum));
+  if (k < product) {
+    if (grad_w_x != nullptr) grad_w_x[k] = value;
+  } else if (grad_w_psi != nullptr) {
+    if (k < product + inner) {
+      grad_w_psi[k - product] = value;
+    } else {
+      *grad_b_psi = value;
+    }
+  }
+}
+
+}  // namespace lungkit
