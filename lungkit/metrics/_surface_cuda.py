@@ -66,9 +66,9 @@ def _distances(origin: Tensor, target: Tensor, spacing_mm: Sequence[float]) -> n
     from cupyx.scipy.ndimage import distance_transform_edt
 
     # DLPack hands the memory over without a copy; it knows no bool on older CuPy, hence uint8.
-    field = distance_transform_edt(
-        cupy.from_dlpack((~target).to(torch.uint8).contiguous()),
-        sampling=list(spacing_mm),
-        float64_distances=True,
-    )
+    background = (~target).to(torch.uint8).contiguous()
+    with cupy.cuda.Device(target.device.index):
+        field = distance_transform_edt(
+            cupy.from_dlpack(background), sampling=list(spacing_mm), float64_distances=True
+        )
     return torch.from_dlpack(field)[origin].float().cpu().numpy()

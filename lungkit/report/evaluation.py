@@ -25,6 +25,7 @@ _LOG = logging.getLogger("lungkit")
 
 _SUFFIXES = (".nii.gz", ".nii")
 _AFFINE_TOLERANCE_MM = 1e-3
+_CASES_ON_A_SCREEN = 50
 
 
 @dataclass(frozen=True)
@@ -279,8 +280,9 @@ def write_evaluation(
     options: MetricOptions,
     scheme: LabelScheme,
 ) -> str:
-    """Write the tables and the plot of an evaluation into a folder, made if absent; returns the readable table.
+    """Write the tables and the plot of an evaluation into a folder, made if absent; returns the table to show.
 
+    The table returned leaves single cases out where there are more than fit a screen; the files hold them all.
     ``metrics.json`` holds the definition of every metric, the versions and the cases that were not measured.
     """
     folder = Path(folder)
@@ -306,7 +308,8 @@ def write_evaluation(
     write_case_table(folder, table, metrics=shown, notes=notes, extra=extra)
     if table.rows:
         save_distributions(folder / "distribution.png", table, shown)
-    return "\n".join([format_case_table(table, metrics=shown), "", *notes])
+    few = len(table.case_ids) <= _CASES_ON_A_SCREEN
+    return "\n".join([format_case_table(table, metrics=shown, cases=few), "", *notes])
 
 
 def _headline(options: MetricOptions) -> tuple[str, ...]:

@@ -127,3 +127,18 @@ def test_bad_option_ends_with_2(
 def test_absent_folder_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere"), str(tmp_path)]) == 3
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_many_cases_are_summed_up_on_the_screen_and_written_in_full(
+    folders: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lungkit.report.evaluation._CASES_ON_A_SCREEN", 1)
+    main([*folders, "-o", str(tmp_path / "out"), "--metrics", "overlap"])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert "mean" in shown
+    assert "a" not in shown
+    written = (tmp_path / "out" / "metrics.txt").read_text().splitlines()
+    assert "a" in [line.split()[0] for line in written if line]

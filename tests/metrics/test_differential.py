@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
+from lungkit.data import read_volume
 from lungkit.metrics import (
     EmptyPolicy,
     assd_mm,
@@ -179,3 +181,15 @@ def test_dice_equals_surface_distances(pair: tuple[np.ndarray, np.ndarray]) -> N
     prediction, truth = pair
     expected = theirs.compute_dice_coefficient(truth.astype(bool), prediction.astype(bool))
     assert evaluate_case(prediction, truth, 2).of_class(1)["dice"] == pytest.approx(expected)
+
+
+def test_surfaces_of_a_real_tumour_equal_monais(real_data: Path) -> None:
+    volume = read_volume(real_data / "nsclc_ct" / "labelsTr" / "nsclc_pat1.nii.gz")
+    truth = (volume.array != 0).astype(np.uint8)
+    prediction = ndimage.binary_dilation(np.roll(truth, 2, 0), iterations=2).astype(np.uint8)
+    distances = surface_distances(prediction, truth, volume.spacing_mm)
+    first, second = as_monai(prediction), as_monai(truth)
+    expected = monai.compute_hausdorff_distance(first, second, percentile=95, spacing=volume.spacing_mm)
+    assert hausdorff_mm(distances) == pytest.approx(float(expected), abs=1e-4)
+    expected = monai.compute_surface_dice(first, second, [1.7], spacing=volume.spacing_mm)
+    assert surface_dice(distances, 1.7) == pytest.approx(float(expected), abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ def scipy_as_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
         return ndimage.distance_transform_edt(mask, sampling=sampling)
 
     modules = {
-        "cupy": SimpleNamespace(from_dlpack=np.from_dlpack),
+        "cupy": SimpleNamespace(from_dlpack=np.from_dlpack, cuda=SimpleNamespace(Device=nullcontext)),
         "cupyx": ModuleType("cupyx"),
         "cupyx.scipy": ModuleType("cupyx.scipy"),
         "cupyx.scipy.ndimage": SimpleNamespace(distance_transform_edt=transform),
