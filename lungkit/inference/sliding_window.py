@@ -128,7 +128,7 @@ def stream_logits(
             slice(None),
             *(slice(s, s + p) for s, p in zip(starts[1:], patch_size[1:], strict=True)),
         )
-        slab[target] += weights * patch
+        slab[target].addcmul_(patch, weights)
     if slab is not None:
         yield from finished(at, at + slab.shape[1], slab)
 
