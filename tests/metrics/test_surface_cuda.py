@@ -62,7 +62,8 @@ def test_missing_cupy_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         assert not _surface_cuda.is_available()
     finally:
         _surface_cuda.is_available.cache_clear()
-    assert [record.message for record in caplog.records if "CuPy" in record.message] == [caplog.messages[-1]]
+    # A record may reach caplog through the logger and through its parent: count records, not arrivals.
+    assert len({id(record) for record in caplog.records if "CuPy" in record.message}) == 1
 
 
 @pytest.mark.cuda

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,12 +33,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def build_emulated(folder: Path, *options: str) -> Path:
     """Compiles csrc's CUDA kernels for the CPU emulator, incrementally; returns the library."""
-    missing = [tool for tool in ("g++", "cmake") if shutil.which(tool) is None]
+    # The environment's own CMake, where there is one: the machine's may be too old.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    missing = [tool for tool in ("g++", "cmake") if shutil.which(tool, path=path) is None]
     if missing:
         pytest.skip(f"the CUDA emulator needs {' and '.join(missing)}")
     folder.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
     with (folder / "lock").open("w") as lock:  # several pytest workers share one build
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
@@ -45,7 +48,9 @@ def build_emulated(folder: Path, *options: str) -> Path:
              "-DLUNGKIT_EMULATOR=ON", f"-DLUNGKIT_TORCH_DIR={torch_folder}", *options],
             ["cmake", "--build", str(folder), "--target", "lungkit_emulated"],
         ):  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=False
+            )
             assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
     return folder / "lungkit_emulated.so"
 
