@@ -4,5 +4,15 @@ from __future__ import annotations
 
 from lungkit.losses.deep_supervision import DeepSupervisionLoss
 from lungkit.losses.dice_ce import DiceCELoss
+from lungkit.losses.focal import DiceFocalLoss
+from lungkit.losses.overlap import DiceLoss, GeneralizedDiceLoss, JaccardLoss, TverskyLoss
 
-__all__ = ["DeepSupervisionLoss", "DiceCELoss"]
+__all__ = [
+    "DeepSupervisionLoss",
+    "DiceCELoss",
+    "DiceFocalLoss",
+    "DiceLoss",
+    "GeneralizedDiceLoss",
+    "JaccardLoss",
+    "TverskyLoss",
+]

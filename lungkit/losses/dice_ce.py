@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
-from lungkit.losses._labels import labels_for
-from lungkit.ops.dice_ce import dice_ce_loss
+from lungkit.losses._options import (
+    activation_name,
+    check_choice,
+    check_not_negative,
+    check_one_channel,
+    labels_for,
+    weight_tensor,
+)
+from lungkit.losses._ranks import sum_over_ranks
+from lungkit.ops.dice_ce import dice_ce_loss, dice_ce_statistics, loss_of_statistics
 
 
 class DiceCELoss(nn.Module):
@@ -42,7 +50,11 @@ class DiceCELoss(nn.Module):
             give different numbers in the two forms. Beside one channel it is the weight of positive voxels.
         lambda_dice, lambda_ce: weights of the two terms; 0 leaves one out.
         label_smoothing: of the cross-entropy of more than one channel, in [0, 1].
-        ignore_index: class index whose voxels count nowhere.
+        ignore_index: class index whose voxels count nowhere; beside label vectors, see
+            :func:`lungkit.ops.dice_ce.dice_ce_statistics`.
+        synchronise: with ``batch``, sum over the images of all ranks of ``torch.distributed``, so that the loss and,
+            under DistributedDataParallel, the gradient are those of one process with the whole batch. Every rank
+            must take part in each call.
 
     Shapes:
         input: logits (B, C, \*S), one to three spatial axes; float64, float32, bfloat16 or float16.
@@ -84,20 +96,20 @@ class DiceCELoss(nn.Module):
         lambda_ce: float = 1.0,
         label_smoothing: float = 0.0,
         ignore_index: int | None = None,
+        synchronise: bool = False,
     ) -> None:
         super().__init__()
-        if sigmoid and softmax:
-            raise UsageError("sigmoid and softmax exclude each other; got both True")
-        if reduction not in ("mean", "sum"):
-            raise UsageError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        for name, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
-            if value < 0:
-                raise UsageError(f"{name} must not be negative, got {value}")
+        check_choice("reduction", reduction, ("mean", "sum"))
+        check_not_negative(lambda_dice=lambda_dice, lambda_ce=lambda_ce)
         if not 0 <= label_smoothing <= 1:
             raise UsageError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        if synchronise and not batch:
+            raise UsageError(
+                "synchronise=True needs batch=True: Dice of single images is the same on any number of ranks"
+            )
         self.include_background = include_background
         self.to_onehot_y = to_onehot_y
-        self.activation = "softmax" if softmax else "sigmoid" if sigmoid else "none"
+        self.activation = activation_name(sigmoid=sigmoid, softmax=softmax)
         self.squared_pred = squared_pred
         self.jaccard = jaccard
         self.reduction = reduction
@@ -105,45 +117,68 @@ class DiceCELoss(nn.Module):
         self.smooth_dr = float(smooth_dr)
         self.batch = batch
         self.weight: Tensor | None
-        self.register_buffer("weight", None if weight is None else torch.as_tensor(weight))
+        self.register_buffer("weight", weight_tensor(weight))
         self.lambda_dice = float(lambda_dice)
         self.lambda_ce = float(lambda_ce)
         self.label_smoothing = float(label_smoothing)
         self.ignore_index = ignore_index
+        self.synchronise = synchronise
 
     @classmethod
-    def nnunet(cls, *, batch: bool = True, ignore_index: int | None = None) -> DiceCELoss:
+    def nnunet(
+        cls, *, batch: bool = True, ignore_index: int | None = None, synchronise: bool = False
+    ) -> DiceCELoss:
         """nnU-Net's Dice + cross-entropy: softmax, no background in Dice, Dice over the whole batch.
 
         The value is nnU-Net's plus 1, since nnU-Net writes the Dice term as minus the coefficient.
         """
         return cls(
-            include_background=False, to_onehot_y=True, softmax=True, batch=batch, ignore_index=ignore_index
+            include_background=False,
+            to_onehot_y=True,
+            softmax=True,
+            batch=batch,
+            ignore_index=ignore_index,
+            synchronise=synchronise,
         )
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of logits ``input`` against ``target``; ``mask`` (B, *S) or (B, 1, *S) marks the voxels that count."""
-        if input.dim() >= 2 and input.shape[1] == 1 and self.activation != "sigmoid":
-            raise UsageError(
-                f"logits of shape {tuple(input.shape)} have one channel, which needs sigmoid=True: cross-entropy "
-                "reads logits and Dice reads probabilities, so without an activation one of the two is wrong; got "
-                f"activation {self.activation!r}"
+        check_one_channel(input, self.activation)
+        labels = labels_for(input, target, to_onehot_y=self.to_onehot_y)
+        if not self.synchronise:
+            return dice_ce_loss(
+                input,
+                labels,
+                mask=mask,
+                activation=self.activation,
+                squared_pred=self.squared_pred,
+                ignore_index=self.ignore_index,
+                **self._arithmetic(),
             )
-        return dice_ce_loss(
+        statistics = dice_ce_statistics(
             input,
-            labels_for(input, target, to_onehot_y=self.to_onehot_y),
+            labels,
             mask=mask,
-            include_background=self.include_background,
             activation=self.activation,
-            squared_pred=self.squared_pred,
-            jaccard=self.jaccard,
-            reduction=self.reduction,
-            smooth_nr=self.smooth_nr,
-            smooth_dr=self.smooth_dr,
-            batch=self.batch,
-            weight=self.weight,
-            lambda_dice=self.lambda_dice,
-            lambda_ce=self.lambda_ce,
-            label_smoothing=self.label_smoothing,
+            cross_entropy="binary" if input.shape[1] == 1 else "softmax",
+            squared=self.squared_pred,
             ignore_index=self.ignore_index,
         )
+        # Batch Dice and the cross-entropy are functions of sums over the batch, so ranks need not share more.
+        whole_batch = sum_over_ranks(statistics.sum(1, keepdim=True))
+        return loss_of_statistics(whole_batch, input, labels, **self._arithmetic())
+
+    def _arithmetic(self) -> dict[str, Any]:
+        """What the loss does with the statistics."""
+        return {
+            "include_background": self.include_background,
+            "jaccard": self.jaccard,
+            "reduction": self.reduction,
+            "smooth_nr": self.smooth_nr,
+            "smooth_dr": self.smooth_dr,
+            "batch": self.batch,
+            "weight": self.weight,
+            "lambda_dice": self.lambda_dice,
+            "lambda_ce": self.lambda_ce,
+            "label_smoothing": self.label_smoothing,
+        }

@@ -1,4 +1,4 @@
-"""Plain-PyTorch twins of the Dice + cross-entropy ops, and the arithmetic that turns statistics into a loss."""
+"""Dice + cross-entropy in plain PyTorch: the twins of the native ops, and the arithmetic from statistics to a loss."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Statistics(NamedTuple):
     intersection: Tensor  # sum p y
     prediction: Tensor  # sum p, or sum p^2
     label: Tensor  # sum y, or sum y^2
-    cross_entropy: Tensor  # sum -y log p; binary: the positive part of it
-    rest: Tensor  # softmax: sum -log p, for label smoothing; binary: sum -(1 - y) log(1 - p)
+    cross_entropy: Tensor  # sum -y log p, each term times (1 - p)^gamma
+    rest: Tensor  # softmax: sum -log p, for label smoothing; binary: sum -(1 - y) log(1 - p), times p^gamma
     voxels: Tensor  # voxels counted, the same for each class
 
 
@@ -37,6 +37,9 @@ def has_class_indices(logits: Tensor, labels: Tensor) -> bool:
     return one_channel and not (logits.shape[1] == 1 and labels.is_floating_point())
 
 
+# ---- twins of the ops -------------------------------------------------------------------------------------------
+
+
 def statistics_twin(
     logits: Tensor,
     labels: Tensor,
@@ -44,21 +47,20 @@ def statistics_twin(
     activation: str,
     cross_entropy: str,
     squared: bool,
+    gamma: float,
     ignore_index: int | None,
 ) -> Tensor:
-    """Twin of ``lungkit::dice_ce_statistics``: (6, B, C), the rows of :class:`Statistics`."""
+    """``lungkit::dice_ce_statistics``: (6, B, C), the rows of :class:`Statistics`."""
     z = logits.flatten(2).to(accumulate_dtype(logits.dtype))
     y, valid = _voxel_labels(z, logits, labels, mask, ignore_index)
-    p = _activate(z, activation)
-    zero = z.new_zeros(z.shape[:2])
+    p = _activate(z, activation) * valid
+    positive = rest = z.new_zeros(z.shape[:2])
     if cross_entropy == "softmax":
         surprise = -F.log_softmax(z, dim=1)
-        positive, rest = (surprise * y).sum(2), (surprise * valid).sum(2)
+        positive, rest = (_focal(surprise, gamma) * y).sum(2), (surprise * valid).sum(2)
     elif cross_entropy == "binary":
-        positive, rest = (F.softplus(-z) * y).sum(2), (F.softplus(z) * (valid - y)).sum(2)
-    else:
-        positive, rest = zero, zero
-    p = p * valid
+        positive = (_focal(F.softplus(-z), gamma) * y).sum(2)
+        rest = (_focal(F.softplus(z), gamma) * (valid - y)).sum(2)
     return torch.stack(
         [
             (p * y).sum(2),
@@ -66,42 +68,129 @@ def statistics_twin(
             (y * y if squared else y).sum(2),
             positive,
             rest,
-            valid.sum(2).expand_as(zero),
+            valid.sum(2).expand_as(positive),
         ]
     )
+
+
+def backward_twin(
+    slopes: Tensor,
+    scale: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    cross_entropy: str,
+    squared: bool,
+    gamma: float,
+    ignore_index: int | None,
+) -> Tensor:
+    """``lungkit::dice_ce_backward``: gradient of the logits from ``slopes``, that of their statistics."""
+
+    def statistics(z: Tensor) -> Tensor:
+        return statistics_twin(z, labels, mask, activation, cross_entropy, squared, gamma, ignore_index)
+
+    pull_back = torch.func.vjp(statistics, logits)[1]
+    (gradient,) = pull_back(slopes if scale is None else slopes * scale)
+    return empty_gradient(logits).copy_(gradient)
+
+
+def loss_twin(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    cross_entropy: str,
+    squared: bool,
+    gamma: float,
+    ignore_index: int | None,
+    include_background: bool,
+    jaccard: bool,
+    batch: bool,
+    mean: bool,
+    smooth_nr: float,
+    smooth_dr: float,
+    lambda_dice: float,
+    lambda_ce: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """``lungkit::dice_ce_loss``: the loss, and its gradient with respect to the statistics."""
+    statistics = statistics_twin(
+        logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index
+    )
+    binary = cross_entropy == "binary"
+
+    def loss(of: Tensor) -> Tensor:
+        return loss_from_statistics(
+            of,
+            weight=weight,
+            class_indices=has_class_indices(logits, labels),
+            binary=binary,
+            include_background=include_background,
+            jaccard=jaccard,
+            reduction="mean" if mean else "sum",
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            lambda_dice=lambda_dice,
+            lambda_ce=lambda_ce,
+            label_smoothing=label_smoothing,
+        )
+
+    slopes, value = torch.func.grad_and_value(loss)(statistics)
+    return value, slopes
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Memory for the gradient of the logits: laid out as they are where that is channels-last, else contiguously."""
+    channels = logits.shape[1]
+    channels_last = (
+        channels > 1
+        and not logits.is_contiguous()
+        and logits.movedim(1, -1).is_contiguous()
+        and logits.stride(1) == 1
+    )
+    if channels_last:
+        return torch.empty_like(logits)
+    return logits.new_empty(logits.shape)
+
+
+# ---- from statistics to a loss ----------------------------------------------------------------------------------
 
 
 def loss_from_statistics(
     statistics: Tensor,
     *,
-    weight: Tensor | None = None,
-    class_indices: bool = True,
-    binary: bool = False,
-    include_background: bool = True,
-    jaccard: bool = False,
-    reduction: str = "mean",
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
-    batch: bool = False,
-    lambda_dice: float = 1.0,
-    lambda_ce: float = 1.0,
-    label_smoothing: float = 0.0,
+    weight: Tensor | None,
+    class_indices: bool,
+    binary: bool,
+    include_background: bool,
+    jaccard: bool,
+    reduction: str,
+    smooth_nr: float,
+    smooth_dr: float,
+    batch: bool,
+    lambda_dice: float,
+    lambda_ce: float,
+    label_smoothing: float,
 ) -> Tensor:
     """Dice + cross-entropy loss of ``statistics`` (6, B, C); the arguments are those of ``DiceCELoss``.
 
     ``class_indices`` says what the labels were and decides the divisor of a weighted mean cross-entropy.
     """
     s = Statistics(*statistics)
-    return lambda_dice * dice_from_statistics(
-        s,
-        weight=weight,
-        include_background=include_background,
-        jaccard=jaccard,
-        reduction=reduction,
-        smooth_nr=smooth_nr,
-        smooth_dr=smooth_dr,
-        batch=batch,
-    ) + lambda_ce * cross_entropy_from_statistics(
+    overlap, total = s.intersection, s.prediction + s.label
+    if batch:
+        overlap, total = overlap.sum(0, keepdim=True), total.sum(0, keepdim=True)
+    dice_weight = weight
+    if not include_background and overlap.shape[1] > 1:
+        overlap, total = overlap[:, 1:], total[:, 1:]
+        dice_weight = None if weight is None else weight[1:]
+    dice = dice_terms(overlap, total, jaccard=jaccard, smooth_nr=smooth_nr, smooth_dr=smooth_dr)
+    if dice_weight is not None and dice.shape[1] > 1:
+        dice = dice * dice_weight.to(dice)
+    entropy = cross_entropy_from_statistics(
         s,
         weight=weight,
         class_indices=class_indices,
@@ -109,34 +198,21 @@ def loss_from_statistics(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+    return lambda_dice * reduce_terms(dice, reduction) + lambda_ce * entropy
 
 
-def dice_from_statistics(
-    statistics: Statistics,
-    *,
-    weight: Tensor | None,
-    include_background: bool,
-    jaccard: bool,
-    reduction: str,
-    smooth_nr: float,
-    smooth_dr: float,
-    batch: bool,
+def dice_terms(
+    overlap: Tensor, total: Tensor, *, jaccard: bool, smooth_nr: float, smooth_dr: float
 ) -> Tensor:
-    """Soft Dice (or Jaccard) loss; a term whose denominator is 0 counts as 0."""
-    overlap, pred, label = statistics[:3]
-    total = pred + label
-    if batch:
-        overlap, total = overlap.sum(0, keepdim=True), total.sum(0, keepdim=True)
-    if not include_background and overlap.shape[1] > 1:
-        overlap, total = overlap[:, 1:], total[:, 1:]
-        weight = None if weight is None else weight[1:]
-    denominator = (2.0 * (total - overlap) if jaccard else total) + smooth_dr
-    empty = denominator == 0
-    terms = 1.0 - (2.0 * overlap + smooth_nr) / torch.where(empty, 1.0, denominator)
-    terms = torch.where(empty, 0.0, terms)
-    if weight is not None and terms.shape[1] > 1:
-        terms = terms * weight.to(terms)
-    return reduce_terms(terms, reduction)
+    """``1 - (2 I + smooth_nr) / (T + smooth_dr)`` of I and T = P + Y, or 2 (P + Y - I); 0 where the divisor is 0."""
+    divisor = (2.0 * (total - overlap) if jaccard else total) + smooth_dr
+    return 1.0 - ratio_or_one(2.0 * overlap + smooth_nr, divisor)
+
+
+def ratio_or_one(numerator: Tensor, divisor: Tensor) -> Tensor:
+    """``numerator / divisor``, and 1, with zero gradients, where the divisor is 0."""
+    empty = divisor == 0
+    return torch.where(empty, 1.0, numerator / torch.where(empty, 1.0, divisor))
 
 
 def cross_entropy_from_statistics(
@@ -151,14 +227,12 @@ def cross_entropy_from_statistics(
     """Cross-entropy of softmax or, with ``binary``, of one sigmoid a channel; 0 where no voxel counts."""
     _, _, label, positive, rest, voxels = statistics
     classes = positive.shape[1]
-    w = positive.new_ones(classes) if weight is None else weight.to(positive).expand(classes)
+    w = positive.new_ones(classes) if weight is None else weight.to(positive)
     if binary:
         total, divisor = (w * positive + rest).sum(), voxels.sum()
     else:
         share = label_smoothing / classes
-        total = ((1.0 - label_smoothing) * w * positive).sum()
-        if label_smoothing:
-            total = total + (share * w * rest).sum()
+        total = (w * ((1.0 - label_smoothing) * positive + share * rest)).sum()
         divisor = (w * label).sum() if class_indices else voxels[:, 0].sum()
     if reduction == "sum":
         return total
@@ -172,10 +246,18 @@ def reduce_terms(terms: Tensor, reduction: str) -> Tensor:
     return terms.sum() / max(terms.numel(), 1) if reduction == "mean" else terms.sum()
 
 
+# ---- parts ------------------------------------------------------------------------------------------------------
+
+
 def _activate(z: Tensor, activation: str) -> Tensor:
     if activation == "softmax":
         return z.softmax(1)
     return z.sigmoid() if activation == "sigmoid" else z
+
+
+def _focal(surprise: Tensor, gamma: float) -> Tensor:
+    """``(1 - p)^gamma * surprise`` with surprise = -log p."""
+    return surprise if gamma == 0 else (-torch.expm1(-surprise)) ** gamma * surprise
 
 
 def _voxel_labels(

@@ -3,14 +3,32 @@ r"""Soft Dice + cross-entropy: statistics of logits against labels in one pass, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lungkit.errors import UsageError
-from lungkit.ops._dice_ce_twin import Statistics, has_class_indices, loss_from_statistics, statistics_twin
+from lungkit.ops._dice_ce_twin import (
+    Statistics,
+    accumulate_dtype,
+    backward_twin,
+    empty_gradient,
+    has_class_indices,
+    loss_from_statistics,
+    loss_twin,
+    statistics_twin,
+)
+from lungkit.ops._library import define_op
 
-__all__ = ["Statistics", "dice_ce_loss", "dice_ce_statistics", "reference", "reference_statistics"]
+__all__ = [
+    "Statistics",
+    "dice_ce_loss",
+    "dice_ce_statistics",
+    "loss_of_statistics",
+    "reference",
+    "reference_statistics",
+]
 
 _ACTIVATIONS = ("softmax", "sigmoid", "none")
 _CROSS_ENTROPIES = ("softmax", "binary", "none")
@@ -26,6 +44,7 @@ def dice_ce_statistics(
     activation: str = "softmax",
     cross_entropy: str = "softmax",
     squared: bool = False,
+    gamma: float = 0.0,
     ignore_index: int | None = None,
 ) -> Tensor:
     r"""Sums from which every loss of the Dice family follows, from one read of logits and labels.
@@ -47,6 +66,7 @@ def dice_ce_statistics(
         activation: "softmax" over C, "sigmoid" for each channel, or "none" where logits are p already.
         cross_entropy: "softmax", "binary" or "none" (L and R are then 0).
         squared: sum :math:`p^2` and :math:`y^2` in P and Y.
+        gamma: focal exponent: in L, and in the binary R, each term is multiplied by (1 - its probability) ** gamma.
         ignore_index: class index whose voxels do not count. Beside label vectors: the channel that marks them, or,
             outside 0..C-1, voxels whose vector is zero do not count.
 
@@ -67,9 +87,10 @@ def dice_ce_statistics(
         >>> sums.intersection.tolist(), sums.prediction.tolist(), sums.label.tolist()
         ([[0.0, 8.0]], [[8.0, 8.0]], [[0.0, 16.0]])
     """
-    mask, ignore_index = _as_mask(logits, labels, mask, ignore_index)
-    _check_arguments(logits, labels, mask, activation, cross_entropy)
-    return statistics_twin(logits, labels, mask, activation, cross_entropy, squared, ignore_index)
+    mask, ignore_index = _prepare(logits, labels, mask, activation, cross_entropy, gamma, ignore_index)
+    return torch.ops.lungkit.dice_ce_statistics(
+        logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index
+    )
 
 
 def dice_ce_loss(
@@ -119,24 +140,30 @@ def dice_ce_loss(
         >>> round(loss.item(), 4), logits.grad.shape
         (1.3598, torch.Size([1, 2, 8, 8]))
     """
-    return reference(
+    entropy = "binary" if logits.dim() > 1 and logits.shape[1] == 1 else "softmax"
+    mask, ignore_index = _prepare(logits, labels, mask, activation, entropy, 0.0, ignore_index)
+    _check_reduction(reduction)
+    loss, _ = torch.ops.lungkit.dice_ce_loss(
         logits,
         labels,
-        mask=mask,
-        include_background=include_background,
-        activation=activation,
-        squared_pred=squared_pred,
-        jaccard=jaccard,
-        reduction=reduction,
-        smooth_nr=smooth_nr,
-        smooth_dr=smooth_dr,
-        batch=batch,
-        weight=weight,
-        lambda_dice=lambda_dice,
-        lambda_ce=lambda_ce,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
+        mask,
+        _class_weight(weight, logits),
+        activation,
+        entropy,
+        squared_pred,
+        0.0,
+        ignore_index,
+        include_background,
+        jaccard,
+        batch,
+        reduction == "mean",
+        smooth_nr,
+        smooth_dr,
+        lambda_dice,
+        lambda_ce,
+        label_smoothing,
     )
+    return loss
 
 
 def reference_statistics(
@@ -147,12 +174,12 @@ def reference_statistics(
     activation: str = "softmax",
     cross_entropy: str = "softmax",
     squared: bool = False,
+    gamma: float = 0.0,
     ignore_index: int | None = None,
 ) -> Tensor:
     """Twin of :func:`dice_ce_statistics` in plain PyTorch: same arguments, same result, any device."""
-    mask, ignore_index = _as_mask(logits, labels, mask, ignore_index)
-    _check_arguments(logits, labels, mask, activation, cross_entropy)
-    return statistics_twin(logits, labels, mask, activation, cross_entropy, squared, ignore_index)
+    mask, ignore_index = _prepare(logits, labels, mask, activation, cross_entropy, gamma, ignore_index)
+    return statistics_twin(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index)
 
 
 def reference(
@@ -175,7 +202,8 @@ def reference(
     ignore_index: int | None = None,
 ) -> Tensor:
     """Twin of :func:`dice_ce_loss` in plain PyTorch: same arguments, same result, any device."""
-    binary = logits.shape[1] == 1
+    binary = logits.dim() > 1 and logits.shape[1] == 1
+    _check_reduction(reduction)
     statistics = reference_statistics(
         logits,
         labels,
@@ -185,11 +213,11 @@ def reference(
         squared=squared_pred,
         ignore_index=ignore_index,
     )
-    return loss_from_statistics(
+    return loss_of_statistics(
         statistics,
-        weight=_class_weight(weight, logits),
-        class_indices=has_class_indices(logits, labels),
-        binary=binary,
+        logits,
+        labels,
+        weight=weight,
         include_background=include_background,
         jaccard=jaccard,
         reduction=reduction,
@@ -202,10 +230,41 @@ def reference(
     )
 
 
-def _as_mask(
-    logits: Tensor, labels: Tensor, mask: Tensor | None, ignore_index: int | None
+def loss_of_statistics(
+    statistics: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | Sequence[float] | None,
+    **options: Any,
+) -> Tensor:
+    """The loss of :func:`dice_ce_loss` from statistics in hand, e.g. summed over ranks.
+
+    ``logits`` and ``labels`` say of which kind they are; their values are not read. ``options`` are those of
+    :func:`dice_ce_loss` from ``include_background`` to ``label_smoothing``.
+    """
+    return loss_from_statistics(
+        statistics,
+        weight=_class_weight(weight, logits),
+        class_indices=has_class_indices(logits, labels),
+        binary=logits.shape[1] == 1,
+        **options,
+    )
+
+
+def _prepare(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    cross_entropy: str,
+    gamma: float,
+    ignore_index: int | None,
 ) -> tuple[Tensor | None, int | None]:
-    """Turn an ``ignore_index`` beside label vectors into a mask; beside class indices it stays what it is."""
+    """Check what goes into an op; turn an ``ignore_index`` beside label vectors into a mask."""
+    _check_arguments(logits, labels, mask, activation, cross_entropy)
+    if gamma < 0:
+        raise UsageError(f"gamma must not be negative, got {gamma}")
     if ignore_index is None or has_class_indices(logits, labels):
         return mask, ignore_index
     if labels.shape[1] == 1:
@@ -220,13 +279,18 @@ def _as_mask(
 def _class_weight(weight: Tensor | Sequence[float] | None, logits: Tensor) -> Tensor | None:
     if weight is None:
         return None
-    weight = torch.as_tensor(weight, dtype=torch.float32 if logits.dtype != torch.float64 else torch.float64)
-    classes = logits.shape[1]
-    if weight.dim() != 1 or weight.shape[0] != classes:
+    weight = torch.as_tensor(weight)
+    if tuple(weight.shape) != (logits.shape[1],):
         raise UsageError(
-            f"weight must hold one number for each of the {classes} classes, got {tuple(weight.shape)}"
+            f"weight must hold one number for each of the {logits.shape[1]} classes of logits "
+            f"{tuple(logits.shape)}, got shape {tuple(weight.shape)}"
         )
-    return weight.to(logits.device)
+    return weight.detach().to(logits.device, accumulate_dtype(logits.dtype)).contiguous()
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise UsageError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
 
 
 def _check_arguments(
@@ -253,7 +317,7 @@ def _check_arguments(
         _check_voxels("mask", mask, logits, grid, channels=(1,))
         if mask.dtype not in (torch.bool, torch.uint8):
             raise UsageError(f"mask must be bool or uint8, got {mask.dtype}")
-    allowed = _INDEX_DTYPES
+    allowed: tuple[torch.dtype, ...] = _INDEX_DTYPES
     if not has_class_indices(logits, labels):
         allowed = _INDEX_DTYPES + _LOGIT_DTYPES
     if labels.dtype not in allowed:
@@ -279,3 +343,71 @@ def _check_voxels(
         )
     if tensor.requires_grad:
         raise UsageError(f"{name} must not require a gradient: only logits receive one")
+
+
+# ---- the ops ----------------------------------------------------------------------------------------------------
+
+_VOXELS = "Tensor logits, Tensor labels, Tensor? mask, "
+_FORM = "str activation, str cross_entropy, bool squared, float gamma, int? ignore_index"
+
+define_op(f"dice_ce_statistics({_VOXELS}{_FORM}) -> Tensor", statistics_twin)
+define_op(
+    f"dice_ce_loss({_VOXELS}Tensor? weight, {_FORM}, bool include_background, bool jaccard, bool batch, bool mean, "
+    "float smooth_nr, float smooth_dr, float lambda_dice, float lambda_ce, float label_smoothing) "
+    "-> (Tensor loss, Tensor slopes)",
+    loss_twin,
+)
+define_op(f"dice_ce_backward(Tensor slopes, Tensor? scale, {_VOXELS}{_FORM}) -> Tensor", backward_twin)
+
+
+@torch.library.register_fake("lungkit::dice_ce_statistics")
+def _fake_statistics(logits: Tensor, *_: Any) -> Tensor:
+    shape = (len(Statistics._fields), logits.shape[0], logits.shape[1])
+    return logits.new_empty(shape, dtype=accumulate_dtype(logits.dtype))
+
+
+@torch.library.register_fake("lungkit::dice_ce_loss")
+def _fake_loss(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    slopes = _fake_statistics(logits)
+    return slopes.new_empty(()), slopes
+
+
+@torch.library.register_fake("lungkit::dice_ce_backward")
+def _fake_backward(slopes: Tensor, scale: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
+    return empty_gradient(logits)
+
+
+def _save_for_statistics(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, labels, mask, *ctx.form = inputs
+    ctx.save_for_backward(logits, labels, mask)
+
+
+def _differentiate_statistics(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    of_logits = torch.ops.lungkit.dice_ce_backward(gradient, None, *ctx.saved_tensors, *ctx.form)
+    return of_logits, *[None] * 7
+
+
+def _save_for_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, mask, _, *form = inputs
+    ctx.form = form[:5]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], logits, labels, mask)
+
+
+def _differentiate_loss(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    slopes, *voxels = ctx.saved_tensors
+    return torch.ops.lungkit.dice_ce_backward(slopes, gradient, *voxels, *ctx.form), *[None] * 17
+
+
+def _refuse_double_backward(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError(
+        "dice_ce: the gradient of the loss cannot be differentiated again; for second derivatives use "
+        "lungkit.ops.dice_ce.reference"
+    )
+
+
+torch.library.register_autograd(
+    "lungkit::dice_ce_statistics", _differentiate_statistics, setup_context=_save_for_statistics
+)
+torch.library.register_autograd("lungkit::dice_ce_loss", _differentiate_loss, setup_context=_save_for_loss)
+torch.library.register_autograd("lungkit::dice_ce_backward", _refuse_double_backward)
