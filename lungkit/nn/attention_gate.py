@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from lungkit.errors import UsageError
 from lungkit.ops.attention_gate import attention_gate, reference
 
-_CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
-_NORMS = {
+_CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+_NORMS: dict[str, dict[int, Any]] = {
     "batch": {2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
     "instance": {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
 }
 
 Implementation = Literal["auto", "reference"]
-_IMPLEMENTATIONS = {"auto": attention_gate, "reference": reference}
+_Gate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+_IMPLEMENTATIONS: dict[str, _Gate] = {"auto": attention_gate, "reference": reference}
 
 
 class AttentionGate(nn.Module):
@@ -205,13 +207,14 @@ def _projection(dims: int, in_channels: int, out_channels: int) -> nn.Sequential
 
 def _fold(projection: nn.Sequential) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that equals convolution plus batch norm with running statistics."""
-    convolution, norm = projection[0].conv, projection[1]
+    convolution: Any = projection[0].conv
+    norm: Any = projection[1]
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     bias = scale * (convolution.bias - norm.running_mean) + norm.bias
     return convolution.weight * scale.reshape(-1, *(1,) * (convolution.weight.dim() - 1)), bias
 
 
-def _select(implementation: str):
+def _select(implementation: str) -> _Gate:
     if implementation not in _IMPLEMENTATIONS:
         raise UsageError(f"implementation must be one of {sorted(_IMPLEMENTATIONS)}, got {implementation!r}")
     return _IMPLEMENTATIONS[implementation]

@@ -226,16 +226,17 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
 
 def resolve(config: TrainConfig, plan: Plan) -> TrainConfig:
     """``config`` with what the plan decided written out, and paths that hold in any working directory."""
-    folders = {
-        name: None if path is None else str(Path(path).expanduser().resolve())
-        for name, path in (("root", config.data.root), ("cache", config.data.cache))
-    }
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().resolve())
+
     strides = tuple(step if isinstance(step, int) else tuple(step) for step in plan.model["strides"])
     return replace(
         config,
         data=replace(
             config.data,
-            **folders,
+            root=absolute(config.data.root),
+            cache=absolute(config.data.cache),
             dims=plan.dims,  # type: ignore[arg-type]
             patch_size=plan.patch_size,
             context_slices=plan.context_slices,
