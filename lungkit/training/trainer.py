@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("lungkit")
 
 _STEPS_BETWEEN_VOTES = 8
+_SECONDS_BETWEEN_CURVES = 20.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Trainer:
         self.checkpoint = checkpoint
         self.on_epoch_end = on_epoch_end
         self._stop = threading.Event()
+        self._drawn = -math.inf
 
     @classmethod
     def from_run(cls, run: str | Path, *, checkpoint: str = LAST) -> Trainer:
@@ -297,7 +299,7 @@ class Trainer:
                 session.save(folder, BEST)
             session.save(folder, LAST)
             folder.write_metrics(position.rows)
-            save_curves(folder.path / "progress.png", position.rows)
+            self._draw_curves(session, folder)
             folder.write_status(
                 "running", epoch=session.epoch, epochs=plan.epochs, best_dice=position.best_dice
             )
@@ -311,6 +313,12 @@ class Trainer:
                 f"continue with --resume {folder.path}"
             )
 
+    def _draw_curves(self, session: Session, folder: RunFolder, *, now: bool = False) -> None:
+        # A picture takes as long as many steps of a small network.
+        if now or time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES:
+            save_curves(folder.path / "progress.png", session.position.rows)
+            self._drawn = time.monotonic()
+
     def _stop_in_validation(self, session: Session, folder: RunFolder) -> None:
         # Several processes have different numbers of cases, and finish their validation before they agree to stop.
         if session.fabric.world_size == 1 and self._stop.is_set():
@@ -321,6 +329,7 @@ class Trainer:
         session.evaluated.load_state_dict(best.weights)
         table = session.validate(val, current=False)
         if session.fabric.is_global_zero:
+            self._draw_curves(session, folder, now=True)
             epoch = session.position.best_epoch or session.epoch
             write_case_table(folder.path, table, name="validation", extra={"epoch": epoch})
             draw_overlays(folder.overlays, session.evaluated, val, session.plan, table)
