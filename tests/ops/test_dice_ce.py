@@ -1,0 +1,456 @@
+"""dice_ce on the CPU: every instruction set against the twin in fp64, exactness, gradients, torch's transformations."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from dice_ce_cases import (
+    CASES,
+    FORMS,
+    INDEX_DTYPES,
+    LOGIT_DTYPES,
+    ONE_CHANNEL_FORMS,
+    Form,
+    assert_matches_twin,
+    gradient_of,
+    random_indices,
+    random_logits,
+    random_vectors,
+)
+
+from lungkit.errors import UsageError
+from lungkit.ops.dice_ce import (
+    Statistics,
+    dice_ce_loss,
+    dice_ce_statistics,
+    reference,
+    reference_statistics,
+)
+
+OPS = torch.ops.lungkit
+
+
+# ---- the kernels against the twin -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_equals_the_twin(isa, form, dtype):
+    for classes in (2, 3):
+        logits = random_logits((2, 9, 11), classes, dtype)
+        assert_matches_twin(OPS, logits, random_indices((2, 9, 11), classes, torch.uint8), form)
+        assert_matches_twin(OPS, logits, random_vectors((2, 9, 11), classes, torch.float32), form)
+
+
+@pytest.mark.parametrize("form", ONE_CHANNEL_FORMS, ids=str)
+def test_one_channel_equals_the_twin(isa, form):
+    logits = random_logits((2, 9, 11), 1, torch.float32)
+    assert_matches_twin(OPS, logits, random_indices((2, 9, 11), 1, torch.uint8), form)
+    assert_matches_twin(OPS, logits, random_vectors((2, 9, 11), 1, torch.float32), form)
+
+
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+@pytest.mark.parametrize(("shape", "classes"), CASES)
+def test_every_shape_equals_the_twin(isa, shape, classes, dtype):
+    form = Form("sigmoid", "binary") if classes == 1 else Form()
+    labels = random_indices(shape, classes, torch.int64)
+    assert_matches_twin(OPS, random_logits(shape, classes, dtype), labels, form)
+
+
+@pytest.mark.parametrize("dtype", [*INDEX_DTYPES, torch.bool])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_every_index_dtype_equals_the_twin(isa, classes, dtype):
+    labels = random_indices((2, 1, 9, 11), 2 if dtype == torch.bool else classes, dtype)
+    assert_matches_twin(OPS, random_logits((2, 9, 11), classes, torch.float32), labels, Form())
+
+
+@pytest.mark.parametrize("dtype", [*LOGIT_DTYPES, torch.uint8, torch.int16, torch.int64])
+def test_every_vector_dtype_equals_the_twin(isa, dtype):
+    labels = random_vectors((2, 9, 11), 3, torch.float32)
+    labels = labels.to(dtype) if dtype.is_floating_point else (3 * labels).to(dtype)
+    assert_matches_twin(OPS, random_logits((2, 9, 11), 3, torch.float32), labels, Form(squared=True))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("ignore_index", [0, 1, 255])
+def test_ignored_voxels_count_nowhere(isa, classes, ignore_index):
+    labels = random_indices((2, 9, 11), classes, torch.uint8)
+    labels[0, ::3] = ignore_index
+    logits = random_logits((2, 9, 11), classes, torch.float32)
+    assert_matches_twin(OPS, logits, labels, Form(), ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_masked_voxels_count_nowhere(isa, dtype, vectors):
+    labels = (
+        random_vectors((2, 9, 11), 2, torch.float32)
+        if vectors
+        else random_indices((2, 9, 11), 2, torch.int32)
+    )
+    mask = (random_indices((2, 1, 9, 11), 5, torch.uint8) > 1).to(dtype)
+    assert_matches_twin(OPS, random_logits((2, 9, 11), 2, torch.float32), labels, Form(), mask=mask)
+
+
+def test_a_masked_voxel_may_have_any_label_and_logit(isa):
+    logits = torch.tensor([[[1.0, float("nan")], [2.0, 0.0]]])
+    mask = torch.tensor([[True, False]])
+    sums = dice_ce_statistics(logits, torch.tensor([[1, 99]]), mask=mask)
+    assert torch.isfinite(sums).all()
+    assert torch.isfinite(gradient_of(dice_ce_loss, logits, torch.tensor([[1, 99]]), mask=mask)).all()
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last_is_read_and_written_in_place(isa, classes, dtype):
+    logits = random_logits((2, 6, 9, 11), classes, dtype).to(memory_format=torch.channels_last_3d)
+    labels = random_indices((2, 6, 9, 11), classes, torch.uint8)
+    assert_matches_twin(OPS, logits, labels, Form())
+    assert gradient_of(dice_ce_loss, logits, labels).stride() == logits.stride()
+
+
+def test_any_strides_equal_the_twin(isa):
+    labels = random_indices((2, 9, 11), 2, torch.int64)
+    expanded = torch.tensor([0.5, -1.0]).view(1, 2, 1, 1).expand(2, 2, 9, 11)
+    assert_matches_twin(OPS, expanded, labels, Form())
+    transposed = random_logits((2, 11, 9), 2, torch.float32).transpose(2, 3)
+    assert_matches_twin(OPS, transposed, labels, Form())
+    every_other = random_logits((2, 9, 22), 2, torch.float16)[..., ::2]
+    assert_matches_twin(OPS, every_other, labels.transpose(1, 2).contiguous().transpose(1, 2), Form())
+    of_a_larger_batch = random_logits((4, 9, 11), 4, torch.float32)[1:3, 1:3]
+    assert_matches_twin(OPS, of_a_larger_batch, labels, Form())
+
+
+def test_misaligned_memory_equals_the_twin(isa):
+    memory = random_logits((1, 2 * 9 * 11 + 1), 1, torch.float32).flatten()
+    logits = memory[1:].view(1, 2, 9, 11)
+    assert_matches_twin(OPS, logits, random_indices((1, 9, 11), 2, torch.uint8), Form())
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 4)])
+def test_nothing_gives_sums_of_zero(isa, shape):
+    logits = torch.empty(shape[0], 3, *shape[1:])
+    sums = dice_ce_statistics(logits, torch.empty(shape, dtype=torch.uint8))
+    assert sums.shape == (6, shape[0], 3)
+    assert sums.sum() == 0
+    assert gradient_of(dice_ce_loss, logits, torch.empty(shape, dtype=torch.uint8)).shape == logits.shape
+
+
+def test_an_empty_batch_has_the_loss_zero():
+    assert dice_ce_loss(torch.empty(0, 2, 4, 4), torch.empty(0, 4, 4, dtype=torch.uint8)) == 0
+
+
+# ---- the finished loss ------------------------------------------------------------------------------------------
+
+LOSS_OPTIONS = [
+    {},
+    {"include_background": False},
+    {"include_background": False, "batch": True},
+    {"jaccard": True, "reduction": "sum"},
+    {"squared_pred": True, "weight": [0.2, 1.0, 3.0]},
+    {"weight": [0.2, 1.0, 3.0], "label_smoothing": 0.2, "reduction": "sum"},
+    {"label_smoothing": 0.3, "batch": True, "jaccard": True},
+    {"lambda_dice": 0.0},
+    {"lambda_ce": 0.0, "smooth_nr": 0.0, "smooth_dr": 0.5},
+    {"activation": "sigmoid", "weight": [0.0, 1.0, 0.0], "include_background": False},
+    {"activation": "none", "ignore_index": 2},
+]
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
+def test_loss_and_gradient_equal_the_twin(options, vectors):
+    logits = random_logits((2, 9, 11), 3, torch.float64)
+    labels = (
+        random_vectors((2, 9, 11), 3, torch.float64)
+        if vectors
+        else random_indices((2, 9, 11), 3, torch.uint8)
+    )
+    torch.testing.assert_close(dice_ce_loss(logits, labels, **options), reference(logits, labels, **options))
+    torch.testing.assert_close(
+        gradient_of(dice_ce_loss, logits, labels, **options),
+        gradient_of(reference, logits, labels, **options),
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight": [2.5]}, {"batch": True, "include_background": False}], ids=str
+)
+def test_one_channel_takes_binary_cross_entropy(options):
+    logits, labels = random_logits((2, 9, 11), 1, torch.float64), random_indices((2, 9, 11), 1, torch.uint8)
+    options = {"activation": "sigmoid", **options}
+    torch.testing.assert_close(dice_ce_loss(logits, labels, **options), reference(logits, labels, **options))
+    torch.testing.assert_close(
+        gradient_of(dice_ce_loss, logits, labels, **options),
+        gradient_of(reference, logits, labels, **options),
+    )
+
+
+def test_gradcheck():
+    logits = random_logits((2, 3, 4), 3, torch.float64).requires_grad_()
+    labels = random_indices((2, 3, 4), 3, torch.uint8)
+    assert torch.autograd.gradcheck(lambda z: dice_ce_loss(z, labels, weight=[0.5, 1.0, 2.0]), (logits,))
+    assert torch.autograd.gradcheck(lambda z: dice_ce_statistics(z, labels, squared=True), (logits,))
+
+
+def test_only_needed_rows_take_part_in_the_gradient_of_statistics():
+    logits, labels = (
+        random_logits((1, 9), 2, torch.float64).requires_grad_(),
+        torch.zeros(1, 9, dtype=torch.uint8),
+    )
+    sums = Statistics(*dice_ce_statistics(logits, labels))
+    (gradient,) = torch.autograd.grad(sums.label.sum() + sums.voxels.sum(), logits)
+    assert (gradient == 0).all()
+
+
+# ---- exactness --------------------------------------------------------------------------------------------------
+
+
+def test_float_loss_is_right_to_1e_6_on_a_large_batch():
+    logits = torch.randn(2, 2, 192, 192, 192, generator=torch.Generator().manual_seed(0))
+    labels = (logits[:, 0] > 0.3).to(torch.uint8)
+    exact = dice_ce_loss(logits.double(), labels)
+    assert abs(dice_ce_loss(logits, labels) / exact - 1) < 1e-6
+
+
+@pytest.mark.parametrize("margin", [0.7, 1e-4, 16.0])
+def test_equal_logits_everywhere_do_not_drift(isa, margin):
+    # All roundings point the same way: the worst case of a sum in fp32.
+    logits = torch.tensor([0.1, 0.1 + margin]).view(1, 2, 1).expand(1, 2, 3_000_000).contiguous()
+    labels = torch.ones(1, 3_000_000, dtype=torch.uint8)
+    exact = Statistics(*reference_statistics(logits.double(), labels))
+    sums = Statistics(*dice_ce_statistics(logits, labels).double())
+    for actual, expected in zip(sums, exact, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_logits_of_a_large_volume_give_the_float_answer(dtype):
+    logits = torch.zeros(2, 2, 96, 96, 96, dtype=dtype)
+    labels = (torch.arange(96**3).view(96, 96, 96) % 2).expand(2, 96, 96, 96).to(torch.uint8)
+    loss = dice_ce_loss(logits, labels, lambda_ce=0.0)
+    assert loss.dtype == torch.float32
+    assert abs(loss - 0.5) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_half_gradients_are_right_to_their_own_rounding(isa, classes, dtype):
+    logits = random_logits((1, 40, 50), classes, dtype)
+    labels = random_indices((1, 40, 50), classes, torch.uint8)
+    slopes = torch.randn(6, 1, classes, generator=torch.Generator().manual_seed(0))
+    gradient = OPS.dice_ce_backward(slopes, None, logits, labels, None, *Form(), None)
+    exact = OPS.dice_ce_backward(slopes.double(), None, logits.double(), labels, None, *Form(), None)
+    half_a_unit = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(gradient.double(), exact, rtol=1.001 * half_a_unit, atol=2e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+def test_huge_logits_stay_finite(isa, classes, dtype):
+    logits = random_logits((2, 9, 11), classes, dtype).sign() * 1e4
+    labels = random_indices((2, 9, 11), classes, torch.uint8)
+    loss = dice_ce_loss(logits, labels)
+    torch.testing.assert_close(loss.double(), reference(logits.double(), labels), rtol=1e-6, atol=0.0)
+    assert torch.isfinite(gradient_of(dice_ce_loss, logits, labels)).all()
+
+
+@pytest.mark.parametrize("ignore_index", [None, 0])
+@pytest.mark.parametrize("batch", [False, True])
+def test_all_background_or_all_ignored_is_finite(batch, ignore_index):
+    logits, labels = random_logits((2, 9, 11), 2, torch.float32), torch.zeros(2, 9, 11, dtype=torch.uint8)
+    options = {"batch": batch, "include_background": False, "ignore_index": ignore_index, "smooth_dr": 0.0}
+    assert torch.isfinite(dice_ce_loss(logits, labels, **options))
+    gradient = gradient_of(dice_ce_loss, logits, labels, **options)
+    assert torch.isfinite(gradient).all()
+    assert (ignore_index is None) == bool(gradient.any())
+
+
+def test_a_confident_cross_entropy_keeps_its_digits(isa):
+    logits = torch.tensor([0.0, 18.0]).view(1, 2, 1).expand(1, 2, 1000).contiguous()
+    labels = torch.ones(1, 1000, dtype=torch.uint8)
+    exact = reference_statistics(logits.double(), labels)[3, 0, 1]
+    torch.testing.assert_close(
+        dice_ce_statistics(logits, labels)[3, 0, 1].double(), exact, rtol=1e-6, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_same_bits_for_any_number_of_threads(classes):
+    logits, labels = (
+        random_logits((2, 300, 170), classes, torch.float32),
+        random_indices((2, 300, 170), classes, torch.int64),
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = dice_ce_statistics(logits, labels), gradient_of(dice_ce_loss, logits, labels)
+        torch.set_num_threads(3)
+        three = dice_ce_statistics(logits, labels), gradient_of(dice_ce_loss, logits, labels)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_nothing_per_voxel_is_kept_for_backward():
+    logits, labels = (
+        random_logits((1, 40, 40), 2, torch.float32).requires_grad_(),
+        torch.zeros(1, 40, 40).long(),
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        dice_ce_loss(logits, labels)
+    inputs = {logits.data_ptr(), labels.data_ptr()}
+    assert sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in inputs) == 6 * 2
+
+
+# ---- torch's transformations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(layout):
+    logits = random_logits((2, 5, 7), 3, torch.float32).to(memory_format=layout).requires_grad_()
+    labels, form = random_indices((2, 5, 7), 3, torch.uint8), (*Form(), None)
+    torch.library.opcheck(OPS.dice_ce_statistics.default, (logits, labels, None, *form))
+    arithmetic = (True, False, False, True, 1e-5, 1e-5, 1.0, 1.0, 0.0)
+    torch.library.opcheck(OPS.dice_ce_loss.default, (logits, labels, None, None, *form, *arithmetic))
+    slopes = torch.randn(6, 2, 3)
+    # The op refuses a second derivative, so its own autograd is not compared.
+    torch.library.opcheck(
+        OPS.dice_ce_backward.default,
+        (slopes, torch.tensor(2.0), logits.detach(), labels, None, *form),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic):
+    def step(logits, labels):
+        return dice_ce_loss(2 * logits, labels, include_background=False, weight=[1.0, 2.0, 0.5])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in (5, 9):
+        logits, labels = (
+            random_logits((2, size, 7), 3, torch.float32),
+            random_indices((2, size, 7), 3, torch.uint8),
+        )
+        torch.testing.assert_close(compiled(logits, labels), step(logits, labels))
+        torch.testing.assert_close(gradient_of(compiled, logits, labels), gradient_of(step, logits, labels))
+
+
+def test_exports_and_loads_again():
+    class Criterion(torch.nn.Module):
+        def forward(self, logits, labels):
+            return dice_ce_loss(logits, labels, batch=True)
+
+    logits, labels = random_logits((2, 5, 7), 2, torch.float32), random_indices((2, 5, 7), 2, torch.uint8)
+    width = torch.export.Dim("width", min=2)
+    program = torch.export.export(Criterion(), (logits, labels), dynamic_shapes=({3: width}, {2: width}))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    wide, wide_labels = (
+        random_logits((2, 5, 13), 2, torch.float32),
+        random_indices((2, 5, 13), 2, torch.uint8),
+    )
+    torch.testing.assert_close(loaded(wide, wide_labels), dice_ce_loss(wide, wide_labels, batch=True))
+
+
+def test_activation_checkpointing_gives_the_same_gradient():
+    logits, labels = random_logits((2, 5, 7), 2, torch.float32), random_indices((2, 5, 7), 2, torch.uint8)
+
+    def checkpointed(z, y):
+        return torch.utils.checkpoint.checkpoint(dice_ce_loss, z, y, use_reentrant=False)
+
+    assert torch.equal(gradient_of(checkpointed, logits, labels), gradient_of(dice_ce_loss, logits, labels))
+
+
+def test_autocast_logits_are_read_as_they_are():
+    convolution = torch.nn.Conv2d(1, 2, 3)
+    images, labels = torch.randn(2, 1, 8, 8), random_indices((2, 6, 6), 2, torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = convolution(images)
+        loss = dice_ce_loss(logits, labels)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    torch.testing.assert_close(loss, reference(logits.float(), labels))
+
+
+def test_a_second_derivative_is_refused():
+    logits = random_logits((1, 5, 7), 2, torch.float32).requires_grad_()
+    loss = dice_ce_loss(logits, random_indices((1, 5, 7), 2, torch.uint8))
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        gradient.sum().backward()
+
+
+def test_the_loss_scales_its_gradient():
+    logits, labels = random_logits((1, 5, 7), 2, torch.float64), random_indices((1, 5, 7), 2, torch.uint8)
+    once = gradient_of(dice_ce_loss, logits, labels)
+    torch.testing.assert_close(gradient_of(lambda z: -3 * dice_ce_loss(z, labels), logits), -3 * once)
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("function", [dice_ce_loss, reference])
+def test_a_class_index_out_of_range_is_named(function, dtype):
+    labels = random_indices((2, 9, 11), 2, dtype)
+    labels[1, 4, 4] = 7
+    with pytest.raises(
+        RuntimeError, match=r"hold the value 7 in image 1; classes are 0..1 and no ignore_index"
+    ):
+        function(random_logits((2, 9, 11), 2, torch.float32), labels)
+
+
+def test_an_index_that_wraps_around_is_out_of_range(isa):
+    labels = torch.zeros(1, 9, dtype=torch.int64)
+    labels[0, 3] = 2**32 + 1
+    with pytest.raises(RuntimeError, match=f"the value {2**32 + 1}"):
+        dice_ce_statistics(random_logits((1, 9), 2, torch.float32), labels)
+
+
+LOGITS = torch.zeros(2, 3, 4, 5)
+INDICES = torch.zeros(2, 4, 5, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "options", "message"),
+    [
+        (
+            LOGITS,
+            torch.zeros(2, 5, 4).long(),
+            {},
+            r"labels of shape \(2, 5, 4\) do not fit .* expected \(2, 4, 5\)",
+        ),
+        (LOGITS, torch.zeros(2, 2, 4, 5), {}, r"labels of shape \(2, 2, 4, 5\) do not fit"),
+        (LOGITS, torch.zeros(2, 1, 4, 5), {}, "labels .* must be one of uint8.* got torch.float32"),
+        (LOGITS.long(), INDICES, {}, "logits must be float64.* got torch.int64"),
+        (torch.zeros(2, 3), torch.zeros(2).long(), {}, r"one to three spatial axes, got shape \(2, 3\)"),
+        (LOGITS[:, :1], INDICES, {}, r"softmax over one channel is 1 everywhere.* \(2, 1, 4, 5\)"),
+        (LOGITS, INDICES, {"weight": [1.0, 2.0]}, r"one number for each of the 3 classes.*got shape \(2,\)"),
+        (LOGITS, INDICES, {"mask": torch.zeros(2, 3, 4, 5).bool()}, "mask of shape .* do not fit"),
+        (LOGITS, INDICES, {"mask": torch.zeros(2, 4, 5)}, "mask must be bool or uint8, got torch.float32"),
+        (LOGITS, INDICES, {"activation": "relu"}, "activation must be one of .* got 'relu'"),
+        (LOGITS, INDICES, {"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
+        (LOGITS, torch.zeros_like(LOGITS).requires_grad_(), {}, "labels must not require a gradient"),
+        (LOGITS, INDICES.to("meta"), {}, "must be on the same device, got cpu and meta"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(logits, labels, options, message):
+    for function in (dice_ce_loss, reference):
+        with pytest.raises(UsageError, match=message):
+            function(logits, labels, **options)
+
+
+def test_the_op_itself_refuses_shapes_that_do_not_fit():
+    with pytest.raises(RuntimeError, match=r"labels .* do not fit logits"):
+        OPS.dice_ce_statistics(LOGITS, torch.zeros(2, 5, 4).long(), None, *Form(), None)
