@@ -95,25 +95,27 @@ def recover_checkpoint(folder: str | os.PathLike[str]) -> None:
 def load_checkpoint(folder: str | os.PathLike[str], *, with_trainer: bool = True) -> Checkpoint:
     """Read a checkpoint folder and verify it; nothing in it is executed.
 
+    Args:
+        folder: the checkpoint.
+        with_trainer: read ``trainer.pt`` too; without it, the weights and their manifest are all that is needed.
+
     Raises:
         CheckpointError: it is missing, incomplete, damaged or of another format; names the file, and the previous
             checkpoint where that one is whole.
     """
     folder = Path(folder)
     try:
-        manifest = _verified_manifest(folder)
+        manifest = _verified_manifest(folder, (_WEIGHTS, _TRAINER) if with_trainer else (_WEIGHTS,))
         weights = load_file(folder / _WEIGHTS)
-        trainer = None
-        if with_trainer:
-            trainer = torch.load(folder / _TRAINER, weights_only=True, map_location="cpu")
+        trainer = _load_trainer(folder / _TRAINER) if with_trainer else None
     except (
         OSError,
         ValueError,
         RuntimeError,
         KeyError,
         TypeError,
+        EOFError,
         SafetensorError,
-        pickle.UnpicklingError,
     ) as error:
         raise CheckpointError(f"{folder}: not a usable checkpoint ({error}){_offer(folder)}") from error
     return Checkpoint(folder, weights, manifest, trainer)
@@ -154,17 +156,30 @@ def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any]:
+def _load_trainer(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:  # torch's own message tells how to switch the protection off
+        raise ValueError(
+            f"{path.name} holds more than tensors and plain values, and was not loaded"
+        ) from error
+    return state
+
+
+def _verified_manifest(folder: Path, files: tuple[str, ...] = (_WEIGHTS, _TRAINER)) -> dict[str, Any]:
     path = folder / _MANIFEST
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
-    manifest = json.loads(path.read_bytes())
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path.name} is not of format {FORMAT}")
     digests = manifest.get("sha256")
     if not isinstance(digests, dict) or digests.get(_MANIFEST) != _digest_of(manifest):
         raise ValueError(f"{path.name} is damaged: its contents do not match its own SHA-256")
-    for name in (_WEIGHTS, _TRAINER):
+    for name in files:
         if _sha256(folder / name) != digests.get(name):
             raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {path.name}")
     return manifest
@@ -172,7 +187,7 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
 
 def _offer(folder: Path) -> str:
     previous = folder.with_name(PREVIOUS)
-    if folder.name == PREVIOUS:
+    if folder.name != LAST:
         return ""
     try:
         _verified_manifest(previous)

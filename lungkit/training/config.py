@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lungkit.data import DEFAULT_MAX_VOXELS, AugmentConfig
+from lungkit.data.preprocessing import WINDOW_PRESETS_HU
 from lungkit.errors import UsageError
 
 MODEL_NAMES = ("unet", "attention-unet")
@@ -195,6 +197,7 @@ class TrainConfig:
                 + (f" (did you mean {nearest[0]!r}?)" if nearest else "")
             )
         _at_least("data.fold", self.data.fold, 0)
+        _at_least("data.folds", self.data.folds, 2)
         if self.data.context_slices is not None:
             _at_least("data.context_slices", self.data.context_slices, 0)
         _at_least("data.max_voxels", self.data.max_voxels, 1)
@@ -208,7 +211,7 @@ class TrainConfig:
             raise UsageError("loss.dice_weight and loss.ce_weight are both 0; give one of them a weight")
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self.optimiser, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"optimiser.{name} is {value}; give a number above 0")
         for name in ("weight_decay", "momentum", "warmup_steps"):
             _at_least(f"optimiser.{name}", getattr(self.optimiser, name), 0)
@@ -220,16 +223,27 @@ class TrainConfig:
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)
         _at_least("seed", self.seed, 0)
         _check_patch(self.data.dims, self.data.patch_size)
+        _check_word(
+            "data.window", self.data.window, ("auto", "percentiles", *WINDOW_PRESETS_HU), "low and high"
+        )
+        _check_word("data.spacing_mm", self.data.spacing_mm, ("auto", "native"), "z, y and x in mm")
+        if self.name is not None and (self.name in ("", ".", "..") or {"/", "\\", "\0"} & set(self.name)):
+            raise UsageError(f"name is {self.name!r}; give the name of a folder, without a path")
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
+    if not least <= value < math.inf:
         raise UsageError(f"{name} is {value}; give at least {least}")
 
 
 def _share(name: str, value: float) -> None:
     if not 0 <= value < 1 and not (name.startswith("data.") and value == 1):
         raise UsageError(f"{name} is {value}; give a share from 0 to 1")
+
+
+def _check_word(name: str, value: object, words: Sequence[str], numbers: str) -> None:
+    if isinstance(value, str) and value not in words:
+        raise UsageError(f"{name} is {value!r}; give {', '.join(words)}, or {numbers}")
 
 
 def _check_patch(dims: int | None, patch_size: Sequence[int] | None) -> None:

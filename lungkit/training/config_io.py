@@ -29,10 +29,10 @@ _SHORTHANDS = {
 
 
 class ConfigParser(ArgumentParser):
-    """jsonargparse's parser, whose errors are :class:`~lungkit.errors.UsageError` and suggest the nearest name."""
+    """jsonargparse's parser, whose errors are :class:`~lungkit.errors.UsageError` in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(_explain(message)) from ex
+        raise UsageError(" ".join(message.split())) from ex
 
 
 def make_parser() -> ConfigParser:
@@ -110,7 +110,7 @@ def _build(parser: ConfigParser, parsed: Namespace) -> TrainConfig:
 
 def _normalise(arguments: Sequence[str]) -> Iterator[str]:
     """Write shorthands out and turn ``--name 1 2 3`` into ``--name=[1, 2, 3]``."""
-    lists = set(_tuple_options(TrainConfig))
+    known, lists = {"config", *option_names()}, set(_tuple_options(TrainConfig))
     index = 0
     while index < len(arguments):
         argument = arguments[index]
@@ -120,6 +120,8 @@ def _normalise(arguments: Sequence[str]) -> Iterator[str]:
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         name = _SHORTHANDS.get(name, name)
+        if name not in known:
+            raise UsageError(_unknown(name))
         values = [value] if equals else []
         if not equals:
             while index < len(arguments) and _is_value(arguments[index]):
@@ -148,15 +150,17 @@ def _check_file(path: str) -> None:
         raise UsageError(f"{path}: expected options and their values, as --print-config shows them")
     known = set(option_names())
     groups = {name.rpartition(".")[0] for name in known} - {""}
-    for name in _keys(content, groups):
+    for name, value in _keys(content, groups):
         if name not in known | groups:
             raise UsageError(f"{path}: {_unknown(name)}")
+        if name in groups and not isinstance(value, dict):
+            raise UsageError(f"{path}: {name} is {value!r}, but it is a group of options: {_members(name)}")
 
 
-def _keys(content: dict[Any, Any], groups: set[str], prefix: str = "") -> Iterator[str]:
+def _keys(content: dict[Any, Any], groups: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         name = f"{prefix}{key}"
-        yield name
+        yield name, value
         if isinstance(value, dict) and name in groups:
             yield from _keys(value, groups, f"{name}.")
 
@@ -164,9 +168,14 @@ def _keys(content: dict[Any, Any], groups: set[str], prefix: str = "") -> Iterat
 def _unknown(name: str) -> str:
     known = list(option_names())
     known += sorted({option.rpartition(".")[0] for option in known} - {""})
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    nearest = [option for option in known if option.startswith(name)]
+    nearest += difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "--print-config shows all options"
     return f"unknown option {name!r}; {hint}"
+
+
+def _members(group: str) -> str:
+    return ", ".join(name for name in option_names() if name.startswith(f"{group}."))
 
 
 def _is_value(argument: str) -> bool:
@@ -187,20 +196,6 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return typing.get_args(hint)
     return (hint,)
-
-
-def _explain(message: str) -> str:
-    """jsonargparse's message in one sentence, with the nearest name for one that is unknown."""
-    known = list(option_names())
-    unknown = re.search(r"(?:Unrecognized arguments|unrecognized arguments):\s*--([\w.\-]+)", message)
-    unknown = unknown or re.search(r"(?:Key|No action for key|Option) ['\"]([\w.\-]+)['\"]", message)
-    name = unknown[1] if unknown else None
-    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    if in_group:
-        name = f"{in_group[1]}.{in_group[2]}"
-    if name is not None and name not in known:
-        return _unknown(name)
-    return " ".join(message.split())
 
 
 def _plain(value: Any) -> Any:

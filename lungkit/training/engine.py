@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 _LOG = logging.getLogger("lungkit")
+
+T = TypeVar("T")
 
 _PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -31,22 +34,25 @@ def start_engine(config: EngineConfig) -> Fabric:
 
     if config.precision == "fp16" and config.accelerator == "cpu":
         raise UsageError("engine.precision is 'fp16', which needs a GPU; use 'bf16' or 'fp32' on the CPU")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    devices, nodes = _processes(config)
     try:
         fabric = Fabric(
             accelerator=config.accelerator,
-            devices=config.devices,
-            num_nodes=config.nodes,
+            devices=devices,
+            num_nodes=nodes,
             precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
-            strategy="ddp" if config.devices * config.nodes > 1 else "auto",
+            strategy="ddp" if devices * nodes > 1 else "auto",
         )
+        if config.precision == "fp16" and fabric.device.type == "cpu":
+            raise UsageError("engine.precision is 'fp16', which needs a GPU; use 'bf16' or 'fp32' on the CPU")
+        fabric.launch()
+    except UsageError:
+        raise
     except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError(
-            f"engine.accelerator {config.accelerator!r} with {config.devices} devices cannot be used: {error}"
+            f"engine.accelerator {config.accelerator!r} with {devices} devices cannot be used: {error}"
         ) from error
-    if config.precision == "fp16" and fabric.device.type == "cpu":
-        raise UsageError("engine.precision is 'fp16', which needs a GPU; use 'bf16' or 'fp32' on the CPU")
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    fabric.launch()
     if fabric.global_rank > 0:
         _LOG.setLevel(logging.ERROR)  # every process comes to the same lines; one of them says them
     if fabric.world_size > 1:
@@ -58,6 +64,29 @@ def start_engine(config: EngineConfig) -> Fabric:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     return fabric
+
+
+def on_first_process(fabric: Fabric, work: Callable[[], T]) -> T:
+    """``work()``, done by the first process alone; its result reaches all of them.
+
+    Where ``work`` raises, the first process raises it and the others leave with exit code 0: they neither wait for
+    one that has gone, nor is their end taken for a failure of its own.
+    """
+    if fabric.world_size == 1:
+        return work()
+    result: T | None = None
+    failure: BaseException | None = None
+    if fabric.is_global_zero:
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+    result, failed = fabric.broadcast((result, failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise SystemExit(0)
+    return result  # type: ignore[return-value]
 
 
 def gather_objects(value: Any, world_size: int) -> list[Any]:
@@ -77,3 +106,15 @@ def as_resource_error(error: BaseException) -> ResourceError | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return ResourceError(f"out of memory: {advice} ({error})")
     return None
+
+
+def _processes(config: EngineConfig) -> tuple[int, int]:
+    """Processes per machine, and machines: torchrun has started them where it was used."""
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        return config.devices, config.nodes
+    per_machine, all_of_them = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if config.devices not in (1, per_machine):
+        raise UsageError(
+            f"engine.devices is {config.devices}, but torchrun started {per_machine} processes here; leave it out"
+        )
+    return per_machine, all_of_them // per_machine

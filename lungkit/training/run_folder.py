@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import os
 import platform
 import sys
@@ -22,8 +21,6 @@ from lungkit._atomic import write_json_atomic, write_text_atomic
 from lungkit.data import Split, write_splits
 from lungkit.errors import CheckpointError, UsageError
 from lungkit.ops import _library
-
-_LOG = logging.getLogger("lungkit")
 
 METRIC_COLUMNS = (
     "epoch",
@@ -51,7 +48,6 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.overlays = self.path / "overlays"
-        self._handler: logging.Handler | None = None
 
     @classmethod
     def create(cls, runs: str | os.PathLike[str], name: str) -> RunFolder:
@@ -91,19 +87,6 @@ class RunFolder:
             if not (folder.path / name).is_file():
                 raise CheckpointError(f"{folder.path}: not a run folder, {name} is missing")
         return folder
-
-    def start_logging(self) -> None:
-        """Send lungkit's log to ``train.log`` as well."""
-        self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        _LOG.addHandler(self._handler)
-
-    def stop_logging(self) -> None:
-        """Close ``train.log``."""
-        if self._handler is not None:
-            _LOG.removeHandler(self._handler)
-            self._handler.close()
-            self._handler = None
 
     def write_description(
         self, config_yaml: str, dataset: Mapping[str, Any], splits: Sequence[Split]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +17,10 @@ from lungkit.errors import CheckpointError, DataError
 from lungkit.losses import DeepSupervisionLoss, DiceCELoss
 from lungkit.metrics import CaseTable
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
-from lungkit.training.checkpoint import load_checkpoint, save_checkpoint
+from lungkit.training.checkpoint import Checkpoint, save_checkpoint
 from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
 from lungkit.training.config_io import config_to_dict
+from lungkit.training.grids import Grid
 from lungkit.training.planning import Plan, Prepared, build_network
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
@@ -36,7 +37,8 @@ class Position:
     step: int = 0
     loss_count: int = 0
     """Steps in the current epoch."""
-    best_dice: float = -1.0
+    best_dice: float | None = None
+    """None until a validation case with foreground was measured."""
     best_epoch: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of metrics.csv, one an epoch."""
@@ -77,9 +79,7 @@ class Session:
         # fp16 scales the loss; without the scale a resumed run would skip steps to find it again.
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
         self.criterion = make_criterion(config.loss, self.plan)
-        spacing = prepared.preprocessing.target_spacing_mm or prepared.fingerprint.spacings_mm[0]
-        air = prepared.preprocessing.channels[0].bounds[0]
-        self.augment = Augmenter(config.augment, self.plan.dims, spacing_mm=spacing, pad_value=air)
+        self.augment = Augmenter(config.augment, self.plan.dims, **augmenter_geometry(prepared))
 
     def _new_network(self) -> nn.Module:
         network = build_network(self.plan, self.config.seed).to(self.fabric.device)
@@ -92,6 +92,11 @@ class Session:
     def epoch(self) -> int:
         """Whole epochs done."""
         return self.position.step // self.plan.steps_per_epoch
+
+    @property
+    def best_epoch(self) -> int:
+        """Whose weights are kept as the best; the last one where no validation had a Dice."""
+        return self.position.best_epoch or self.epoch
 
     @property
     def mean_loss(self) -> float:
@@ -172,6 +177,7 @@ class Session:
         cases: list[CachedCase],
         *,
         current: bool = True,
+        grid: Grid | None = None,
         after_case: Callable[[], None] | None = None,
     ) -> CaseTable:
         """Metrics of ``cases`` with the averaged weights as they are now, or as :attr:`evaluated` holds them."""
@@ -185,20 +191,19 @@ class Session:
                 self.prepared.dataset.class_names,
                 rank=self.fabric.global_rank,
                 world_size=self.fabric.world_size,
+                grid=grid,
                 after_case=after_case,
             )
 
     def save(self, folder: RunFolder, name: str) -> None:
-        """Write the checkpoint ``name``; only the first process does."""
-        if not self.fabric.is_global_zero:
-            return
+        """Write the checkpoint ``name``; for the first process."""
         save_checkpoint(
             folder.checkpoints / name,
             weights=self.average.state,
             description={
                 "epoch": self.epoch,
                 "step": self.position.step,
-                "val_dice": None if self.position.best_dice < 0 else self.position.best_dice,
+                "val_dice": self.position.best_dice,
                 "model": {**self.network.config},  # type: ignore[dict-item]
                 "preprocessing": self.prepared.preprocessing.to_dict(),
                 "labels": {name: index for index, name in enumerate(self.prepared.dataset.class_names)},
@@ -218,15 +223,14 @@ class Session:
             },
         )
 
-    def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint that was loaded with its trainer state.
 
         Raises:
-            CheckpointError: it is damaged, or of another network or configuration.
+            CheckpointError: it is of another network or configuration.
             DataError: the scans have changed since.
         """
-        checkpoint = load_checkpoint(folder)
-        state = checkpoint.trainer or {}
+        folder, state = checkpoint.folder, checkpoint.trainer or {}
         if state.get("data") != self._data_digest:
             raise DataError(
                 f"{self.prepared.dataset.root}: the scans or masks are not those that the run was started on; "
@@ -239,6 +243,7 @@ class Session:
         try:
             self.network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
+            self.evaluated.load_state_dict(checkpoint.weights)  # which checks names and shapes
             for name, value in checkpoint.weights.items():
                 self.average.state[name].copy_(value)
             if self._scaler is not None:
@@ -247,6 +252,19 @@ class Session:
             self.loss_sum.fill_(state["loss_sum"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: does not fit the network of this run ({error})") from error
+
+
+def augmenter_geometry(prepared: Prepared) -> dict[str, Any]:
+    """What :class:`~lungkit.data.Augmenter` has to know of the scans: their spacing, and the intensity of air.
+
+    Channels may differ in what air is; then it is the smallest value of each patch.
+    """
+    bounds = {channel.bounds[0] for channel in prepared.preprocessing.channels}
+    median = np.median(np.asarray(prepared.fingerprint.spacings_mm), axis=0).tolist()
+    return {
+        "spacing_mm": prepared.preprocessing.target_spacing_mm or tuple(median),
+        "pad_value": bounds.pop() if len(bounds) == 1 else None,
+    }
 
 
 def make_optimiser(

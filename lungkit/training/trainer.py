@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ from lungkit.data import CachedCase
 from lungkit.errors import Interrupted, LungkitError
 from lungkit.metrics import CaseTable
 from lungkit.report import format_case_table, save_curves, write_case_table
-from lungkit.training.checkpoint import BEST, LAST, load_checkpoint, recover_checkpoint
+from lungkit.training.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, recover_checkpoint
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, load_config
-from lungkit.training.engine import as_resource_error, start_engine
+from lungkit.training.engine import as_resource_error, on_first_process, start_engine
+from lungkit.training.grids import grid_of_scans
 from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
 from lungkit.training.progress import Display
 from lungkit.training.run_folder import RunFolder
+from lungkit.training.run_log import RunLog
 from lungkit.training.session import Session
 from lungkit.training.signals import stop_signals
 from lungkit.training.validation import METRICS, draw_overlays
@@ -45,12 +48,18 @@ class TrainResult:
 
     run_folder: Path
     table: CaseTable
-    """Metrics of every validation case with the best weights."""
+    """Metrics of every validation case with the best weights, on the scans' own grid."""
     best_dice: float
-    """Mean over the validation cases; -1 where no case has foreground."""
+    """Of the best validation during training: mean over the cases, NaN where none has foreground."""
     best_epoch: int
+    """Whose weights were kept."""
     epochs: int
     """Epochs trained."""
+
+    @property
+    def dice(self) -> float:
+        """Mean Dice of :attr:`table`."""
+        return self.table.mean("dice")
 
 
 class Trainer:
@@ -60,7 +69,7 @@ class Trainer:
     same weights, on CPU bit for bit, as one that was not.
 
     Args:
-        config: what to do.
+        config: what to do; what it leaves open is filled in when the data are known.
         resume: folder of a run to continue; ``config`` must be the run's own (:func:`load_config`).
         checkpoint: which checkpoint to continue from, "last" or "previous".
         on_epoch_end: called after every epoch with its row of ``metrics.csv``; may call :meth:`stop`.
@@ -107,98 +116,95 @@ class Trainer:
             Interrupted: :meth:`stop`, Ctrl-C or SIGTERM; the state is saved.
             UsageError, DataError, CheckpointError, ResourceError: see :mod:`lungkit.errors`.
         """
-        fabric = start_engine(self.config.engine)
-        with Display(quiet=not fabric.is_global_zero) as display:
-            try:
-                return self._fit(fabric, display)
-            except (RuntimeError, MemoryError) as error:
-                translated = as_resource_error(error)
-                if translated is not None:
-                    raise translated from error
-                raise
+        with _memory_errors(), RunLog() as log:
+            fabric = start_engine(self.config.engine)
+            with Display(quiet=not fabric.is_global_zero) as display:
+                return self._fit(fabric, display, log)
 
     def dry_run(self) -> Plan:
-        """Read everything, build everything, train one step and validate one case; leaves nothing behind."""
-        fabric = start_engine(self.config.engine)
-        with Display(quiet=not fabric.is_global_zero) as display:
-            prepared, train, val = self._prepare(fabric, display)
-            session = Session(self.config, prepared, fabric, [*train, *val])
-            with session.batches(train, first_step=0, last_step=1) as batches:
-                for step, images, labels in batches:
-                    session.train_step(step, images, labels)
-            session.validate(val[:1])
+        """Read everything, build everything, train one step and validate one case.
+
+        No run is left behind, only the cache of preprocessed scans.
+        """
+        with _memory_errors():
+            fabric = start_engine(self.config.engine)
+            with Display(quiet=not fabric.is_global_zero) as display:
+                prepared, train, val = self._prepare(fabric, display)
+                session = Session(self.config, prepared, fabric, [*train, *val])
+                with session.batches(train, first_step=0, last_step=1) as batches:
+                    for step, images, labels in batches:
+                        session.train_step(step, images, labels)
+                session.validate(val[:1])
         return prepared.plan
 
     def _prepare(
         self, fabric: Fabric, display: Display
     ) -> tuple[Prepared, list[CachedCase], list[CachedCase]]:
-        known = None if self.resume is None else self.resume.dataset()
-        # The first process fills the cache; the others then only open it.
-        with fabric.rank_zero_first():
+        def read() -> tuple[Prepared, list[CachedCase], list[CachedCase]]:
+            known = None if self.resume is None else self.resume.dataset()
             prepared = prepare(self.config, known=known, progress=display.preparing)
-            train, val = prepare_cases(prepared, self.config, progress=display.preparing)
+            return prepared, *prepare_cases(prepared, self.config, progress=display.preparing)
+
+        prepared, train, val = on_first_process(fabric, read)
+        if fabric.local_rank == 0 and not fabric.is_global_zero:
+            # Another machine may have a cache of its own.
+            train, val = prepare_cases(prepared, self.config)
+        fabric.barrier()
         if self.resume is None:
             self.config = resolve(self.config, prepared.plan)
         display.prepared()
         return prepared, train, val
 
-    def _fit(self, fabric: Fabric, display: Display) -> TrainResult:
+    def _fit(self, fabric: Fabric, display: Display, log: RunLog) -> TrainResult:
         prepared, train, val = self._prepare(fabric, display)
         session = Session(self.config, prepared, fabric, [*train, *val])
-        folder = self._open_folder(prepared, fabric)
-        if self.resume is not None:
-            if fabric.is_global_zero:
-                recover_checkpoint(folder.checkpoints / BEST)
-            session.restore(folder.checkpoints / self.checkpoint)
-        main = fabric.is_global_zero
-        if main:
-            folder.start_logging()
-            folder.write_status("running", epoch=session.epoch, epochs=session.plan.epochs)
+        folder = on_first_process(fabric, lambda: self._open_folder(prepared, log))
         try:
             if self.resume is None:
                 _LOG.info("%s", prepared.fingerprint.summary())
+            else:
+                self._restore(session, folder)
             _LOG.info("run folder %s\n%s", folder.path, prepared.plan.summary())
+            on_first_process(fabric, lambda: _write_status(folder, session, "running"))
             with stop_signals(self.stop):
                 self._epochs(session, folder, train, val, display)
-            table = self._finish(session, folder, val)
+                table = self._finish(session, folder, val)
+            on_first_process(fabric, lambda: _write_status(folder, session, "finished"))
         except BaseException as error:
-            if main:
-                self._report_failure(folder, session, error)
+            if fabric.is_global_zero:
+                state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+                message = str(error) or type(error).__name__
+                with contextlib.suppress(LungkitError, OSError):  # a full disk: the first error says more
+                    _write_status(folder, session, state, message=message)
             raise
-        finally:
-            folder.stop_logging()
-        position = session.position
-        if main:
-            folder.write_status(
-                "finished",
-                epoch=session.epoch,
-                epochs=session.plan.epochs,
-                best_dice=position.best_dice,
-                best_epoch=position.best_epoch,
-            )
-        return TrainResult(folder.path, table, position.best_dice, position.best_epoch, session.epoch)
+        best = session.position.best_dice
+        return TrainResult(
+            folder.path, table, math.nan if best is None else best, session.best_epoch, session.epoch
+        )
 
-    @staticmethod
-    def _report_failure(folder: RunFolder, session: Session, error: BaseException) -> None:
-        state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-        message = str(error) or type(error).__name__
-        try:
-            folder.write_status(state, epoch=session.epoch, epochs=session.plan.epochs, message=message)
-        except LungkitError as second:  # a full disk: the first error says more
-            _LOG.warning("%s", second)
-
-    def _open_folder(self, prepared: Prepared, fabric: Fabric) -> RunFolder:
-        if self.resume is not None:
-            return self.resume
-        # The dataset's name comes from a file: only what is harmless in the name of a folder is kept.
-        dataset = re.sub(r"[^a-z0-9_.]+", "-", prepared.dataset.name.lower()).strip("-.") or "run"
-        name = self.config.name or f"{dataset}-{self.config.model.name}"
-        path = ""
-        if fabric.is_global_zero:
+    def _open_folder(self, prepared: Prepared, log: RunLog) -> RunFolder:
+        folder = self.resume
+        if folder is None:
+            # The dataset's name comes from a file: only what is harmless in the name of a folder is kept.
+            dataset = re.sub(r"[^a-z0-9_.]+", "-", prepared.dataset.name.lower()).strip("-.") or "run"
+            name = self.config.name or f"{dataset}-{self.config.model.name}"
             folder = RunFolder.create(self.config.runs, name)
             folder.write_description(config_to_yaml(self.config), prepared.to_dict(), prepared.splits)
-            path = str(folder.path)
-        return RunFolder(fabric.broadcast(path))
+        log.open(folder.path / "train.log")
+        return folder
+
+    def _restore(self, session: Session, folder: RunFolder) -> None:
+        def load() -> Checkpoint:
+            for name in (LAST, BEST):
+                recover_checkpoint(folder.checkpoints / name)
+            checkpoint = load_checkpoint(folder.checkpoints / self.checkpoint)
+            session.restore(checkpoint)
+            return checkpoint
+
+        checkpoint = on_first_process(session.fabric, load)
+        if not session.fabric.is_global_zero:
+            session.restore(checkpoint)
+        _LOG.info("continuing after step %d of %d", session.position.step, session.plan.total_steps)
 
     def _epochs(
         self,
@@ -223,7 +229,7 @@ class Trainer:
                 position.waited, batches.waited = position.waited + batches.waited, 0.0
                 display.step(lambda: session.mean_loss)
                 if self._must_stop(session):
-                    self._save_and_stop(session, folder)
+                    _save_and_stop(session, folder)
                 if position.step % plan.steps_per_epoch == 0:
                     self._end_epoch(session, folder, val, display)
                     if self._is_over(session):
@@ -239,13 +245,6 @@ class Trainer:
         flag = torch.tensor(float(self._stop.is_set()), device=session.fabric.device)
         total = session.fabric.all_reduce(flag, reduce_op="sum")
         return isinstance(total, Tensor) and float(total) > 0
-
-    def _save_and_stop(self, session: Session, folder: RunFolder) -> None:
-        session.save(folder, LAST)
-        raise Interrupted(
-            f"stopped after step {session.position.step} of {session.plan.total_steps} and saved; "
-            f"continue with --resume {folder.path}"
-        )
 
     def _is_over(self, session: Session) -> bool:
         """Whether all epochs are done, or patience is at its end."""
@@ -265,13 +264,10 @@ class Trainer:
         self, session: Session, folder: RunFolder, val: list[CachedCase], display: Display
     ) -> None:
         """Validate, save, report."""
-        position, plan = session.position, session.plan
+        position, plan, fabric = session.position, session.plan, session.fabric
         loss = session.epoch_loss()
         if not math.isfinite(loss):
-            raise LungkitError(
-                f"training diverged in epoch {session.epoch}: the loss is {loss}; lower "
-                f"optimiser.learning_rate (now {plan.learning_rate:g}) or use engine.precision fp32"
-            )
+            on_first_process(fabric, lambda: _raise_divergence(session, loss))
         row: dict[str, Any] = {
             "epoch": session.epoch,
             "step": position.step,
@@ -290,28 +286,26 @@ class Trainer:
             for metric in METRICS:
                 mean = table.mean(metric)
                 row[f"val_{metric}"] = None if math.isnan(mean) else mean
-            if row["val_dice"] is not None and row["val_dice"] > position.best_dice:
-                improved = True
-                position.best_dice, position.best_epoch = row["val_dice"], session.epoch
+            dice = row["val_dice"]
+            improved = dice is not None and (position.best_dice is None or dice > position.best_dice)
+            if improved:
+                position.best_dice, position.best_epoch = dice, session.epoch
         session.begin_epoch(row)
-        if session.fabric.is_global_zero:
-            if improved or (last_epoch and not (folder.checkpoints / BEST).exists()):
+
+        def save() -> None:
+            if improved or (last_epoch and position.best_dice is None):
                 session.save(folder, BEST)
             session.save(folder, LAST)
             folder.write_metrics(position.rows)
             self._draw_curves(session, folder)
-            folder.write_status(
-                "running", epoch=session.epoch, epochs=plan.epochs, best_dice=position.best_dice
-            )
-        session.fabric.barrier()
+            _write_status(folder, session, "running")
+
+        on_first_process(fabric, save)
         display.end_epoch(row, plan.epochs)
         if self.on_epoch_end is not None:
             self.on_epoch_end(row)
         if not last_epoch and self._must_stop(session):
-            raise Interrupted(
-                f"stopped after epoch {session.epoch} of {plan.epochs} and saved; "
-                f"continue with --resume {folder.path}"
-            )
+            on_first_process(fabric, lambda: _raise_stopped(session, folder))
 
     def _draw_curves(self, session: Session, folder: RunFolder, *, now: bool = False) -> None:
         # A picture takes as long as many steps of a small network.
@@ -322,17 +316,87 @@ class Trainer:
     def _stop_in_validation(self, session: Session, folder: RunFolder) -> None:
         # Several processes have different numbers of cases, and finish their validation before they agree to stop.
         if session.fabric.world_size == 1 and self._stop.is_set():
-            self._save_and_stop(session, folder)
+            _save_and_stop(session, folder)
+
+    def _stop_in_final_validation(self, session: Session, folder: RunFolder) -> None:
+        if session.fabric.world_size == 1 and self._stop.is_set():
+            raise Interrupted(
+                f"stopped after all epochs, which are saved; --resume {folder.path} measures the validation cases"
+            )
 
     def _finish(self, session: Session, folder: RunFolder, val: list[CachedCase]) -> CaseTable:
-        best = load_checkpoint(folder.checkpoints / BEST, with_trainer=False)
+        """Measure and draw the validation cases with the best weights, on the scans' own grid."""
+        prepared, fabric = session.prepared, session.fabric
+        best = on_first_process(
+            fabric, lambda: load_checkpoint(folder.checkpoints / BEST, with_trainer=False)
+        )
         session.evaluated.load_state_dict(best.weights)
-        table = session.validate(val, current=False)
-        if session.fabric.is_global_zero:
+        grid = grid_of_scans(prepared.dataset, prepared.preprocessing, max_voxels=self.config.data.max_voxels)
+        table = session.validate(
+            val,
+            current=False,
+            grid=grid,
+            after_case=lambda: self._stop_in_final_validation(session, folder),
+        )
+
+        def write() -> None:
             self._draw_curves(session, folder, now=True)
-            epoch = session.position.best_epoch or session.epoch
-            write_case_table(folder.path, table, name="validation", extra={"epoch": epoch})
-            draw_overlays(folder.overlays, session.evaluated, val, session.plan, table)
-            _LOG.info("validation with the weights of epoch %d\n%s", epoch, format_case_table(table))
-        session.fabric.barrier()
+            extra = {"epoch": session.best_epoch, "grid": grid.note}
+            write_case_table(folder.path, table, name="validation", notes=[grid.note], extra=extra)
+            with fabric.autocast():
+                draw_overlays(folder.overlays, session.evaluated, val, session.plan, table, grid=grid)
+            _LOG.info(
+                "validation with the weights of epoch %d\n%s\n%s",
+                session.best_epoch,
+                format_case_table(table),
+                grid.note,
+            )
+
+        on_first_process(fabric, write)
         return table
+
+
+def _write_status(folder: RunFolder, session: Session, state: str, **details: Any) -> None:
+    position = session.position
+    folder.write_status(
+        state,
+        epoch=session.epoch,
+        epochs=session.plan.epochs,
+        best_dice=position.best_dice,
+        best_epoch=session.best_epoch,
+        **details,
+    )
+
+
+def _save_and_stop(session: Session, folder: RunFolder) -> None:
+    def save() -> None:
+        session.save(folder, LAST)
+        _raise_stopped(session, folder)
+
+    on_first_process(session.fabric, save)
+
+
+def _raise_stopped(session: Session, folder: RunFolder) -> NoReturn:
+    position, plan = session.position, session.plan
+    where = f"step {position.step} of {plan.total_steps}"
+    if not position.loss_count:
+        where = f"epoch {session.epoch} of {plan.epochs}"
+    raise Interrupted(f"stopped after {where} and saved; continue with --resume {folder.path}")
+
+
+def _raise_divergence(session: Session, loss: float) -> NoReturn:
+    raise LungkitError(
+        f"training diverged in epoch {session.epoch}: the loss is {loss}; lower "
+        f"optimiser.learning_rate (now {session.plan.learning_rate:g}) or use engine.precision fp32"
+    )
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        translated = as_resource_error(error)
+        if translated is not None:
+            raise translated from error
+        raise

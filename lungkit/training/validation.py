@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lungkit.data import CachedCase
 from lungkit.data.dataset import IGNORE_INDEX
@@ -16,6 +17,7 @@ from lungkit.metrics import CaseTable, evaluate_case
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet
 from lungkit.report import choose_slice, save_overlays
 from lungkit.training.engine import gather_objects
+from lungkit.training.grids import CacheGrid, Grid
 from lungkit.training.planning import Plan
 
 METRICS = ("dice", "iou", "ppv", "sensitivity")
@@ -42,18 +44,20 @@ def validate(
     *,
     rank: int = 0,
     world_size: int = 1,
+    grid: Grid | None = None,
     after_case: Callable[[], None] | None = None,
 ) -> CaseTable:
     """Dice, IoU, PPV and sensitivity of every case; with several processes each predicts its share.
 
-    ``after_case`` is called after each case and may raise to give up.
+    ``grid`` is where they are measured, by default the cache's. ``after_case`` is called after each case and may
+    raise to give up.
     """
+    grid = grid or CacheGrid()
     labels = {name: index for index, name in enumerate(class_names)}
     mine = []
     for case in cases[rank::world_size]:
-        overlap = evaluate_case(
-            predict(network, case, plan), np.asarray(case.label), len(labels), ignore_index=IGNORE_INDEX
-        )
+        prediction, truth = grid.labels(case, predict(network, case, plan))
+        overlap = evaluate_case(prediction, truth, len(labels), ignore_index=IGNORE_INDEX)
         mine.append((case.case_id, overlap))
         if after_case is not None:
             after_case()
@@ -88,35 +92,55 @@ def representative_cases(table: CaseTable) -> dict[str, str]:
 
 
 def draw_overlays(
-    folder: Path, network: nn.Module, cases: Sequence[CachedCase], plan: Plan, table: CaseTable
+    folder: Path,
+    network: nn.Module,
+    cases: Sequence[CachedCase],
+    plan: Plan,
+    table: CaseTable,
+    *,
+    grid: Grid | None = None,
 ) -> None:
     """A picture each of the worst, median and best case: CT, truth, prediction and, if there is one, attention map."""
+    grid = grid or CacheGrid()
     by_id = {case.case_id: case for case in cases}
     dice = {row.case_id: row.values["dice"] for row in table.of_label(table.labels[0])} if table.rows else {}
     for rank, case_id in representative_cases(table).items() if table.rows else ():
         case = by_id[case_id]
-        image = case.image_float()
-        prediction = predict(network, case, plan)
-        slice_index = choose_slice(np.asarray(case.label), prediction)
+        image, spacing_mm = grid.image(case)
+        prediction, truth = grid.labels(case, predict(network, case, plan))
+        slice_index = choose_slice(np.where(truth == IGNORE_INDEX, 0, truth), prediction)
         attention = None
         if isinstance(network, (AttentionUNet, MonaiAttentionUNet)):
-            device = next(network.parameters()).device
-            attention = attention_map(
-                network,
-                torch.from_numpy(image).to(device),
-                plan.patch_size,
-                slice_index,
-                whole_slices=plan.dims == 2,
-                context_slices=plan.context_slices,
-            ).cpu()
+            attention = _attention(network, case, plan, slice_index, truth.shape)
         save_overlays(
             folder / f"{rank}-{case_id}.png",
             image,
-            np.asarray(case.label),
+            truth,
             prediction,
             attention,
             slice_index=slice_index,
-            spacing_mm=case.spacing_mm,
+            spacing_mm=spacing_mm,
             ignore_index=IGNORE_INDEX,
             title=f"{rank} validation case {case_id}, Dice {dice[case_id]:.3f}",
         )
+
+
+def _attention(
+    network: nn.Module, case: CachedCase, plan: Plan, slice_index: int, shape: Sequence[int]
+) -> torch.Tensor:
+    """Attention map (Y, X) of slice ``slice_index`` of a grid of ``shape`` that covers the same body as the cache."""
+    cached_slice = (2 * slice_index + 1) * case.shape[0] // (2 * shape[0])
+    attention = attention_map(
+        network,
+        torch.from_numpy(case.image_float()).to(next(network.parameters()).device),
+        plan.patch_size,
+        cached_slice,
+        whole_slices=plan.dims == 2,
+        context_slices=plan.context_slices,
+    )
+    if attention.shape == tuple(shape[1:]):
+        return attention.cpu()
+    resized = F.interpolate(
+        attention[None, None], size=tuple(shape[1:]), mode="bilinear", align_corners=False
+    )
+    return resized[0, 0].cpu()

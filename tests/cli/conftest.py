@@ -12,7 +12,7 @@ import torch
 from lungkit.data import write_phantom_dataset
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny tensors gain nothing from threads and lose much to a busy machine."""
     before = torch.get_num_threads()

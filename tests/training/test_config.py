@@ -2,14 +2,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import yaml
 
 from lungkit.data import AugmentConfig
 from lungkit.errors import UsageError
-from lungkit.training import LossConfig, ModelConfig, OptimiserConfig, TrainConfig, load_config
+from lungkit.training import (
+    DataConfig,
+    EngineConfig,
+    LossConfig,
+    ModelConfig,
+    OptimiserConfig,
+    TrainConfig,
+    load_config,
+)
 from lungkit.training.config_io import config_to_dict, config_to_yaml, option_names, parse_arguments
 
 
@@ -39,6 +47,11 @@ def test_without_arguments_the_defaults_hold():
         (["--engine.channels_last", "false"], lambda c: c.engine.channels_last, False),
         (["--augment.noise_std", "0", "0.3"], lambda c: c.augment.noise_std, (0.0, 0.3)),
         (["--augment.enabled", "false"], lambda c: c.augment.enabled, False),
+        (["--data", "2024"], lambda c: c.data.root, "2024"),
+        (["--model.strides", "[[1, 2, 2], 2]"], lambda c: c.model.strides, ((1, 2, 2), 2)),
+        (["--data.patch-size", "8", "16", "16"], lambda c: c.data.patch_size, (8, 16, 16)),
+        (["--patience", "null"], lambda c: c.patience, None),
+        (["--augment.rotation_degrees", "-5", "5"], lambda c: c.augment.rotation_degrees, (-5.0, 5.0)),
         (["--epochs", "7", "--seed", "3"], lambda c: (c.epochs, c.seed), (7, 3)),
     ],
 )
@@ -53,13 +66,21 @@ def test_an_option_reaches_its_place(arguments, get, value):
         (["--model.featurs", "8"], "model.featurs", "model.features"),
         (["--engine.devcies", "2"], "engine.devcies", "engine.devices"),
         (["--epoch", "2"], "epoch", "epochs"),
-        (["--augment.noise", "0"], "augment.noise", "augment.noise_std"),
+        (["--augment.noise", "0"], "augment.noise", "augment.noise_"),
+        (["--modle", "unet"], "modle", "model"),
+        (["--data.patchsize", "3", "3"], "data.patchsize", "data.patch_size"),
+        (["--optimizer.learning_rate", "0.1"], "optimizer.learning_rate", "optimiser.learning_rate"),
     ],
 )
 def test_an_unknown_option_suggests_the_nearest(arguments, found, nearest):
     with pytest.raises(UsageError) as raised:
         parse_arguments(arguments)
-    assert repr(found) in str(raised.value) and repr(nearest) in str(raised.value)
+    assert f"unknown option {found!r}; did you mean '{nearest}" in str(raised.value)
+
+
+def test_an_option_unlike_any_points_to_all_of_them():
+    with pytest.raises(UsageError, match="unknown option 'zzzz'; --print-config shows all"):
+        parse_arguments(["--zzzz", "1"])
 
 
 @pytest.mark.parametrize(
@@ -68,6 +89,8 @@ def test_an_unknown_option_suggests_the_nearest(arguments, found, nearest):
         ({"modle": {"name": "unet"}}, "modle", "model"),
         ({"model": {"featurs": [8]}}, "model.featurs", "model.features"),
         ({"epoch": 3}, "epoch", "epochs"),
+        ({"optimizer": {"name": "sgd"}}, "optimizer", "optimiser"),
+        ({"augment": {"noise_sd": [0.0, 0.1]}}, "augment.noise_sd", "augment.noise_std"),
     ],
 )
 def test_an_unknown_key_of_a_file_suggests_the_nearest(tmp_path, content, found, nearest):
@@ -87,11 +110,24 @@ def test_an_unknown_key_of_a_file_suggests_the_nearest(tmp_path, content, found,
         (["--engine.precision", "fp8"], "engine.precision"),
         (["--optimiser.name", "adam"], "optimiser.name"),
         (["--data.dims", "4"], "data.dims"),
+        (["--epochs", "2.5"], "epochs"),
+        (["--augment.flip_probability", "2"], "flip_probability is 2"),
+        (["--epochs", "2", "3"], "--epochs takes one value, got 2 3"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_its_option(arguments, name):
     with pytest.raises(UsageError, match=name):
         parse_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("- 1\n- 2\n", "--print-config"), ("model: unet\n", "model.name")]
+)
+def test_a_file_of_another_shape_says_what_is_expected(tmp_path, content, words):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(UsageError, match=words) as raised:
+        load_config(tmp_path / "run.yaml")
+    assert "run.yaml" in str(raised.value)
 
 
 def test_a_bare_word_is_refused():
@@ -148,6 +184,35 @@ def test_every_option_can_be_named():
         ({"optimiser": OptimiserConfig(learning_rate=0.0)}, "optimiser.learning_rate"),
         ({"optimiser": OptimiserConfig(learning_rate=float("nan"))}, "optimiser.learning_rate"),
         ({"optimiser": OptimiserConfig(ema_decay=1.0)}, "optimiser.ema_decay"),
+        ({"optimiser": OptimiserConfig(learning_rate=float("inf"))}, "optimiser.learning_rate"),
+        ({"optimiser": OptimiserConfig(clip_norm=-1.0)}, "optimiser.clip_norm"),
+        ({"optimiser": OptimiserConfig(weight_decay=-0.1)}, "optimiser.weight_decay"),
+        ({"data": DataConfig(fold=-1)}, r"data\.fold is -1; give at least 0"),
+        ({"data": DataConfig(folds=1)}, r"data\.folds is 1; give at least 2"),
+        ({"data": DataConfig(max_voxels=0)}, "data.max_voxels"),
+        ({"data": DataConfig(phantom_cases=3)}, "data.phantom_cases is 3; give at least 10"),
+        (
+            {"data": DataConfig(foreground_fraction=1.5)},
+            "data.foreground_fraction is 1.5; give a share from 0 to 1",
+        ),
+        ({"data": DataConfig(patch_size=(16,))}, r"data.patch_size is \(16,\)"),
+        ({"data": DataConfig(patch_size=(16, 0))}, r"data.patch_size is \(16, 0\)"),
+        (
+            {"data": DataConfig(window="bone")},
+            "data.window is 'bone'; give auto, percentiles, lung, mediastinum",
+        ),
+        ({"data": DataConfig(window="[1, 2, 3]")}, r"data.window is '\[1, 2, 3\]'"),
+        (
+            {"data": DataConfig(spacing_mm="fine")},
+            "data.spacing_mm is 'fine'; give auto, native, or z, y and x",
+        ),
+        ({"steps_per_epoch": 0}, "steps_per_epoch"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"validate_every": 0}, "validate_every"),
+        ({"patience": 0}, "patience"),
+        ({"engine": EngineConfig(devices=0)}, "engine.devices"),
+        ({"name": "../elsewhere"}, "name is '../elsewhere'"),
+        ({"name": ".."}, "name is '..'"),
     ],
 )
 def test_a_value_out_of_range_names_its_option(change, name):
@@ -155,10 +220,26 @@ def test_a_value_out_of_range_names_its_option(change, name):
         replace(TrainConfig(), **change).validate()
 
 
+def test_the_default_is_valid():
+    TrainConfig().validate()
+
+
+def test_every_patch_may_be_a_foreground_patch():
+    TrainConfig(data=DataConfig(foreground_fraction=1.0)).validate()
+
+
 def test_patch_and_dims_must_agree():
     config = parse_arguments(["--data.dims", "3", "--data.patch_size", "32", "32"])
     with pytest.raises(UsageError, match=r"data\.patch_size.*data\.dims"):
         config.validate()
+
+
+def test_every_option_is_told_in_a_docstring():
+    for field in fields(TrainConfig):
+        part = getattr(TrainConfig(), field.name)
+        told = type(part).__doc__ if is_dataclass(part) else TrainConfig.__doc__
+        for name in [f.name for f in fields(part)] if is_dataclass(part) else [field.name]:
+            assert f"{name}:" in told, f"{field.name}.{name}"
 
 
 def test_a_configuration_needs_no_engine():

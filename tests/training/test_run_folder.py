@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 
 import pytest
 
@@ -39,18 +38,6 @@ def test_metrics_are_the_same_in_both_files(tmp_path):
     assert [row["train_loss"] for row in table] == ["0.5", "0.25"]
     assert [row["val_dice"] for row in table] == ["", "0.7"]
     assert [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()] == rows
-
-
-def test_the_log_goes_to_the_folder_until_it_is_stopped(tmp_path):
-    folder, log = RunFolder.create(tmp_path, "lung"), logging.getLogger("lungkit")
-    before = list(log.handlers)
-    folder.start_logging()
-    log.warning("inside")
-    folder.stop_logging()
-    log.warning("outside")
-    text = (folder.path / "train.log").read_text()
-    assert "inside" in text and "outside" not in text
-    assert log.handlers == before
 
 
 def test_a_folder_that_is_no_run_says_what_is_missing(tmp_path):

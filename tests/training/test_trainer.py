@@ -23,7 +23,7 @@ def no_pictures(request, monkeypatch):
     """Pictures take most of the time of a tiny run; the tests of pictures ask for them."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr("lungkit.training.trainer.save_curves", lambda *args: None)
-        monkeypatch.setattr("lungkit.training.trainer.draw_overlays", lambda *args: None)
+        monkeypatch.setattr("lungkit.training.trainer.draw_overlays", lambda *args, **options: None)
 
 
 def state(run: Path, name: str = "last"):
