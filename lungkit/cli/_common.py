@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable
 
-from lungkit.errors import LungkitError
+from lungkit.errors import LungkitError, ResourceError
 
 _LOG = logging.getLogger("lungkit")
 
@@ -23,6 +24,14 @@ def run_command(command: Callable[[], int]) -> int:
     except LungkitError as error:
         _LOG.error("error: %s", error)
         return error.exit_code
+    except MemoryError as error:
+        _LOG.error("error: out of memory (%s)", error)
+        return ResourceError.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _LOG.error("error: the disk or quota is full (%s); free some space and run again", error)
+        return ResourceError.exit_code
     except KeyboardInterrupt:
         _LOG.error("interrupted; nothing more was saved")
         return 130

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
-Every option of the configuration can be given as --part.name VALUE; --print-config shows them all with their values.
+Every option of the configuration can be given as --part.name VALUE; --help-options says what they are and do,
+--print-config shows them as a YAML file for --config.
 Examples:
   lungkit-train                                         the CT phantom, a few minutes on a laptop
   lungkit-train --data DIR --model unet                 your scans: nnU-Net raw, Decathlon, or images/ and masks/
@@ -44,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint",
         choices=("last", "previous"),
-        default="last",
-        help="which checkpoint --resume continues",
+        help="which checkpoint --resume continues (default: last)",
+    )
+    parser.add_argument(
+        "--help-options", action="store_true", help="explain every option of the configuration"
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the configuration as YAML and stop"
@@ -68,10 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from lungkit.training.config_io import config_to_yaml, parse_arguments
+    from lungkit.training.config_io import config_to_yaml, describe_options, parse_arguments
     from lungkit.training.trainer import Trainer
 
+    if options.help_options:
+        sys.stdout.write(describe_options())
+        return 0
+    if options.checkpoint is not None and options.resume is None:
+        raise UsageError("--checkpoint says which checkpoint --resume continues; give --resume RUN too")
     if options.resume is not None:
+        others = ("print_config", "dry_run", "preview_augmentation")
+        given = ["--" + name.replace("_", "-") for name in others if getattr(options, name)]
+        if given:
+            raise UsageError(f"--resume continues a run; {given[0]} is for a new one, leave one of them out")
         trainer = _resumed(options, rest)
     else:
         config = parse_arguments(rest)
@@ -91,32 +103,24 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _resumed(options: argparse.Namespace, rest: Sequence[str]) -> Trainer:
-    from lungkit.training.config_io import config_to_dict, parse_arguments
+    from lungkit.training.checkpoint import LAST
+    from lungkit.training.config_io import MOVABLE, config_differences, parse_arguments
     from lungkit.training.run_folder import RunFolder
     from lungkit.training.trainer import Trainer
 
     path = RunFolder.open(options.resume).path / "config.yaml"
-    if rest:
-        saved = config_to_dict(parse_arguments(["--config", str(path)]))
-        asked = config_to_dict(parse_arguments(["--config", str(path), *rest]))
-        changes = _differences(saved, asked)
-        if changes:
-            raise UsageError(
-                f"--resume continues a run as it was started, but these options differ: {'; '.join(changes)}. "
-                "Leave them out, or start a new run"
-            )
-    return Trainer.from_run(options.resume, checkpoint=options.checkpoint)
-
-
-def _differences(saved: dict[str, object], asked: dict[str, object], prefix: str = "") -> list[str]:
-    found = []
-    for name, value in saved.items():
-        other = asked[name]
-        if isinstance(value, dict) and isinstance(other, dict):
-            found += _differences(value, other, f"{prefix}{name}.")
-        elif value != other:
-            found.append(f"{prefix}{name} is {value} in the run, {other} asked for")
-    return found
+    saved = parse_arguments(["--config", str(path)])
+    asked = parse_arguments(["--config", str(path), *rest])
+    changes = config_differences(saved, asked)
+    refused = [change for name, change in changes.items() if name not in MOVABLE]
+    if refused:
+        raise UsageError(
+            f"--resume continues a run as it was started, but these options differ: {'; '.join(refused)}. "
+            "Leave them out, or start a new run"
+        )
+    for change in changes.values():
+        _LOG.info("%s", change)
+    return Trainer(asked, resume=options.resume, checkpoint=options.checkpoint or LAST)
 
 
 def _preview(config: TrainConfig, path: Path) -> int:
@@ -129,6 +133,14 @@ def _preview(config: TrainConfig, path: Path) -> int:
         train, _ = prepare_cases(prepared, config, progress=display.preparing)
     sampler = PatchSampler(train, prepared.plan.patch_size, foreground_fraction=1.0, seed=config.seed)
     images, labels = sampler.batch(range(4))
-    save_augmentation_preview(path, images, labels, config.augment, seed=config.seed)
+    save_augmentation_preview(
+        path,
+        images,
+        labels,
+        config.augment,
+        seed=config.seed,
+        spacing_mm=train[0].spacing_mm,
+        pad_value=prepared.preprocessing.channels[0].bounds[0],
+    )
     _LOG.info("wrote %s", path)
     return 0

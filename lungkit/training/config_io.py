@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import os
 import re
 import types
@@ -19,6 +20,8 @@ from lungkit.errors import UsageError
 from lungkit.training.config import TrainConfig
 
 _NUMBER = re.compile(r"[-+]?(\d|\.\d)")
+# Where things lie does not change what a run computes: these may differ when it is continued.
+MOVABLE = ("data.root", "data.cache", "data.max_voxels")
 # Short forms of options that are typed most.
 _SHORTHANDS = {
     "data": "data.root",
@@ -94,6 +97,51 @@ def option_names(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
             yield from option_names(hints[field.name], f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
+
+
+def config_differences(saved: TrainConfig, asked: TrainConfig) -> dict[str, str]:
+    """Options that differ, by their dotted names, each with a sentence.
+
+    Example:
+        >>> config_differences(TrainConfig(), TrainConfig(epochs=3))
+        {'epochs': 'epochs is None in the run, 3 asked for'}
+    """
+    before, after = _flat(config_to_dict(saved)), _flat(config_to_dict(asked))
+    return {
+        name: f"{name} is {value} in the run, {after[name]} asked for"
+        for name, value in before.items()
+        if value != after[name]
+    }
+
+
+def describe_options() -> str:
+    """Every option with its default and its meaning, a line each."""
+    lines = []
+    for name, (default, meaning) in _described(TrainConfig, "").items():
+        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
+        lines.append(f"--{name}  ({'unset' if shown is None else shown})\n    {meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def _described(cls: type, prefix: str) -> dict[str, tuple[Any, str]]:
+    """Default and meaning of every option; the meaning is that of the class's docstring."""
+    hints, documented = typing.get_type_hints(cls), inspect.getdoc(cls) or ""
+    found: dict[str, tuple[Any, str]] = {}
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= _described(hints[field.name], f"{name}.")
+            continue
+        meaning = re.search(rf"^    {field.name}: (.+(?:\n      .+)*)", documented, re.MULTILINE)
+        found[name] = (field.default, " ".join(meaning[1].split()) if meaning else "")
+    return found
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _build(parser: ConfigParser, parsed: Namespace) -> TrainConfig:

@@ -19,7 +19,7 @@ from lungkit.metrics import CaseTable
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
 from lungkit.training.checkpoint import Checkpoint, save_checkpoint
 from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
-from lungkit.training.config_io import config_to_dict
+from lungkit.training.config_io import MOVABLE, config_to_dict
 from lungkit.training.grids import Grid
 from lungkit.training.planning import Plan, Prepared, build_network
 from lungkit.training.run_folder import RunFolder
@@ -219,7 +219,7 @@ class Session:
                 "loss_sum": float(self.loss_sum),
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "data": self._data_digest,
-                "config": config_to_dict(self.config),
+                "config": _what_counts(self.config),
             },
         )
 
@@ -236,7 +236,7 @@ class Session:
                 f"{self.prepared.dataset.root}: the scans or masks are not those that the run was started on; "
                 "restore them, or start a new run"
             )
-        if state.get("config") != config_to_dict(self.config):
+        if state.get("config") != _what_counts(self.config):
             raise CheckpointError(
                 f"{folder}: was saved under another configuration than the run's config.yaml"
             )
@@ -252,6 +252,15 @@ class Session:
             self.loss_sum.fill_(state["loss_sum"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: does not fit the network of this run ({error})") from error
+
+
+def _what_counts(config: TrainConfig) -> dict[str, Any]:
+    """The configuration without what may differ when a run is continued."""
+    content = config_to_dict(config)
+    for name in MOVABLE:
+        part, _, field_name = name.partition(".")
+        del content[part][field_name]
+    return content
 
 
 def augmenter_geometry(prepared: Prepared) -> dict[str, Any]:
