@@ -138,6 +138,7 @@ def over_two_processes(cases: list[tuple[torch.Tensor, torch.Tensor]], folder: P
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=folder,  # python -c would look for lungkit in this folder first, and the checkout holds no libraries
         )
         for rank in range(2)
     ]

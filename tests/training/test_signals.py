@@ -18,9 +18,12 @@ def test_the_first_signal_asks_to_stop(number):
 
 def test_the_second_ctrl_c_takes_its_usual_effect():
     asked = []
+    # A shell starts background jobs with Ctrl-C ignored, and pytest may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), stop_signals(lambda: asked.append(1)):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
     assert asked == [1]
 
 
