@@ -73,8 +73,8 @@ class _OverlapLoss(nn.Module):
         """Mean or sum; "none" keeps an axis of length 1 for each spatial axis, so that terms broadcast over voxels."""
         if self.reduction != "none":
             return reduce_terms(terms, self.reduction)
-        kept = terms[0].unsqueeze(-1) if self.batch else terms
-        return kept.reshape(*kept.shape[:2], *(1,) * spatial_axes)
+        kept = terms[0] if self.batch else terms
+        return kept.reshape(*kept.shape, *(1,) * spatial_axes)
 
 
 class DiceLoss(_OverlapLoss):
