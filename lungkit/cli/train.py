@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("lungkit")
 
+_PREVIEW_PATCHES = 5
+
 _EPILOG = """
 Every option of the configuration can be given as --part.name VALUE; --help-options says what they are and do,
 --print-config shows them as a YAML file for --config.
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="read and build everything, train one step, leave nothing behind",
+        help="read and build everything, train one step; leaves no run, only the cache of preprocessed scans",
     )
     parser.add_argument(
         "--preview-augmentation",
@@ -127,20 +129,17 @@ def _preview(config: TrainConfig, path: Path) -> int:
     from lungkit.data import PatchSampler, save_augmentation_preview
     from lungkit.training.planning import prepare, prepare_cases
     from lungkit.training.progress import Display
+    from lungkit.training.session import augmenter_geometry
 
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--preview-augmentation {path} does not end with .png; the picture is a PNG")
     with Display() as display:
         prepared = prepare(config, progress=display.preparing)
         train, _ = prepare_cases(prepared, config, progress=display.preparing)
     sampler = PatchSampler(train, prepared.plan.patch_size, foreground_fraction=1.0, seed=config.seed)
-    images, labels = sampler.batch(range(4))
+    images, labels = sampler.batch(range(_PREVIEW_PATCHES))
     save_augmentation_preview(
-        path,
-        images,
-        labels,
-        config.augment,
-        seed=config.seed,
-        spacing_mm=train[0].spacing_mm,
-        pad_value=prepared.preprocessing.channels[0].bounds[0],
+        path, images, labels, config.augment, seed=config.seed, **augmenter_geometry(prepared)
     )
     _LOG.info("wrote %s", path)
     return 0

@@ -20,14 +20,20 @@ class RunLog:
 
     Use as a context manager; afterwards the logger is as it was. Messages of level INFO are kept whether or not the
     program shows them: a run started from Python has the same log as one started from the command line.
+
+    Args:
+        enabled: False does nothing, for all processes of a run but the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, enabled: bool = True) -> None:
+        self._enabled = enabled
         self._memory = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
         self._level = _LOG.level
 
     def __enter__(self) -> RunLog:
+        if not self._enabled:
+            return self
         self._level = _LOG.level
         if _LOG.getEffectiveLevel() > logging.INFO:
             _LOG.setLevel(logging.INFO)
@@ -37,6 +43,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._enabled:
+            return
         if self._file is not None:
             if error is not None:
                 self._write_error(error)

@@ -116,9 +116,10 @@ class Trainer:
             Interrupted: :meth:`stop`, Ctrl-C or SIGTERM; the state is saved.
             UsageError, DataError, CheckpointError, ResourceError: see :mod:`lungkit.errors`.
         """
-        with _memory_errors(), RunLog() as log:
+        with _memory_errors():
             fabric = start_engine(self.config.engine)
-            with Display(quiet=not fabric.is_global_zero) as display:
+            main = fabric.is_global_zero
+            with RunLog(enabled=main) as log, Display(quiet=not main) as display:
                 return self._fit(fabric, display, log)
 
     def dry_run(self) -> Plan:

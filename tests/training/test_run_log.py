@@ -44,6 +44,12 @@ def test_information_is_kept_where_the_program_shows_none_of_it(
     assert LOG.level == logging.WARNING
 
 
+def test_disabled_it_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOG, "level", logging.ERROR)
+    with RunLog(enabled=False):
+        assert LOG.level == logging.ERROR
+
+
 def test_a_second_run_of_the_folder_appends(tmp_path: Path) -> None:
     for word in ("first", "second"):
         with RunLog() as log:
