@@ -38,7 +38,7 @@ struct Axis {
   std::vector<double> weight;
 
   Axis(int64_t fine, int64_t coarse) : lower(fine), weight(fine) {
-    const LinearAxis axis{fine, coarse};
+    const LinearAxis<int64_t> axis{fine, coarse};
     for (int64_t p = 0; p < fine; ++p) {
       lower[p] = axis.lower(p);
       weight[p] = axis.weight<double>(p);
@@ -185,7 +185,7 @@ std::vector<Chunk> backward_chunks(const GateArguments& a, int64_t most) {
   const int64_t splits = std::clamp<int64_t>(
       std::min(most / a.x_layout.batch, a.x_layout.voxels / chunk_voxels(a)), 1, a.coarse[0]);
   const int64_t step = ceil_div(a.coarse[0], splits);
-  const LinearAxis axis{a.fine[0], a.coarse[0]};
+  const LinearAxis<int64_t> axis{a.fine[0], a.coarse[0]};
   std::vector<Chunk> chunks;
   for (int64_t b = 0; b < a.x_layout.batch; ++b) {
     for (int64_t k = 0; k < a.coarse[0]; k += step) {

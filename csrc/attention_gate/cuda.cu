@@ -21,6 +21,11 @@ constexpr int64_t max_blocks = 512;  // a constant, so that every device adds in
 int size_class(const GateArguments& a) {
   const int64_t blocks = std::max(ceil_div(a.x_layout.channels, 32), ceil_div(a.phi_layout.channels, 16));
   const int64_t largest = a.x.scalar_type() == ScalarType::Float ? 2 : 4;
+  const int64_t longest = std::max({a.fine[0], a.fine[1], a.fine[2]});
+  LUNGKIT_CHECK(
+      longest <= max_axis && a.x_layout.voxels <= max_image_voxels && a.x_layout.batch <= max_image_voxels,
+      "attention_gate: the CUDA kernels take at most ", max_axis, " voxels along an axis and ",
+      max_image_voxels, " an image, got ", shape_of(a.x));
   LUNGKIT_CHECK(blocks <= largest, "attention_gate: the CUDA kernels take at most ", 32 * largest,
                 " channels of x and ", 16 * largest, " inner channels in this dtype, got ",
                 a.x_layout.channels, " and ", a.phi_layout.channels);
@@ -59,7 +64,7 @@ GateInputs<Stored> inputs_of(const GateArguments& a, const GateWeights& weights)
                         .w_x = static_cast<const float*>(weights.w_x.const_data_ptr()),
                         .w_psi = static_cast<const float*>(weights.w_psi.const_data_ptr()),
                         .b_psi = static_cast<const float*>(weights.b_psi.const_data_ptr())};
-  for (int d = 0; d < 3; ++d) in.axes[d] = {a.fine[d], a.coarse[d]};
+  for (int d = 0; d < 3; ++d) in.axes[d] = {static_cast<int>(a.fine[d]), static_cast<int>(a.coarse[d])};
   return in;
 }
 
@@ -101,16 +106,21 @@ std::tuple<Tensor, Tensor> attention_gate_cuda(const Tensor& x, const Tensor& ph
 // Boxes small enough for two open planes in 32 KB and for several boxes a multiprocessor, large enough that
 // few voxels belong to two.
 BoxGrid plan_boxes(const GateArguments& a, bool needs_phi) {
-  constexpr int64_t enough_boxes = 256, run_voxels = 8 * tile_voxels;
-  if (a.fine == a.coarse || !needs_phi)
-    return {false, {1, 1, run_voxels}, {1, 1, ceil_div(a.x_layout.voxels, run_voxels)}};
-  const int64_t cells = (int64_t{32} << 10) / (2 * sizeof(float) * a.phi_layout.channels);
-  BoxGrid grid{true, {}, {}};
-  grid.box[2] = std::min(a.coarse[2], cells);
-  grid.box[1] = std::clamp<int64_t>(cells / grid.box[2], 1, std::min<int64_t>(a.coarse[1], 4));
-  grid.box[0] = std::min<int64_t>(a.coarse[0], 8);
+  constexpr int64_t enough_boxes = 256;
+  constexpr int run_voxels = 8 * tile_voxels;
+  BoxGrid grid{a.fine != a.coarse && needs_phi, {1, 1, run_voxels}, {1, 1, 1}};
+  if (!grid.interpolates) {
+    grid.boxes[2] = static_cast<int>(ceil_div(a.x_layout.voxels, run_voxels));
+    return grid;
+  }
+  const int coarse[3] = {static_cast<int>(a.coarse[0]), static_cast<int>(a.coarse[1]),
+                         static_cast<int>(a.coarse[2])};
+  const int cells = (32 << 10) / static_cast<int>(2 * sizeof(float) * a.phi_layout.channels);
+  grid.box[2] = std::min(coarse[2], cells);
+  grid.box[1] = std::clamp(cells / grid.box[2], 1, std::min(coarse[1], 4));
+  grid.box[0] = std::min(coarse[0], 8);
   const auto count = [&] {
-    for (int d = 0; d < 3; ++d) grid.boxes[d] = ceil_div(a.coarse[d], grid.box[d]);
+    for (int d = 0; d < 3; ++d) grid.boxes[d] = static_cast<int>(ceil_div(coarse[d], grid.box[d]));
     return grid.per_image() * a.x_layout.batch;
   };
   for (int d = 0; d < 2; ++d) {

@@ -12,9 +12,9 @@ namespace lungkit {
 // otherwise (equal grids, or no gradient of phi asked for) they are runs of box[2] voxels.
 struct BoxGrid {
   bool interpolates;
-  int64_t box[3];
-  int64_t boxes[3];
-  __host__ __device__ int64_t per_image() const { return boxes[0] * boxes[1] * boxes[2]; }
+  int box[3];
+  int boxes[3];
+  __host__ __device__ int per_image() const { return boxes[0] * boxes[1] * boxes[2]; }
 };
 
 template <class Stored>
@@ -30,22 +30,22 @@ struct GateGradients {
 };
 
 struct Range {
-  int64_t first;
-  int64_t last;
-  __device__ bool holds(int64_t k) const { return first <= k && k < last; }
-  __device__ int size() const { return static_cast<int>(last - first); }
+  int first;
+  int last;
+  __device__ bool holds(int k) const { return first <= k && k < last; }
+  __device__ int size() const { return last - first; }
 };
 
 // What a voxel of the tile reads and owes.
 struct VoxelState {
   float alpha;
-  float grad_psi;
+  float grad_alpha;
   bool owned;
 };
 
 template <class Stored>
 struct GateBackwardShared {
-  __device__ GateBackwardShared(unsigned char* memory, int channels, int inner, int64_t box_width)
+  __device__ GateBackwardShared(unsigned char* memory, int channels, int inner, int box_width)
       : corners(reinterpret_cast<Corner*>(memory)),
         voxels(reinterpret_cast<VoxelState*>(corners + tile_voxels)),
         w_psi(reinterpret_cast<float*>(voxels + tile_voxels)),
@@ -57,8 +57,8 @@ struct GateBackwardShared {
         planes(reinterpret_cast<float*>(grad_theta + padded16(inner) * tile_stride<Stored>)) {}
 
   static size_t bytes(int channels, int inner, const BoxGrid& grid) {
-    const int64_t plane = grid.interpolates ? 2 * inner * grid.box[1] * grid.box[2] : 0;
-    const int64_t width = grid.interpolates ? grid.box[2] : 0;
+    const int plane = grid.interpolates ? 2 * inner * grid.box[1] * grid.box[2] : 0;
+    const int width = grid.interpolates ? grid.box[2] : 0;
     return tile_voxels * (sizeof(Corner) + sizeof(VoxelState)) + sizeof(float) * padded16(inner) +
            sizeof(int) * ((width + 3 + 3) / 4 * 4) +
            sizeof(Stored) *
@@ -94,35 +94,34 @@ class GateBackward {
     load_weights(in, shared_.w_x, shared_.w_psi);
   }
 
-  __device__ void add_box(int64_t index) {
+  __device__ void add_box(int index) {
     image_ = index / grid_.per_image();
-    const int64_t box = index % grid_.per_image();
+    const int box = index % grid_.per_image();
     if (!grid_.interpolates) {
-      const int64_t end = min((box + 1) * grid_.box[2], in_.x_layout.voxels);
-      for (int64_t v = box * grid_.box[2]; v < end; v += tile_voxels)
-        add_tile(v, static_cast<int>(min(end - v, int64_t{tile_voxels})));
+      const int end = min((box + 1) * grid_.box[2], in_.voxels());
+      for (int v = box * grid_.box[2]; v < end; v += tile_voxels) add_tile(v, min(end - v, tile_voxels));
       return;
     }
-    const int64_t at[3] = {box / grid_.boxes[2] / grid_.boxes[1], box / grid_.boxes[2] % grid_.boxes[1],
-                           box % grid_.boxes[2]};
+    const int at[3] = {box / grid_.boxes[2] / grid_.boxes[1], box / grid_.boxes[2] % grid_.boxes[1],
+                       box % grid_.boxes[2]};
     Range reads[3];
     for (int d = 0; d < 3; ++d) {
-      const LinearAxis& axis = in_.axes[d];
+      const GateAxis& axis = in_.axes[d];
       box_[d] = {at[d] * grid_.box[d], min((at[d] + 1) * grid_.box[d], axis.coarse)};
       // Positions whose lower corner lies one before the box read it too; along equal axes none does.
-      const int64_t before = axis.fine == axis.coarse ? 0 : 1;
+      const int before = axis.fine == axis.coarse ? 0 : 1;
       reads[d] = {axis.first_reading(box_[d].first - before), axis.first_reading(box_[d].last)};
     }
     open_box();
     const bool whole_rows = grid_.boxes[2] == 1;
-    for (int64_t z = reads[0].first; z < reads[0].last; ++z) {
+    for (int z = reads[0].first; z < reads[0].last; ++z) {
       for (; open_ < in_.axes[0].lower(z); ++open_) store_plane(open_);
-      const int64_t plane = z * in_.axes[1].fine;
+      const int plane = z * in_.axes[1].fine;
       if (whole_rows) {
         add_run((plane + reads[1].first) * in_.axes[2].fine, (plane + reads[1].last) * in_.axes[2].fine);
       } else {
-        for (int64_t y = reads[1].first; y < reads[1].last; ++y) {
-          const int64_t row = (plane + y) * in_.axes[2].fine;
+        for (int y = reads[1].first; y < reads[1].last; ++y) {
+          const int row = (plane + y) * in_.axes[2].fine;
           add_run(row + reads[2].first, row + reads[2].last);
         }
       }
@@ -175,17 +174,16 @@ class GateBackward {
     const int plane = 2 * inner_ * box_[1].size() * box_[2].size();
     for (int k = threadIdx.x; k < plane; k += gate_threads) shared_.planes[k] = 0;
     for (int k = threadIdx.x; k < box_[2].size() + 3; k += gate_threads) {
-      shared_.first_x[k] = static_cast<int>(in_.axes[2].first_reading(box_[2].first - 1 + k));
+      shared_.first_x[k] = in_.axes[2].first_reading(box_[2].first - 1 + k);
     }
     open_ = box_[0].first;
   }
 
-  __device__ void add_run(int64_t first, int64_t last) {
-    for (int64_t v = first; v < last; v += tile_voxels)
-      add_tile(v, static_cast<int>(min(last - v, int64_t{tile_voxels})));
+  __device__ void add_run(int first, int last) {
+    for (int v = first; v < last; v += tile_voxels) add_tile(v, min(last - v, tile_voxels));
   }
 
-  __device__ void add_tile(int64_t first, int count) {
+  __device__ void add_tile(int first, int count) {
     __syncthreads();
     load_tile(shared_.x, image_of(in_.x, in_.x_layout, image_), first, count, channels_);
     if (out_.grad_out != nullptr) {
@@ -195,7 +193,9 @@ class GateBackward {
     shared_.corners[own] = corner_of(in_.axes, first + min(own, count - 1));
     shared_.voxels[own].owned = own < count && is_owned(shared_.corners[own]);
     const int owned = __syncthreads_count(shared_.voxels[own].owned);
-    compute_grad_theta(first, count);
+    compute_grad_alpha(first, count);
+    __syncwarp();
+    compute_grad_theta();
     __syncthreads();
     if (out_.grad_phi != nullptr) {
       if (grid_.interpolates) {
@@ -215,76 +215,15 @@ class GateBackward {
 
   __device__ bool is_owned(const Corner& corner) const {
     if (!grid_.interpolates) return true;
-    const int64_t row = corner.voxel / in_.axes[2].coarse;
+    const int row = corner.voxel / in_.axes[2].coarse;
     return box_[0].first <= row / in_.axes[1].coarse && box_[1].first <= row % in_.axes[1].coarse &&
            box_[2].first <= corner.x;
   }
 
-  // The forward pass again, as far as q and alpha, then back to theta. Each warp takes its own 32 voxels.
-  __device__ void compute_grad_theta(int64_t first, int count) {
-    constexpr int tile = tile_stride<Stored>;
-    const int stride = weight_stride<Stored>(channels_), warp_first = threadIdx.x / 32 * warp_voxels;
-    const Features<const Stored> phi = image_of(in_.phi, in_.phi_layout, image_);
-    float q[size][4][4];
-    float psi[4][2] = {};
-#pragma unroll
-    for (int m = 0; m < size; ++m) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) q[m][n][j] = 0;
-      }
-      if (16 * m >= inner_) continue;
-      multiply_add<4, Stored>(q[m], {shared_.w_x + 16 * m * stride, stride, 1},
-                              {shared_.x + warp_first, tile, 1}, 8, padded16(channels_));
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int row = 16 * m + lane_row(j);
-          if (row >= inner_) continue;
-          const Corner& corner = shared_.corners[warp_first + 8 * n + lane_column(j)];
-          const float sum = q[m][n][j] + interpolate(phi, in_.axes, row, corner);
-          q[m][n][j] = sum < 0 ? 0.f : sum;  // keeps NaN
-          psi[n][j % 2] += shared_.w_psi[row] * q[m][n][j];
-        }
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float sum = sum_over_rows(psi[n][j]);
-        if (threadIdx.x % 32 < 4)
-          shared_.voxels[warp_first + 8 * n + lane_column(j)].alpha = sigmoid(sum + b_psi_);
-      }
-    }
-    __syncwarp();
-    compute_grad_psi(first, count);
-    __syncwarp();
-
-#pragma unroll
-    for (int m = 0; m < size; ++m) {
-      if (16 * m >= inner_) continue;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int row = 16 * m + lane_row(j), v = warp_first + 8 * n + lane_column(j);
-          const VoxelState& voxel = shared_.voxels[v];
-          if (voxel.owned) grad_w_psi_[m][j / 2] += voxel.grad_psi * q[m][n][j];
-          shared_.grad_theta[row * tile + v] =
-              static_cast<Stored>(q[m][n][j] > 0 ? shared_.w_psi[row] * voxel.grad_psi : 0.f);
-        }
-      }
-    }
-  }
-
-  // grad_psi = alpha (1 - alpha) (sum of grad_out * x over the channels + grad_alpha); one voxel a thread.
-  __device__ void compute_grad_psi(int64_t first, int count) {
+  // Sum of grad_out * x over the channels, and grad_alpha: one voxel a thread.
+  __device__ void compute_grad_alpha(int first, int count) {
     constexpr int tile = tile_stride<Stored>;
     const int v = threadIdx.x;
-    VoxelState& voxel = shared_.voxels[v];
     float sum = 0;
     if (out_.grad_out != nullptr) {
       for (int c = 0; c < channels_; ++c) {
@@ -292,10 +231,49 @@ class GateBackward {
       }
     }
     if (out_.grad_alpha != nullptr && v < count) {
-      sum += static_cast<float>(out_.grad_alpha[image_ * in_.x_layout.voxels + first + v]);
+      sum += static_cast<float>(out_.grad_alpha[int64_t{image_} * in_.voxels() + first + v]);
     }
-    voxel.grad_psi = v < count ? voxel.alpha * (1 - voxel.alpha) * sum : 0.f;
-    if (voxel.owned) grad_b_psi_ += voxel.grad_psi;
+    shared_.voxels[v].grad_alpha = v < count ? sum : 0.f;
+  }
+
+  // The forward pass again, as far as q and alpha, then back to theta. Each warp takes its own 32 voxels, 8
+  // at a time.
+  __device__ void compute_grad_theta() {
+    const int warp_first = threadIdx.x / 32 * warp_voxels;
+    const Features<const Stored> phi = image_of(in_.phi, in_.phi_layout, image_);
+#pragma unroll 1
+    for (int v = warp_first; v < warp_first + warp_voxels; v += 8) {
+      float q[size][4];
+      float grad_psi[2] = {};
+#pragma unroll
+      for (int m = 0; m < size; ++m) {
+        if (16 * m >= inner_) continue;
+        compute_q(in_, phi, shared_.w_x, shared_.x, shared_.corners, 16 * m, v, q[m]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) grad_psi[j % 2] += shared_.w_psi[16 * m + lane_row(j)] * q[m][j];
+      }
+      float owned[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        VoxelState& voxel = shared_.voxels[v + lane_column(j)];
+        const float alpha = sigmoid(sum_over_rows(grad_psi[j]) + b_psi_);
+        voxel.alpha = alpha;
+        grad_psi[j] = alpha * (1 - alpha) * voxel.grad_alpha;
+        owned[j] = voxel.owned ? grad_psi[j] : 0.f;
+        if (threadIdx.x % 32 < 4) grad_b_psi_ += owned[j];
+      }
+#pragma unroll
+      for (int m = 0; m < size; ++m) {
+        if (16 * m >= inner_) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int row = 16 * m + lane_row(j);
+          grad_w_psi_[m][j / 2] += owned[j % 2] * q[m][j];
+          shared_.grad_theta[row * tile_stride<Stored> + v + lane_column(j)] =
+              static_cast<Stored>(q[m][j] > 0 ? shared_.w_psi[row] * grad_psi[j % 2] : 0.f);
+        }
+      }
+    }
   }
 
   // grad = alpha grad_out + W_x^T grad_theta, in place; each warp its own 32 voxels.
@@ -327,7 +305,7 @@ class GateBackward {
   }
 
   // The voxels that the block owns are written; those of other boxes are written there.
-  __device__ void store_grad_x(int64_t first, int count, bool all_owned) const {
+  __device__ void store_grad_x(int first, int count, bool all_owned) const {
     const Features<Stored> to = image_of(out_.grad_x, out_.grad_x_layout, image_);
     const auto value = [&](int c, int v) { return shared_.grad[c * tile_stride<Stored> + v]; };
     if (all_owned) return store_tile(to, first, count, channels_, value);
@@ -355,19 +333,18 @@ class GateBackward {
 
   // The adjoint of the interpolation: every element of the open planes gathers from the tile, one row of x's
   // grid after the other. A thread keeps to its own elements, so that no two add to the same.
-  __device__ void add_to_planes(int64_t first, int count) const {
-    const int64_t width = in_.axes[2].fine;
+  __device__ void add_to_planes(int first, int count) const {
+    const int width = in_.axes[2].fine;
     for (int begin = 0; begin < count;) {
-      const int64_t row = (first + begin) / width, x = (first + begin) % width;
-      const int end = static_cast<int>(min(int64_t{count}, begin + width - x));
-      const int64_t z = row / in_.axes[1].fine, y = row % in_.axes[1].fine;
+      const int row = (first + begin) / width, x = (first + begin) % width;
+      const int end = min(count, begin + width - x);
+      const int z = row / in_.axes[1].fine, y = row % in_.axes[1].fine;
       const Corner& left = shared_.corners[begin];
-      const Range columns{max(box_[2].first, int64_t{left.x}),
-                          min(box_[2].last, int64_t{shared_.corners[end - 1].x} + 2)};
-      for (int64_t k = columns.first + threadIdx.x % 32; k < columns.last; k += 32) {
-        const int in_box = static_cast<int>(k - box_[2].first);
-        const int from = max(begin, begin + static_cast<int>(shared_.first_x[in_box] - x));
-        const int to = min(end, begin + static_cast<int>(shared_.first_x[in_box + 2] - x));
+      const Range columns{max(box_[2].first, left.x), min(box_[2].last, shared_.corners[end - 1].x + 2)};
+      for (int k = columns.first + threadIdx.x % 32; k < columns.last; k += 32) {
+        const int in_box = k - box_[2].first;
+        const int from = max(begin, begin + shared_.first_x[in_box] - x);
+        const int to = min(end, begin + shared_.first_x[in_box + 2] - x);
         for (int i = threadIdx.x / 32; i < inner_; i += gate_threads / 32) {
           float sum = 0;
           for (int v = from; v < to; ++v) {
@@ -382,30 +359,29 @@ class GateBackward {
     }
   }
 
-  __device__ void add_to_rows(int i, int64_t z, int64_t y, int x, float wz, float wy, float sum) const {
+  __device__ void add_to_rows(int i, int z, int y, int x, float wz, float wy, float sum) const {
     for (int dz = 0; dz < 2; ++dz) {
       const float weight_z = dz ? wz : 1 - wz;
       if (weight_z == 0 || !box_[0].holds(z + dz)) continue;
       for (int dy = 0; dy < 2; ++dy) {
         const float weight = weight_z * (dy ? wy : 1 - wy);
         if (weight == 0 || !box_[1].holds(y + dy)) continue;
-        *element(z + dz, i, static_cast<int>(y + dy - box_[1].first), x) += weight * sum;
+        *element(z + dz, i, y + dy - box_[1].first, x) += weight * sum;
       }
     }
   }
 
-  __device__ float* element(int64_t z, int i, int y, int x) const {
+  __device__ float* element(int z, int i, int y, int x) const {
     return shared_.planes + ((z & 1) * inner_ + i) * box_[1].size() * box_[2].size() + y * box_[2].size() + x;
   }
 
-  __device__ void store_plane(int64_t z) const {
+  __device__ void store_plane(int z) const {
     const Features<Stored> to = image_of(out_.grad_phi, out_.grad_phi_layout, image_);
     const int columns = box_[2].size(), rows = box_[1].size();
     __syncthreads();
     for (int k = threadIdx.x; k < inner_ * rows * columns; k += gate_threads) {
       const int i = k / (rows * columns), y = k / columns % rows, x = k % columns;
-      const int64_t voxel =
-          (z * in_.axes[1].coarse + box_[1].first + y) * in_.axes[2].coarse + box_[2].first + x;
+      const int voxel = (z * in_.axes[1].coarse + box_[1].first + y) * in_.axes[2].coarse + box_[2].first + x;
       float* sum = element(z, i, y, x);
       *to.at(i, voxel) = static_cast<Stored>(*sum);
       *sum = 0;
@@ -420,8 +396,8 @@ class GateBackward {
   const int inner_;
   const GateBackwardShared<Stored> shared_;
   const float b_psi_;
-  int64_t image_ = 0;
-  int64_t open_ = 0;  // the first plane of phi that is not stored yet
+  int image_ = 0;
+  int open_ = 0;  // the first plane of phi that is not stored yet
   Range box_[3] = {};
   float grad_w_x_[size][size][1][4] = {};  // blocks of 16 x 8; a warp has every fourth block of columns
   float grad_w_psi_[size][2] = {};
@@ -429,12 +405,12 @@ class GateBackward {
 };
 
 template <class Stored, int size>
-__global__ void __launch_bounds__(gate_threads)
+__global__ void __launch_bounds__(gate_threads, 2)
     gate_backward_kernel(GateInputs<Stored> in, GateGradients<Stored> out, BoxGrid grid) {
   LUNGKIT_DYNAMIC_SHARED(unsigned char, memory);
   GateBackward<Stored, size> backward(in, out, grid, memory);
-  const int64_t boxes = grid.per_image() * in.x_layout.batch;
-  for (int64_t box = blockIdx.x; box < boxes; box += gridDim.x) backward.add_box(box);
+  const int boxes = grid.per_image() * in.images();
+  for (int box = blockIdx.x; box < boxes; box += gridDim.x) backward.add_box(box);
   const int64_t width = static_cast<int64_t>(in.inner()) * in.x_channels() + in.inner() + 1;
   if (out.partial != nullptr) backward.write_partial(out.partial + blockIdx.x * width);
 }

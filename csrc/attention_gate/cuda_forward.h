@@ -29,58 +29,45 @@ struct GateForwardShared {
 };
 
 template <class Stored>
-__global__ void __launch_bounds__(gate_threads)
+__global__ void __launch_bounds__(gate_threads, 8)
     gate_forward_kernel(GateInputs<Stored> in, Stored* out, VoxelLayout out_layout, Stored* alpha_out) {
   LUNGKIT_DYNAMIC_SHARED(unsigned char, memory);
   const int channels = in.x_channels(), inner = in.inner();
   const GateForwardShared<Stored> shared(memory, channels, inner);
   const int warp_first = threadIdx.x / 32 * warp_voxels;
-  const int64_t voxels = in.x_layout.voxels, tiles = (voxels + tile_voxels - 1) / tile_voxels;
+  const int voxels = in.voxels(), tiles = (voxels + tile_voxels - 1) / tile_voxels;
   const float b_psi = *in.b_psi;
   load_weights(in, shared.w_x, shared.w_psi);
 
-  for (int64_t tile = blockIdx.x; tile < tiles * in.x_layout.batch; tile += gridDim.x) {
-    const int64_t image = tile / tiles, first = tile % tiles * tile_voxels;
-    const int count = static_cast<int>(voxels - first < tile_voxels ? voxels - first : tile_voxels);
+  for (int tile = blockIdx.x; tile < tiles * in.images(); tile += gridDim.x) {
+    const int image = tile / tiles, first = tile % tiles * tile_voxels;
+    const int count = min(voxels - first, tile_voxels);
     const Features<const Stored> phi = image_of(in.phi, in.phi_layout, image);
     __syncthreads();
     load_tile(shared.x, image_of(in.x, in.x_layout, image), first, count, channels);
-    const int64_t own = first + min(static_cast<int>(threadIdx.x), count - 1);
-    shared.corners[threadIdx.x] = corner_of(in.axes, own);
+    const int own = threadIdx.x;
+    shared.corners[own] = corner_of(in.axes, first + min(own, count - 1));
     __syncthreads();
 
-    float psi[4][2] = {};
-    for (int i = 0; i < inner; i += 16) {
-      float theta[4][4] = {};
-      const int stride = weight_stride<Stored>(channels);
-      multiply_add<4, Stored>(theta, {shared.w_x + i * stride, stride, 1},
-                              {shared.x + warp_first, tile_stride<Stored>, 1}, 8, padded16(channels));
+#pragma unroll 1
+    for (int v = warp_first; v < warp_first + warp_voxels; v += 8) {
+      float psi[2] = {};
+#pragma unroll 1
+      for (int i = 0; i < inner; i += 16) {
+        float q[4];
+        compute_q(in, phi, shared.w_x, shared.x, shared.corners, i, v, q);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int row = i + lane_row(j);
-          if (row >= inner) continue;
-          const Corner& corner = shared.corners[warp_first + 8 * n + lane_column(j)];
-          const float q = theta[n][j] + interpolate(phi, in.axes, row, corner);
-          psi[n][j % 2] += shared.w_psi[row] * (q < 0 ? 0.f : q);  // keeps NaN
-        }
+        for (int j = 0; j < 4; ++j) psi[j % 2] += shared.w_psi[i + lane_row(j)] * q[j];
       }
-    }
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float sum = sum_over_rows(psi[n][j]);
-        if (threadIdx.x % 32 < 4) shared.alpha[warp_first + 8 * n + lane_column(j)] = sigmoid(sum + b_psi);
-      }
+      for (int j = 0; j < 2; ++j) shared.alpha[v + lane_column(j)] = sigmoid(sum_over_rows(psi[j]) + b_psi);
     }
     __syncthreads();
     store_tile(image_of(out, out_layout, image), first, count, channels, [&](int c, int v) {
       return static_cast<Stored>(shared.alpha[v] * static_cast<float>(shared.x[c * tile_stride<Stored> + v]));
     });
-    if (threadIdx.x < count) {
-      alpha_out[image * voxels + first + threadIdx.x] = static_cast<Stored>(shared.alpha[threadIdx.x]);
+    if (own < count) {
+      alpha_out[int64_t{image} * voxels + first + own] = static_cast<Stored>(shared.alpha[own]);
     }
   }
 }

@@ -15,6 +15,11 @@ namespace lungkit {
 constexpr int gate_threads = 128;
 constexpr int tile_voxels = 128;
 constexpr int warp_voxels = 32;
+// Positions within one image are ints, which divide fast; offsets in memory are 64 bits wide.
+constexpr int64_t max_image_voxels = INT64_C(0x7fffffff) - tile_voxels;
+constexpr int64_t max_axis = 0x7fff;
+using GateAxis = LinearAxis<int>;
+
 constexpr unsigned all_lanes = 0xffffffffu;
 
 // The product works in blocks of 16 rows and a depth of 16; tiles are padded with zeros up to them.
@@ -35,7 +40,7 @@ struct Features {
   Stored* data;  // of the image
   int64_t channel_stride;
   int64_t voxel_stride;
-  __device__ Stored* at(int64_t channel, int64_t voxel) const {
+  __device__ Stored* at(int channel, int voxel) const {
     return data + channel * channel_stride + voxel * voxel_stride;
   }
 };
@@ -47,17 +52,19 @@ struct GateInputs {
   const Stored* phi;
   VoxelLayout x_layout;
   VoxelLayout phi_layout;
-  LinearAxis axes[3];  // z, y, x
+  GateAxis axes[3];    // z, y, x
   const float* w_x;    // (Ci, Cx)
   const float* w_psi;  // (Ci,)
   const float* b_psi;
 
   __host__ __device__ int x_channels() const { return static_cast<int>(x_layout.channels); }
   __host__ __device__ int inner() const { return static_cast<int>(phi_layout.channels); }
+  __host__ __device__ int voxels() const { return static_cast<int>(x_layout.voxels); }
+  __host__ __device__ int images() const { return static_cast<int>(x_layout.batch); }
 };
 
 template <class Stored>
-__device__ Features<Stored> image_of(Stored* data, const VoxelLayout& layout, int64_t image) {
+__device__ Features<Stored> image_of(Stored* data, const VoxelLayout& layout, int image) {
   return {data + image * layout.batch_stride, layout.channel_stride, layout.voxel_stride};
 }
 
@@ -71,7 +78,7 @@ inline __device__ bool on_16_bytes(const void* address) {
 
 // tile[c][v], v < 128, from `count` voxels after `first`; zeros beyond them and beyond the channels.
 template <class Stored>
-__device__ void load_tile(Stored* tile, const Features<const Stored>& from, int64_t first, int count,
+__device__ void load_tile(Stored* tile, const Features<const Stored>& from, int first, int count,
                           int channels) {
   constexpr int stride = tile_stride<Stored>;
   const int rows = padded16(channels);
@@ -97,7 +104,7 @@ __device__ void load_tile(Stored* tile, const Features<const Stored>& from, int6
 
 // Writes value(c, v) to `count` voxels after `first`, in the order that memory likes.
 template <class Stored, class Value>
-__device__ void store_tile(const Features<Stored>& to, int64_t first, int count, int channels,
+__device__ void store_tile(const Features<Stored>& to, int first, int count, int channels,
                            const Value& value) {
   if (to.voxel_stride == 1) {
     constexpr int width = 16 / sizeof(Stored), pieces = tile_voxels / width;
@@ -107,7 +114,9 @@ __device__ void store_tile(const Features<Stored>& to, int64_t first, int count,
       if (v + width <= count && on_16_bytes(target)) {
         alignas(16) Stored piece[width];
         for (int i = 0; i < width; ++i) piece[i] = value(c, v + i);
-        *reinterpret_cast<Bytes16*>(target) = *reinterpret_cast<const Bytes16*>(piece);
+        Bytes16 bytes;
+        memcpy(&bytes, piece, sizeof bytes);
+        *reinterpret_cast<Bytes16*>(target) = bytes;
       } else {
         for (int i = 0; i < width && v + i < count; ++i) target[i] = value(c, v + i);
       }
@@ -180,6 +189,7 @@ __device__ void multiply_add(float (&sum)[blocks][4], SharedMatrix<Stored> a, Sh
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #if LUNGKIT_HAS_MMA
   if constexpr (is_half_type<Stored>) {
+#pragma unroll 1
     for (int k = 0; k < depth; k += 16) {
       const Stored* from = a.data + g * a.row + (k + 2 * t) * a.column;
       const uint32_t left[4] = {pair_of(from, a.column), pair_of(from + 8 * a.row, a.column),
@@ -197,6 +207,7 @@ __device__ void multiply_add(float (&sum)[blocks][4], SharedMatrix<Stored> a, Sh
 #endif
   const Stored* left = a.data + g * a.row;
   const Stored* right = b.data + 2 * t * b.column;
+#pragma unroll 2
   for (int k = 0; k < depth; ++k) {
     const float low = static_cast<float>(left[k * a.column]);
     const float high = static_cast<float>(left[8 * a.row + k * a.column]);
@@ -214,23 +225,22 @@ __device__ void multiply_add(float (&sum)[blocks][4], SharedMatrix<Stored> a, Sh
 
 // Where one voxel of x reads phi.
 struct Corner {
-  int64_t voxel;  // of phi's grid, the lower one along every axis
-  int x;          // its position along x
+  int voxel;  // of phi's grid, the lower one along every axis
+  int x;      // its position along x
   float wz, wy, wx;
 };
 
-inline __device__ Corner corner_of(const LinearAxis (&axes)[3], int64_t voxel) {
-  const int64_t row = voxel / axes[2].fine, x = voxel % axes[2].fine;
-  const int64_t z = row / axes[1].fine, y = row % axes[1].fine;
-  const int64_t low_x = axes[2].lower(x);
-  return {(axes[0].lower(z) * axes[1].coarse + axes[1].lower(y)) * axes[2].coarse + low_x,
-          static_cast<int>(low_x), axes[0].weight<float>(z), axes[1].weight<float>(y),
-          axes[2].weight<float>(x)};
+inline __device__ Corner corner_of(const GateAxis (&axes)[3], int voxel) {
+  const int row = voxel / axes[2].fine, x = voxel % axes[2].fine;
+  const int z = row / axes[1].fine, y = row % axes[1].fine;
+  const int low_x = axes[2].lower(x);
+  return {(axes[0].lower(z) * axes[1].coarse + axes[1].lower(y)) * axes[2].coarse + low_x, low_x,
+          axes[0].weight<float>(z), axes[1].weight<float>(y), axes[2].weight<float>(x)};
 }
 
 // up(phi) of one inner channel at one voxel.
 template <class Stored>
-__device__ float interpolate(const Features<const Stored>& phi, const LinearAxis (&axes)[3], int channel,
+__device__ float interpolate(const Features<const Stored>& phi, const GateAxis (&axes)[3], int channel,
                              const Corner& corner) {
   const Stored* from = phi.at(channel, corner.voxel);
   const int64_t dx = corner.wx != 0 ? phi.voxel_stride : 0;
@@ -246,6 +256,26 @@ __device__ float interpolate(const Features<const Stored>& phi, const LinearAxis
   };
   const float low = along_y(from);
   return low + corner.wz * (along_y(from + dz) - low);
+}
+
+// q = relu(theta + up(phi)) of 16 inner channels from `first_inner` on at 8 voxels of the tile from
+// `first_voxel` on, spread over the lanes of a warp; 0 beyond the last inner channel.
+template <class Stored>
+__device__ void compute_q(const GateInputs<Stored>& in, const Features<const Stored>& phi, const Stored* w_x,
+                          const Stored* x, const Corner* corners, int first_inner, int first_voxel,
+                          float (&q)[4]) {
+  const int stride = weight_stride<Stored>(in.x_channels());
+  float theta[1][4] = {};
+  multiply_add<1, Stored>(theta, {w_x + first_inner * stride, stride, 1},
+                          {x + first_voxel, tile_stride<Stored>, 1}, 0, padded16(in.x_channels()));
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = first_inner + lane_row(j);
+    q[j] = 0;
+    if (row >= in.inner()) continue;
+    const float sum = theta[0][j] + interpolate(phi, in.axes, row, corners[first_voxel + lane_column(j)]);
+    q[j] = sum < 0 ? 0.f : sum;  // keeps NaN
+  }
 }
 
 // W_x with zeros around it, and w_psi likewise, in shared memory.

@@ -1,7 +1,17 @@
-r"""Additive attention gate: one attention map, applied to the skip features it was computed from."""
+r"""Additive attention gate: one attention map, applied to the skip features it was computed from.
+
+Which path computes it:
+
+- On the CPU the native kernels, for every shape and dtype.
+- On CUDA the native kernels where a tile of voxels and the sums of the weights' gradients fit on the chip: up to 128
+  channels of x and 64 inner ones for the half types, 64 and 32 for float32. Wider levels have few voxels, and their
+  product is large enough for the library: they take the twin, as float64 does.
+- Everywhere else, and where no native library is built, the twin in plain PyTorch.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +62,27 @@ def attention_gate(
         dtype = torch.get_autocast_dtype(device)
         x, phi = x.to(dtype), phi.to(dtype)
     _check_arguments(x, phi, w_x, w_psi, b_psi)
+    if x.is_cuda and not _fits_cuda_kernel(x, phi):
+        return reference(x, phi, w_x, w_psi, b_psi)
     return torch.ops.lungkit.attention_gate(x, phi, w_x, w_psi, b_psi)
+
+
+# As in csrc/attention_gate/cuda.cu and cuda_tile.h: channels a block of the grid of its sums, blocks for each dtype,
+# the longest axis and the most voxels of an image.
+_CUDA_X_CHANNELS, _CUDA_INNER_CHANNELS = 32, 16
+_CUDA_BLOCKS = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
+_CUDA_LONGEST_AXIS = 0x7FFF
+_CUDA_MOST_VOXELS = 0x7FFFFFFF - 128
+
+
+def _fits_cuda_kernel(x: Tensor, phi: Tensor) -> bool:
+    blocks = _CUDA_BLOCKS.get(x.dtype, 0)
+    return (
+        x.shape[1] <= blocks * _CUDA_X_CHANNELS
+        and phi.shape[1] <= blocks * _CUDA_INNER_CHANNELS
+        and max(x.shape[2:]) <= _CUDA_LONGEST_AXIS
+        and math.prod(x.shape[2:]) <= _CUDA_MOST_VOXELS
+    )
 
 
 def reference(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
