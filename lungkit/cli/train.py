@@ -99,8 +99,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.dry_run:
         _LOG.info("%s\ndry run: everything was read and built, one step trained", trainer.dry_run().summary())
         return 0
-    result = trainer.fit()
-    _LOG.info("best validation Dice %.4f; everything is in %s", result.best_dice, result.run_folder)
+    trainer.fit()
     return 0
 
 

@@ -178,10 +178,9 @@ class Trainer:
                 with contextlib.suppress(LungkitError, OSError):  # a full disk: the first error says more
                     _write_status(folder, session, state, message=message)
             raise
-        best = session.position.best_dice
-        return TrainResult(
-            folder.path, table, math.nan if best is None else best, session.best_epoch, session.epoch
-        )
+        best = math.nan if session.position.best_dice is None else session.position.best_dice
+        _LOG.info("best validation Dice %.4f; everything is in %s", best, folder.path)
+        return TrainResult(folder.path, table, best, session.best_epoch, session.epoch)
 
     def _open_folder(self, prepared: Prepared, log: RunLog) -> RunFolder:
         folder = self.resume
