@@ -1,11 +1,11 @@
 """Ways to compute the additive attention gate, and one training step of a network that has gates.
 
-The op's providers take x (B, Cx, *S), phi (B, Ci, *Sg) and the weights, and return (out, alpha). Two compiled forms take
-part, since neither is the faster one everywhere: with the interpolation compiled too, and with the library's. Both write
-psi as multiply and sum, which fuses where a convolution to one channel would not.
+The op's providers take x (B, Cx, *S), phi (B, Ci, *Sg) and the weights, and return (out, alpha). Two compiled forms
+take part, since neither is the faster one everywhere: with the interpolation compiled too, and with the library's. Both
+write psi as multiply and sum, which fuses where a convolution to one channel would not.
 
-``MONAI`` is its AttentionBlock in training mode at equal widths. It does more, because its users pay for more: g comes at
-x's size, its projection is made there, and there are three batch norms. ``lungkit module`` is what stands beside it:
+``MONAI`` is its AttentionBlock in training mode at equal widths. It does more, because its users pay for more: g comes
+at x's size, its projection is made there, and there are three batch norms. ``lungkit module`` is what stands beside it:
 ``lungkit.nn.AttentionGate`` with the projection of g, at g's own size.
 """
 
@@ -90,6 +90,9 @@ class AttentionGateCase(Case):
     def coarse(self) -> tuple[int, ...]:
         return tuple((n + 1) // 2 for n in self.size)
 
+    def main_bytes(self) -> int:
+        return self.batch * self.x_channels * torch.Size(self.size).numel() * self.x_dtype.itemsize
+
     def fewest_bytes(self) -> Mapping[str, int]:
         """Forward reads x and phi and writes out and alpha; backward reads x, phi and the gradient of out and writes
         those of x and phi. Alpha is read again. Weights are too small to count."""
@@ -131,25 +134,21 @@ class AttentionGateCase(Case):
             return Provider(
                 lambda: gate(*arguments), lambda r: torch.autograd.grad(r[0], arguments, grad_out)
             )
-        # Modules: the gating signal has twice the channels one level below, as many as x in MONAI's own network.
-        if provider == "MONAI":
-            module = _monai_block(self)
-            g = torch.randn(inputs["x"].shape, device=self.device).to(self.x_dtype).requires_grad_()
-            run = lambda: module(g=g, x=inputs["x"])  # noqa: E731
-        else:
-            module = AttentionGate(len(self.size), self.x_channels, 2 * self.x_channels, self.inter_channels)
-            g = torch.randn(self.batch, 2 * self.x_channels, *self.coarse, device=self.device)
-            g = g.to(self.x_dtype).requires_grad_()
-            run = lambda: module(inputs["x"], g)  # noqa: E731
+        x = inputs["x"]
+        module, g_shape = self._module(provider)
         module.to(self.device, self.x_dtype)
-        arguments = (inputs["x"], g, *module.parameters())
-        return Provider(run, lambda out: torch.autograd.grad(out, arguments, grad_out))
+        g = torch.randn(g_shape, device=self.device).to(self.x_dtype).requires_grad_()
+        arguments = (x, g, *module.parameters())
+        return Provider(lambda: module(x=x, g=g), lambda out: torch.autograd.grad(out, arguments, grad_out))
 
+    def _module(self, provider: str) -> tuple[nn.Module, tuple[int, ...]]:
+        """The module and its gating signal: as wide as x in MONAI's network, twice as wide below x in ours."""
+        dims, cx, ci = len(self.size), self.x_channels, self.inter_channels
+        if provider == "MONAI":
+            from monai.networks.nets.attentionunet import AttentionBlock
 
-def _monai_block(case: AttentionGateCase) -> nn.Module:
-    from monai.networks.nets.attentionunet import AttentionBlock
-
-    return AttentionBlock(len(case.size), case.inter_channels, case.x_channels, case.x_channels)
+            return AttentionBlock(dims, ci, cx, cx), (self.batch, cx, *self.size)
+        return AttentionGate(dims, cx, 2 * cx, ci), (self.batch, 2 * cx, *self.coarse)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ samples.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import summary
 import torch
 from harness import COPY, OURS, Case, Measured, flops_per_second, measure, quantiles
 from peak_memory import MemoryWorker
@@ -22,6 +24,7 @@ import lungkit
 from lungkit.ops import _library
 
 _ROUNDS = {"smoke": 2, "default": 5, "full": 5}
+_MOST_COPIES = 16  # of the main input, that the inputs and the hungriest provider take together
 _SECONDS = {"smoke": 0.0, "default": 8.0, "full": 8.0}
 
 
@@ -43,16 +46,19 @@ _PLAYBACK = Playback()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lungkit benchmarks")
-    choice = group.addoption
-    choice("--full", dest="selection", action="store_const", const="full", default="default",
-           help="every size, dtype, label type and thread count: hours")  # fmt: skip
-    choice("--smoke", dest="selection", action="store_const", const="smoke",
-           help="tiny sizes, two rounds: shows within a minute that the benchmarks run; the times mean nothing")  # fmt: skip
+    sizes = {
+        "full": "every size, dtype, label type and thread count: hours",
+        "smoke": "tiny sizes, two rounds: shows within a minute that all of it runs; the times mean nothing",
+    }
+    for name, text in sizes.items():
+        group.addoption(
+            f"--{name}", dest="selection", action="store_const", const=name, default="default", help=text
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "cases(function): gives the cases of a selection, device and thread counts"
+        "markers", "cases(of): function that gives the cases of a selection, device and thread counts"
     )
     options = config.option
     if options.selection == "smoke":
@@ -62,7 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"benchmarks: {config.option.selection} selection, {torch.get_num_threads()} threads and 1"
+    threads = torch.get_num_threads()
+    return f"benchmarks: {config.option.selection} selection, cases on the CPU with {threads} threads and 1"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -70,17 +77,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("cases")
     if marker is None:
         return
-    threads = tuple(dict.fromkeys((torch.get_num_threads(), 1)))
+    selection = metafunc.config.option.selection
+    # Threads wait long for each other on a busy machine, and a smoke run measures nothing.
+    threads = (1,) if selection == "smoke" else tuple(dict.fromkeys((torch.get_num_threads(), 1)))
     no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
     parameters = []
     for device, counts, marks in (("cpu", threads, ()), ("cuda", threads[:1], (no_cuda,))):
-        for case in marker.args[0](metafunc.config.option.selection, device, counts):
+        for case in marker.kwargs["of"](selection, device, counts):
             parameters += [
                 pytest.param(case, mode, provider, id=f"{case.id}-{mode}-{provider}", marks=marks)
                 for mode in case.modes
                 for provider in case.providers
             ]
     metafunc.parametrize(("case", "mode", "provider"), parameters)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = [bench.extra_info for bench in config._benchmarksession.benchmarks if "op" in bench.extra_info]
+    if rows:
+        terminalreporter.section("lungkit benchmarks")
+        terminalreporter.write_line(summary.table(rows))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -94,6 +110,12 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["instruction_set"] = _library.cpu_isa()
+    machine_info["native_ops"] = [
+        f"{name} ({backend})"
+        for name in _library.defined_ops()
+        for backend in ("cpu", "cuda")
+        if _library.is_native(name, backend)
+    ]
     machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
@@ -118,7 +140,7 @@ def report(
     def run(case: Case, mode: str, provider: str) -> None:
         if case not in results:
             results.clear()
-            results[case] = _measure(case, _selected(request, case), memory_worker)
+            results[case] = _measure(request.config, case, _selected(request, case), memory_worker)
         measured, peaks = results[case]
         if provider in measured.left_out:
             pytest.skip(f"{provider}: {measured.left_out[provider]}")
@@ -141,7 +163,63 @@ def _selected(request: pytest.FixtureRequest, case: Case) -> list[str]:
 
 
 def _measure(
-    case: Case, names: list[str], worker: MemoryWorker
+    config: pytest.Config, case: Case, names: list[str], worker: MemoryWorker
 ) -> tuple[Measured, dict[str, dict[str, int]]]:
-    selection = "default"
-    raise NotImplementedError
+    selection = config.option.selection
+    _skip_what_does_not_fit(case)
+    measured = measure(case, names, seconds=_SECONDS[selection], rounds=_ROUNDS[selection])
+    return measured, worker.measure(case, [name for name in names if name not in measured.left_out])
+
+
+def _skip_what_does_not_fit(case: Case) -> None:
+    """On the CPU, where running out of memory ends the process; on CUDA it ends one provider."""
+    main = case.main_bytes()
+    if case.device != "cpu" or main is None:
+        return
+    needed, free = _MOST_COPIES * main, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        pytest.skip(f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+
+
+def _row(
+    case: Case, mode: str, provider: str, measured: Measured, peaks: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """What the summary shows of one provider and mode; times in seconds, memory in bytes."""
+    seconds = measured.samples[provider].of(mode)
+    row: dict[str, Any] = {
+        "op": case.op,
+        "case": case.label,
+        "device": case.device,
+        "threads": case.threads,
+        "mode": mode,
+        "provider": provider,
+        "seconds": quantiles(seconds),
+        "peak_memory": peaks.get(provider, {}).get(mode),
+        "main_bytes": case.main_bytes(),
+        "launches": measured.launches.get(provider, {}).get(mode),
+    }
+    if OURS in measured.samples:
+        ours = measured.samples[OURS].of(mode)
+        row["times_ours"] = quantiles([a / b for a, b in zip(seconds, ours, strict=True)])
+    return row | _bound(case, mode, quantiles(seconds)[1], measured)
+
+
+def _bound(case: Case, mode: str, median: float, measured: Measured) -> dict[str, Any]:
+    """The time that the machine needs at least, by bytes or by arithmetic, as a share of the time taken."""
+    fewest, flops = case.fewest_bytes(), case.flops()
+    if fewest is None:
+        return {}
+    copy_seconds = quantiles(measured.samples[COPY].of(mode))[1]
+    least = {"bytes": copy_seconds}
+    if flops is not None:
+        work = sum(flops.values()) if mode == "both" else flops[mode]
+        least["arithmetic"] = work / flops_per_second(case.device, case.threads, case.dtype)
+    bound = max(least, key=lambda name: least[name])
+    moved = sum(fewest.values()) if mode == "both" else fewest[mode]
+    return {
+        "fewest_bytes": moved,
+        "copy_bytes_per_second": moved / copy_seconds,
+        "bound": bound,
+        "share_of_bound": least[bound] / median,
+        "share_of_copy_bandwidth": copy_seconds / median,
+    }

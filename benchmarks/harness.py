@@ -43,7 +43,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """One problem. Subclasses are frozen dataclasses in a module of their own, so that another process can build them."""
+    """One problem. Subclasses live in modules of their own, not in test files: another process builds them too."""
 
     device: str
     threads: int
@@ -68,6 +68,10 @@ class Case(ABC):
     @abstractmethod
     def build(self, provider: str, inputs: Any) -> Provider:
         """The provider of that name; an ``ImportError`` leaves it out."""
+
+    def main_bytes(self) -> int | None:
+        """Bytes of the tensor that memory is compared with, the logits or the features; None for a whole network."""
+        return None
 
     def fewest_bytes(self) -> Mapping[str, int] | None:
         """Bytes that forward and backward must read and write at least; None where that is not counted."""

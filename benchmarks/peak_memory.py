@@ -1,10 +1,10 @@
 """Peak memory of a provider beyond its inputs, its outputs and the gradients that it returns.
 
 CPU: the peak of the resident set (VmHWM of /proc/self/status, set back through /proc/self/clear_refs) over its size
-before the call. That sees every page a call touches: torch's tensors, and the scratch of native code as well. One worker
-process runs all cases; glibc is told to map every block of 64 KiB and more by itself and to give it back at once, for
-otherwise a block that an earlier call freed would be used again unseen. This is why timings are taken elsewhere: so set,
-allocation is slower. The kernel counts in batches of pages, so figures are right to about 0.3 MiB; the least of three
+before the call. That sees every page a call touches: torch's tensors, and the scratch of native code as well. One
+worker process runs all cases; glibc is told to map every block of 64 KiB and more by itself and to give it back at
+once, for otherwise a block that an earlier call freed would be used again unseen. So set, allocation is slower: timings
+are taken elsewhere. The kernel counts in batches of pages, so figures are right to about 0.3 MiB; the least of three
 calls counts. Linux only; elsewhere the figure is missing.
 
 CUDA: ``torch.cuda.max_memory_allocated``, in this process.

@@ -1,6 +1,8 @@
-"""Turns the JSON of ``pytest benchmarks --benchmark-json FILE`` into a table, a plot and a record in ``results/``.
+"""Turns a run of ``pytest benchmarks`` into a table, a plot and a JSON file.
 
-pytest benchmarks --benchmark-json run.json && python benchmarks/summary.py run.json
+``python benchmarks/summary.py [RUN.json] [--name NAME]`` from the checkout; without a path it takes the newest run that
+pytest-benchmark saved. Prints the table and writes ``NAME.md``, ``NAME.json`` and ``NAME.png`` into
+``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -8,125 +10,160 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib import metadata
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import lungkit
+Row = Mapping[str, Any]
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a case and mode, in the order of the run."""
-    rows = []
-    for entry in report["benchmarks"]:
-        info = entry["extra_info"]
-        if "milliseconds" not in info:
-            continue
-        ours = info["milliseconds"]["lungkit"]["median"]
-        copy = info.get("copy_milliseconds")
-        rows.append(
-            {
-                **{key: info.get(key) for key in ("case", "mode", "threads", "device", "milliseconds")},
-                "ratio": {name: times["median"] / ours for name, times in info["milliseconds"].items()},
-                "times_copy": ours / copy["median"] if copy else None,
-                "peak_share": {
-                    name: size / info["logits_bytes"] if "logits_bytes" in info else size / 2**20
-                    for name, size in info.get("peak_bytes", {}).items()
-                },
-                "peak_unit": "of the input" if "logits_bytes" in info else "MiB",
-            }
-        )
-    return rows
+_ROOT = Path(__file__).resolve().parents[1]
+_RESULTS = _ROOT / "benchmarks" / "results"
+_HEADER = (
+    "mode", "provider", "median ms", "p20-p80", "x lungkit", "p20-p80", "peak memory", "share of bound", "launches"
+)  # fmt: skip
+_LEGEND = (
+    "`x lungkit`: time over lungkit's, median of the ratios within each round. `peak memory`: beyond inputs, outputs"
+    " and returned gradients, in brackets as a share of the logits (dice_ce) or of x (attention_gate). `share of"
+    " bound`: time of copying the fewest bytes that must be read and written (or, marked a, of a library product with"
+    " the same number of operations, where that takes longer) over the time taken."
+)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Median milliseconds of every provider, times lungkit's and times a copy of the fewest bytes, and peak memory.
-
-    Peak memory is beyond the inputs and what is returned, as a share of the input (of the logits, of x).
-    """
-    lines = [
-        "| case | mode | threads | lungkit ms (p20-p80) | times the copy | others ms (times lungkit) | peak memory beyond |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        times = row["milliseconds"]
-        ours = times["lungkit"]
-        others = ", ".join(
-            f"{name} {times[name]['median']:.1f} ({row['ratio'][name]:.1f}x)"
-            for name in times
-            if name != "lungkit"
-        )
-        share = row["peak_share"]
-        number = (
-            (lambda value: f"{value:.1%}")
-            if row["peak_unit"] != "MiB"
-            else (lambda value: f"{value:.0f} MiB")
-        )
-        memory = ", ".join(f"{name} {number(value)}" for name, value in share.items())
-        copy = f"{row['times_copy']:.1f}" if row["times_copy"] else "-"
-        lines.append(
-            f"| {row['case']} | {row['mode']} | {row['threads']} "
-            f"| {ours['median']:.2f} ({ours['p20']:.2f}-{ours['p80']:.2f}) | {copy} | {others} | {memory} |"
-        )
-    return "\n".join(lines)
+def table(rows: Sequence[Row]) -> str:
+    """Markdown with one aligned table for each case."""
+    parts = []
+    for (op, device, threads, case), group in _by_case(rows):
+        where = f"{device}, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
+        cells = [_HEADER, *(_cells(row) for row in group)]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
+        lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        parts.append("\n".join([f"{op}: {case} ({where})", "", *lines]))
+    return "\n\n".join([*parts, _LEGEND])
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars: time of each provider over lungkit's, a group a case."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _by_case(rows: Sequence[Row]) -> Iterable[tuple[tuple[Any, ...], list[Row]]]:
+    def key(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("op", "device", "threads", "case"))
+
+    return ((name, list(group)) for name, group in groupby(rows, key))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    low, median, high = (1e3 * value for value in row["seconds"])
+    ratio = row.get("times_ours")
+    share = row.get("share_of_bound")
+    return (
+        row["mode"],
+        row["provider"],
+        f"{median:.3g}" if median < 1000 else f"{median:.0f}",
+        f"{low:.3g}-{high:.3g}" if high < 1000 else f"{low:.0f}-{high:.0f}",
+        "" if ratio is None else f"{ratio[1]:.2f}",
+        "" if ratio is None else f"{ratio[0]:.2f}-{ratio[2]:.2f}",
+        _memory(row),
+        "" if share is None else f"{100 * share:.0f} %{' a' if row['bound'] == 'arithmetic' else ''}",
+        "" if row.get("launches") is None else str(row["launches"]),
+    )
+
+
+def _memory(row: Row) -> str:
+    peak, main = row.get("peak_memory"), row.get("main_bytes")
+    if peak is None:
+        return ""
+    text = f"{peak / 2**20:.1f} MiB"
+    return text if main is None else f"{text} ({100 * peak / main:.0f} %)"
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Bars of the time of each provider beside lungkit's, forward and backward together (or the one mode there is)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.2 + 0.55 * len(rows)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    names = list(dict.fromkeys(name for row in rows for name in row["ratio"] if name != "lungkit"))
-    height = 0.8 / max(1, len(names))
-    for index, name in enumerate(names):
-        at = [(i + index * height, row["ratio"][name]) for i, row in enumerate(rows) if name in row["ratio"]]
-        axes.barh([y for y, _ in at], [ratio for _, ratio in at], height=height, label=name)
-    axes.axvline(1, color="black", linewidth=1)
-    labels = [f"{row['case']}, {row['mode']}, {row['threads']} threads" for row in rows]
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("time over lungkit's (medians of one interleaved run)")
-    axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    groups = [(name, _whole(group)) for name, group in _by_case(rows)]
+    height = sum(0.28 * len(group) + 0.6 for _, group in groups)
+    figure = Figure(figsize=(9, height + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(
+        len(groups), 1, squeeze=False, height_ratios=[len(group) + 2 for _, group in groups]
+    )[:, 0]
+    for axis, ((op, device, threads, case), group) in zip(axes, groups, strict=True):
+        where = f"{device}, {threads} threads" if device == "cpu" else device
+        names = [row["provider"] for row in group]
+        values = [1e3 * row["seconds"][1] for row in group]
+        spread = [[1e3 * abs(row["seconds"][end] - row["seconds"][1]) for row in group] for end in (0, 2)]
+        colours = ["tab:blue" if name == "lungkit" else "0.7" for name in names]
+        bars = axis.barh(names, values, xerr=spread, color=colours, error_kw={"elinewidth": 0.8})
+        ratios = [row.get("times_ours") for row in group]
+        axis.bar_label(
+            bars, [f" {v:.3g} ms" + (f", x{r[1]:.2f}" if r else "") for v, r in zip(values, ratios, strict=True)],
+            fontsize=7,
+        )  # fmt: skip
+        axis.set_title(f"{op}: {case} ({where}), {group[0]['mode']}", fontsize=8, loc="left")
+        axis.margins(x=0.25)
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=7)
+    axes[-1].set_xlabel("milliseconds: median, p20 to p80", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON of pytest-benchmark")
-    parser.add_argument("--name", default="cpu", help="stem of the files in benchmarks/results")
-    options = parser.parse_args()
-    report = json.loads(options.report.read_text())
-    rows = rows_of(report)
-    if not rows:
-        sys.stderr.write(f"{options.report}: no benchmark of the shared harness in it\n")
-        return 2
-    commit = report.get("commit_info", {})
-    machine = report["machine_info"]
-    record = {
+def _whole(group: Sequence[Row]) -> list[Row]:
+    modes = [row["mode"] for row in group]
+    mode = "both" if "both" in modes else modes[0]
+    return [row for row in group if row["mode"] == mode]
+
+
+def machine(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Where and from what the figures come."""
+    info, commit = run["machine_info"], run["commit_info"]
+    cpu = info.get("cpu") or {}
+    return {
+        "date": run["datetime"],
         "commit": commit.get("id"),
-        "dirty": commit.get("dirty"),
-        "time": report.get("datetime"),
-        "cpu": machine.get("cpu", {}).get("brand_raw"),
-        "cores": machine.get("cpu", {}).get("count"),
-        "python": machine.get("python_version"),
-        "versions": {"lungkit": lungkit.__version__}
-        | {name: metadata.version(name) for name in ("torch", "monai")},
-        "rows": rows,
+        "uncommitted_changes": commit.get("dirty"),
+        "cpu": cpu.get("brand_raw") or info.get("processor"),
+        "cores": cpu.get("count"),
+        "system": f"{info.get('system')} {info.get('release')}",
+        "python": info.get("python_version"),
+        **{
+            key: info.get(key)
+            for key in ("gpu", "torch", "lungkit", "threads", "instruction_set", "native_ops")
+        },
     }
-    table = markdown(rows)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    heading = f"{record['cpu']}, {record['cores']} cores, {versions}, commit {record['commit']}"
-    (RESULTS / f"{options.name}.md").write_text(f"{heading}\n\n{table}\n")
-    plot(rows, RESULTS / f"{options.name}.png")
-    sys.stdout.write(f"{heading}\n\n{table}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(
+        "run", nargs="?", type=Path, help="JSON of pytest-benchmark; default: the newest saved run"
+    )
+    parser.add_argument("--name", help="of the files written; default: cuda or cpu, what was measured")
+    parser.add_argument("--results", type=Path, default=_RESULTS, help="folder of the files written")
+    options = parser.parse_args(arguments)
+    path = options.run or max(
+        (_ROOT / ".benchmarks").glob("*/*.json"), key=lambda file: file.stat().st_mtime, default=None
+    )
+    if path is None or not path.is_file():
+        parser.error(
+            f"no run at {path or _ROOT / '.benchmarks'}: run `pytest benchmarks` first, or name its JSON"
+        )
+    run = json.loads(path.read_text())
+    rows = [bench["extra_info"] for bench in run["benchmarks"] if "op" in bench["extra_info"]]
+    if not rows:
+        parser.error(f"{path} holds no row of lungkit's benchmarks; was it written by `pytest benchmarks`?")
+    where = machine(run)
+    name = options.name or ("cuda" if any(row["device"] == "cuda" for row in rows) else "cpu")
+    title = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in where.items() if value is not None)
+    text = f"{table(rows)}\n\n{title}\n"
+    sys.stdout.write(text)
+    options.results.mkdir(parents=True, exist_ok=True)
+    target = options.results / name
+    target.with_suffix(".md").write_text(text)
+    target.with_suffix(".json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
+    plot(
+        rows,
+        target.with_suffix(".png"),
+        f"{where['gpu'] or where['cpu']}, torch {where['torch']}, {where['commit']}",
+    )
     return 0
 
 

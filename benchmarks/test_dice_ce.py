@@ -7,8 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from dice_ce_providers import LOSSES, DiceCECase, gather_form, nnunet_formula, two_class_form
-from harness import OURS
+from dice_ce_providers import LOSSES, DiceCECase
 
 from lungkit.losses import DiceCELoss
 
@@ -26,7 +25,7 @@ def cases(selection: str, device: str, threads: tuple[int, ...]) -> list[DiceCEC
 
     many = threads[0]
     if selection == "smoke":
-        return [case(many, (2, 2, 12, 12, 12)), case(1, (1, 4, 24, 24), _BF16, _I64)]
+        return [case(many, (2, 2, 12, 12, 12))]
     if selection == "full":
         shapes = [(2, 2, n, n, n) for n in (96, 128, 160, 192, 256, 320)]
         shapes += [(2, 4, 96, 96, 96), (2, 4, 192, 192, 192), (1, 16, 96, 96, 96), (1, 16, 192, 192, 192)]
@@ -61,7 +60,7 @@ def cases(selection: str, device: str, threads: tuple[int, ...]) -> list[DiceCEC
     ]
 
 
-@pytest.mark.cases(cases)
+@pytest.mark.cases(of=cases)
 def test_dice_ce(report: Callable[..., None], case: DiceCECase, mode: str, provider: str) -> None:
     report(case, mode, provider)
 
