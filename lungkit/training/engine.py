@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -106,6 +107,18 @@ def as_resource_error(error: BaseException) -> ResourceError | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return ResourceError(f"out of memory: {advice} ({error})")
     return None
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise :class:`~lungkit.errors.ResourceError` where memory runs out inside the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        translated = as_resource_error(error)
+        if translated is not None:
+            raise translated from error
+        raise
 
 
 def _processes(config: EngineConfig) -> tuple[int, int]:

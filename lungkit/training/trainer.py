@@ -8,7 +8,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,7 +23,7 @@ from lungkit.report import format_case_table, save_curves, write_case_table
 from lungkit.training.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, recover_checkpoint
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, load_config
-from lungkit.training.engine import as_resource_error, on_first_process, start_engine
+from lungkit.training.engine import memory_errors, on_first_process, start_engine
 from lungkit.training.grids import grid_of_scans
 from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
 from lungkit.training.progress import Display
@@ -116,7 +116,7 @@ class Trainer:
             Interrupted: :meth:`stop`, Ctrl-C or SIGTERM; the state is saved.
             UsageError, DataError, CheckpointError, ResourceError: see :mod:`lungkit.errors`.
         """
-        with _memory_errors():
+        with memory_errors():
             fabric = start_engine(self.config.engine)
             main = fabric.is_global_zero
             with RunLog(enabled=main) as log, Display(quiet=not main) as display:
@@ -127,7 +127,7 @@ class Trainer:
 
         No run is left behind, only the cache of preprocessed scans.
         """
-        with _memory_errors():
+        with memory_errors():
             fabric = start_engine(self.config.engine)
             with Display(quiet=not fabric.is_global_zero) as display:
                 prepared, train, val = self._prepare(fabric, display)
@@ -154,6 +154,11 @@ class Trainer:
         if self.resume is None:
             self.config = resolve(self.config, prepared.plan)
         display.prepared()
+        if not _has_foreground(val):
+            _LOG.warning(
+                "no validation case of fold %d has foreground: there is no Dice, the last weights count as the best",
+                self.config.data.fold,
+            )
         return prepared, train, val
 
     def _fit(self, fabric: Fabric, display: Display, log: RunLog) -> TrainResult:
@@ -179,8 +184,10 @@ class Trainer:
                     _write_status(folder, session, state, message=message)
             raise
         best = math.nan if session.position.best_dice is None else session.position.best_dice
-        _LOG.info("best validation Dice %.4f; everything is in %s", best, folder.path)
-        return TrainResult(folder.path, table, best, session.best_epoch, session.epoch)
+        result = TrainResult(folder.path, table, best, session.best_epoch, session.epoch)
+        told = "undefined" if math.isnan(best) else f"{result.dice:.4f}"
+        _LOG.info("best validation Dice %s; everything is in %s", told, folder.path)
+        return result
 
     def _open_folder(self, prepared: Prepared, log: RunLog) -> RunFolder:
         folder = self.resume
@@ -284,7 +291,8 @@ class Trainer:
             table = session.validate(val, after_case=lambda: self._stop_in_validation(session, folder))
             row["seconds_validating"] = round(time.perf_counter() - started, 3)
             for metric in METRICS:
-                mean = table.mean(metric)
+                # Without any foreground to find, a mean would only say whether something was found none the less.
+                mean = table.mean(metric) if _has_foreground(val) else math.nan
                 row[f"val_{metric}"] = None if math.isnan(mean) else mean
             dice = row["val_dice"]
             improved = dice is not None and (position.best_dice is None or dice > position.best_dice)
@@ -356,6 +364,10 @@ class Trainer:
         return table
 
 
+def _has_foreground(cases: Sequence[CachedCase]) -> bool:
+    return any(sum(case.class_voxels[1:]) for case in cases)
+
+
 def _write_status(folder: RunFolder, session: Session, state: str, **details: Any) -> None:
     position = session.position
     folder.write_status(
@@ -389,14 +401,3 @@ def _raise_divergence(session: Session, loss: float) -> NoReturn:
         f"training diverged in epoch {session.epoch}: the loss is {loss}; lower "
         f"optimiser.learning_rate (now {session.plan.learning_rate:g}) or use engine.precision fp32"
     )
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        translated = as_resource_error(error)
-        if translated is not None:
-            raise translated from error
-        raise
