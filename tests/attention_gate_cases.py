@@ -1,0 +1,123 @@
+"""Shapes, inputs and comparison that the tests of attention_gate on the CPU and on CUDA share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lungkit.ops.attention_gate import reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HALF_DTYPES = [torch.bfloat16, torch.float16]
+
+# Largest difference from the fp64 twin, as a share of the largest value of the same tensor. Half types round once, on
+# the way out; the bias' gradient is a sum of large numbers of both signs.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call."""
+
+    fine: tuple[int, ...]
+    coarse: tuple[int, ...]
+    x_channels: int
+    inner: int
+    batch: int = 1
+
+    def __str__(self) -> str:
+        grids = ["x".join(map(str, grid)) for grid in (self.fine, self.coarse)]
+        return f"{self.batch}x{self.x_channels}x{grids[0]}-{self.inner}x{grids[1]}"
+
+
+CASES = [
+    Case((1, 1), (1, 1), 1, 1),
+    Case((1, 1, 1), (1, 1, 1), 3, 2, batch=2),
+    Case((5, 7), (3, 4), 3, 2, batch=2),
+    Case((4, 6, 5), (4, 6, 5), 17, 33),
+    Case((4, 6, 5), (2, 3, 5), 5, 7, batch=2),
+    Case((40, 36), (10, 9), 16, 40),
+    Case((13, 9, 35), (4, 5, 9), 20, 24, batch=2),
+    Case((1, 20, 30), (1, 10, 15), 8, 4, batch=3),
+    Case((9, 20, 20), (1, 10, 10), 16, 8),
+    Case((6, 5, 150), (6, 5, 75), 33, 8),
+    Case((16, 16, 16), (8, 8, 8), 32, 16),
+]
+# More channels, fewer voxels; enough voxels for several chunks of every kind.
+WIDE_CASES = [
+    Case((3, 5), (2, 3), 512, 3),
+    Case((3, 5), (2, 3), 3, 512),
+    Case((4, 4, 3), (2, 2, 2), 130, 257),
+    Case((6, 6, 6), (3, 3, 3), 256, 128),
+]
+LARGE_CASES = [
+    Case((40, 40, 40), (20, 20, 20), 32, 16),
+    Case((200, 120), (100, 60), 16, 8, batch=2),
+    Case((30, 40, 40), (30, 40, 40), 16, 8),
+]
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def random_inputs(case: Case, dtype: torch.dtype, *, channels_last: bool = False, seed: int = 0) -> Inputs:
+    """x, phi, w_x, w_psi, b_psi: all in ``dtype``, or weights of float32 that ``dtype`` holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x = draw(case.batch, case.x_channels, *case.fine)
+    phi = draw(case.batch, case.inner, *case.coarse)
+    if channels_last:
+        order = torch.channels_last if len(case.fine) == 2 else torch.channels_last_3d
+        x, phi = x.contiguous(memory_format=order), phi.contiguous(memory_format=order)
+    return (
+        x,
+        phi,
+        draw(case.inner, case.x_channels) / case.x_channels**0.5,
+        draw(case.inner) / case.inner**0.5,
+        draw(1),
+    )
+
+
+def random_gradients(x: Tensor, *, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Gradients of out, in x's order of memory, and of alpha."""
+    generator = torch.Generator().manual_seed(seed)
+    grad_out = torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+    return grad_out, torch.randn((x.shape[0], 1, *x.shape[2:]), generator=generator).to(x.dtype)
+
+
+def assert_matches_twin(
+    ops: object,
+    inputs: Inputs,
+    gradients: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """The ops' results, forward and backward, are those of the twin in fp64; NaN and infinity would not pass."""
+    found = [
+        *ops.attention_gate(*inputs),
+        *ops.attention_gate_backward(*gradients, *inputs, True, True, True, True),
+    ]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    results = reference(*exact)
+    expected = [
+        *results,
+        *torch.autograd.grad(
+            [r for r, g in zip(results, gradients, strict=True) if g is not None],
+            exact,
+            [g.double() for g in gradients if g is not None],
+        ),
+    ]
+    names = ("out", "alpha", "grad_x", "grad_phi", "grad_w_x", "grad_w_psi", "grad_b_psi")
+    for name, actual, exact_value in zip(names, found, expected, strict=True):
+        wanted = exact_value.detach()
+        limit = TOLERANCE[actual.dtype]
+        # The sum of both signs in the bias' gradient cancels; its terms are what rounding follows.
+        scale = 1.0 if name == "grad_b_psi" else float(wanted.abs().max())
+        limit *= 30 if name == "grad_b_psi" else 1
+        assert actual.shape == wanted.shape, name
+        difference = float((actual.double() - wanted).abs().max())
+        assert difference <= limit * max(scale, 1e-6), (
+            f"{name}: differs by {difference}, largest value {scale}"
+        )

@@ -1,0 +1,367 @@
+"""attention_gate on the CPU: every instruction set against the twin in fp64, layouts, gradients, transformations."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_gate_cases import (
+    CASES,
+    DTYPES,
+    HALF_DTYPES,
+    LARGE_CASES,
+    WIDE_CASES,
+    Case,
+    assert_matches_twin,
+    random_gradients,
+    random_inputs,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lungkit.errors import UsageError
+from lungkit.ops.attention_gate import _reference_backward, attention_gate, reference
+
+OPS = torch.ops.lungkit
+SMALL = Case((4, 6, 5), (2, 3, 3), 5, 4, batch=2)
+
+
+def leaves(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [tensor.requires_grad_() for tensor in random_inputs(case, dtype)]
+
+
+def gate_and_gradients(inputs: list[Tensor], gate: Callable = attention_gate) -> list[Tensor]:
+    results = gate(*inputs)
+    return [*results, *torch.autograd.grad(results, inputs, random_gradients(inputs[0]))]
+
+
+# ---- the kernels against the twin -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_shape_equals_the_twin(isa, case, dtype, channels_last):
+    inputs = random_inputs(case, dtype, channels_last=channels_last)
+    assert_matches_twin(OPS, inputs, random_gradients(inputs[0]))
+
+
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_any_number_of_channels_equals_the_twin(isa, case):
+    inputs = random_inputs(case, torch.float32)
+    assert_matches_twin(OPS, inputs, random_gradients(inputs[0]))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_many_chunks_equal_the_twin(case, channels_last):
+    inputs = random_inputs(case, torch.float32, channels_last=channels_last)
+    assert_matches_twin(OPS, inputs, random_gradients(inputs[0]))
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_half_features_take_float_weights(isa, dtype):
+    x, phi, *weights = random_inputs(SMALL, dtype)
+    inputs = (x, phi, *(torch.randn_like(w, dtype=torch.float32) for w in weights))
+    assert_matches_twin(OPS, inputs, random_gradients(x))
+    _, _, *found = OPS.attention_gate_backward(*random_gradients(x), *inputs, True, True, True, True)
+    assert {grad.dtype for grad in found} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+def test_an_open_gate_passes_every_value_bit_for_bit(isa, dtype):
+    """alpha = 1: what comes out went through the kernels' conversions of the half types and back."""
+    if dtype == torch.float32:
+        values = torch.randn(1 << 16) * torch.logspace(-45, 38, 1 << 16)
+    else:
+        values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    x = values[values.isfinite()].reshape(1, 1, 1, -1)
+    out, alpha = attention_gate(
+        x, torch.zeros_like(x), torch.zeros(1, 1), torch.zeros(1), torch.full((1,), 100.0)
+    )
+    assert torch.equal(out, x)
+    assert bool((alpha == 1).all())
+
+
+@pytest.mark.parametrize("gradients", ["out", "alpha"])
+def test_either_output_may_have_no_gradient(isa, gradients):
+    inputs = random_inputs(SMALL, torch.float32)
+    grad_out, grad_alpha = random_gradients(inputs[0])
+    assert_matches_twin(OPS, inputs, (grad_out, None) if gradients == "out" else (None, grad_alpha))
+
+
+def test_2d_equals_3d_with_one_slice(isa):
+    x, phi, *weights = random_inputs(Case((9, 14), (5, 7), 6, 4), torch.float32)
+    flat, _ = attention_gate(x, phi, *weights)
+    solid, _ = attention_gate(x[:, :, None], phi[:, :, None], *weights)
+    assert torch.equal(flat, solid[:, :, 0])
+
+
+# ---- values at the edge ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [-1e4, 1e4])
+def test_a_saturated_gate_is_finite(isa, bias):
+    x, phi, w_x, w_psi, _ = random_inputs(SMALL, torch.float32)
+    inputs = (x, phi, w_x, w_psi, torch.tensor([bias]))
+    out, alpha = attention_gate(*inputs)
+    grads = OPS.attention_gate_backward(*random_gradients(x), *inputs, True, True, True, True)
+    assert all(bool(tensor.isfinite().all()) for tensor in (out, *grads))
+    torch.testing.assert_close(alpha, torch.full_like(alpha, float(bias > 0)))
+
+
+def test_nan_stays_in_its_voxel(isa):
+    x, *others = random_inputs(SMALL, torch.float32)
+    x[1, 2, 0, 3, 4] = float("nan")
+    out, alpha = attention_gate(x, *others)
+    assert alpha.isnan().nonzero().tolist() == [[1, 0, 0, 3, 4]]
+    assert out.isnan().nonzero()[:, [0, 2, 3, 4]].unique(dim=0).tolist() == [[1, 0, 3, 4]]
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4, 6, 5), (2, 5, 0, 6, 5)])
+def test_nothing_in_gives_nothing_out(shape):
+    x = torch.zeros(shape, requires_grad=True)
+    phi = torch.zeros(shape[0], 4, shape[2] // 2, 3, 3, requires_grad=True)
+    weights = [torch.ones(4, 5), torch.ones(4), torch.ones(1)]
+    out, alpha = attention_gate(x, phi, *(w.requires_grad_() for w in weights))
+    out.sum().backward()
+    assert (out.shape, alpha.shape) == (shape, (shape[0], 1, *shape[2:]))
+    assert x.grad.shape == shape
+    assert all(float(w.grad.abs().sum()) == 0 for w in weights)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["channels_last", "contiguous"])
+def test_results_lie_as_the_inputs_do(order):
+    x, phi, *weights = random_inputs(SMALL, torch.float32, channels_last=order == "channels_last")
+    out, alpha = attention_gate(x, phi, *weights)
+    grad_x, grad_phi, *_ = OPS.attention_gate_backward(
+        *random_gradients(x), x, phi, *weights, True, True, True, True
+    )
+    assert out.stride() == grad_x.stride() == x.stride()
+    assert grad_phi.stride() == phi.stride()
+    assert alpha.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.repeat(1, 2, 1, 1, 1)[:, : t.shape[1]],  # channels of a wider tensor
+        lambda t: t.transpose(3, 4).contiguous().transpose(3, 4),  # voxels in another order
+        lambda t: t.repeat(1, 1, 1, 1, 2)[..., : t.shape[4]],  # rows with gaps
+        lambda t: t.permute(0, 2, 3, 4, 1).repeat(1, 1, 1, 1, 2)[..., : t.shape[1]].permute(0, 4, 1, 2, 3),
+        lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),  # off a 16-byte boundary
+    ],
+    ids=["channel slice", "transposed", "gaps", "channels-last slice", "misaligned"],
+)
+@pytest.mark.parametrize("which", [0, 1, "grad"])
+def test_any_strides_equal_the_twin(isa, which, view):
+    inputs = list(random_inputs(SMALL, torch.float32))
+    grad_out, grad_alpha = random_gradients(inputs[0])
+    if which == "grad":
+        grad_out = view(grad_out)
+    else:
+        inputs[which] = view(inputs[which])
+    assert_matches_twin(OPS, tuple(inputs), (grad_out, grad_alpha))
+
+
+@pytest.mark.parametrize("order", ["contiguous", "channels_last"])
+def test_expanded_gradients_equal_the_twin(order):
+    inputs = random_inputs(SMALL, torch.float32, channels_last=order == "channels_last")
+    x = inputs[0]
+    grad_out = torch.tensor(0.5).expand_as(x)
+    assert_matches_twin(OPS, inputs, (grad_out, torch.tensor(2.0).expand(2, 1, *SMALL.fine)))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_batch_that_repeats_one_image_equals_the_twin(which):
+    inputs = list(random_inputs(SMALL, torch.float32))
+    inputs[which] = inputs[which][:1].expand_as(inputs[which])
+    assert_matches_twin(OPS, tuple(inputs), random_gradients(inputs[0]))
+
+
+def test_backward_keeps_the_inputs_alone():
+    kept = []
+    inputs = leaves(SMALL)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention_gate(*inputs)
+    assert sorted(kept) == sorted(tensor.data_ptr() for tensor in inputs)
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case((4, 5), (2, 3), 3, 2), Case((3, 4, 4), (2, 2, 2), 2, 3), Case((2, 3, 2), (2, 3, 2), 3, 2)],
+    ids=str,
+)
+def test_gradcheck(case):
+    assert torch.autograd.gradcheck(attention_gate, leaves(case, torch.float64))
+
+
+@pytest.mark.parametrize("needed", range(5))
+def test_each_gradient_alone_is_that_of_all_together(needed):
+    together = gate_and_gradients(leaves(SMALL))[2 + needed]
+    alone = list(random_inputs(SMALL, torch.float32))
+    alone[needed].requires_grad_()
+    (found,) = torch.autograd.grad(attention_gate(*alone), alone[needed], random_gradients(alone[0]))
+    assert torch.equal(found, together)
+
+
+def test_gradients_not_asked_for_are_not_made():
+    inputs = random_inputs(SMALL, torch.float32)
+    found = OPS.attention_gate_backward(*random_gradients(inputs[0]), *inputs, False, False, True, False)
+    assert [grad.numel() for grad in found] == [0, 0, inputs[2].numel(), 0, 0]
+
+
+def test_a_second_derivative_is_refused():
+    inputs = leaves(SMALL)
+    (grad,) = torch.autograd.grad(attention_gate(*inputs)[0].sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_same_bits_for_any_number_of_threads(case):
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            found.append(gate_and_gradients(leaves(case)))
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_the_twins_backward_is_its_autograd():
+    inputs = leaves(SMALL, torch.float64)
+    expected = gate_and_gradients(inputs, reference)[2:]
+    found = _reference_backward(
+        *random_gradients(inputs[0]), *(t.detach() for t in inputs), True, True, True, True
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- torch's transformations -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, channels_last):
+    inputs = random_inputs(SMALL, dtype, channels_last=channels_last)
+    leaf = [tensor.requires_grad_() for tensor in inputs]
+    torch.library.opcheck(OPS.attention_gate.default, tuple(leaf))
+    gradients = random_gradients(inputs[0])
+    detached = tuple(tensor.detach() for tensor in inputs)
+    for needs in ((True, True, True, True), (True, False, False, True)):
+        torch.library.opcheck(OPS.attention_gate_backward.default, (*gradients, *detached, *needs))
+
+
+def scaled(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
+    out, alpha = attention_gate(torch.tanh(x), phi * 2, w_x, w_psi, b_psi)
+    return out + 1, alpha
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic):
+    compiled = torch.compile(scaled, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for case in (SMALL, Case((6, 7, 9), (3, 4, 5), 5, 4, batch=3)):
+        for a, b in zip(
+            gate_and_gradients(leaves(case), compiled), gate_and_gradients(leaves(case), scaled), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+class Gate(nn.Module):
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return attention_gate(*inputs)
+
+
+def test_exports_with_dynamic_sizes_and_loads_again():
+    inputs = random_inputs(SMALL, torch.float32)
+    batch, coarse = torch.export.Dim("batch", min=1), [torch.export.Dim(f"n{d}", min=2) for d in range(3)]
+    grids = (
+        {0: batch, **{d + 2: 2 * n for d, n in enumerate(coarse)}},
+        {0: batch, **dict(enumerate(coarse, 2))},
+    )
+    case = Case((8, 6, 10), (4, 3, 5), 5, 4, batch=2)
+    program = torch.export.export(
+        Gate(), random_inputs(case, torch.float32), dynamic_shapes=((*grids, {}, {}, {}),)
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    inputs = random_inputs(Case((4, 6, 12), (2, 3, 6), 5, 4, batch=3), torch.float32)
+    for a, b in zip(loaded(*inputs), attention_gate(*inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    plain = gate_and_gradients(leaves(SMALL))
+    again = gate_and_gradients(
+        leaves(SMALL), lambda *inputs: checkpoint(attention_gate, *inputs, use_reentrant=False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_autocast_halves_the_features_and_keeps_the_weights():
+    inputs = leaves(SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, alpha = attention_gate(*inputs)
+    grads = torch.autograd.grad(out.float().sum(), inputs)
+    assert out.dtype == alpha.dtype == torch.bfloat16
+    assert {grad.dtype for grad in grads} == {torch.float32}
+    expected, _ = attention_gate(inputs[0].bfloat16(), inputs[1].bfloat16(), *inputs[2:])
+    assert torch.equal(out, expected)
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+X, PHI, W_X, W_PSI, B_PSI = (
+    torch.zeros(2, 5, 4, 6),
+    torch.zeros(2, 3, 2, 3),
+    torch.zeros(3, 5),
+    torch.zeros(3),
+    torch.zeros(1),
+)
+BAD = {
+    "x without channels": ((X[0], PHI, W_X, W_PSI, B_PSI), r"x must be \(B, Cx, Y, X\).*got.*\(5, 4, 6\)"),
+    "other axes": ((X, PHI[..., None], W_X, W_PSI, B_PSI), "phi"),
+    "other batch": ((X, PHI[:1], W_X, W_PSI, B_PSI), "phi"),
+    "finer phi": ((X, torch.zeros(2, 3, 5, 3), W_X, W_PSI, B_PSI), r"phi.*\(.*5, 3\).*\(.*4, 6\)"),
+    "empty phi": ((X, torch.zeros(2, 3, 0, 3), W_X, W_PSI, B_PSI), "phi"),
+    "w_x for other channels": ((X, PHI, torch.zeros(3, 4), W_PSI, B_PSI), r"w_x must be.*\(3, 5\).*\(3, 4\)"),
+    "w_x with axes": ((X, PHI, W_X[..., None, None], W_PSI, B_PSI), r"w_x must be.*\(3, 5, 1, 1\)"),
+    "w_psi for other channels": ((X, PHI, W_X, torch.zeros(4), B_PSI), r"w_psi must be.*\(3,?\).*\(4,\)"),
+    "two biases": ((X, PHI, W_X, W_PSI, torch.zeros(2)), r"b_psi must be.*\(2,\)"),
+    "phi in another dtype": ((X, PHI.double(), W_X, W_PSI, B_PSI), "x .*phi"),
+    "weights finer than x": ((X, PHI, W_X.double(), W_PSI.double(), B_PSI.double()), "w_x must have x's dtype"),
+    "w_psi in another dtype": ((X, PHI, W_X, W_PSI.double(), B_PSI), "w_x.*w_psi"),
+    "integers": ((X.int(), PHI.int(), W_X.int(), W_PSI.int(), B_PSI.int()), "float"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [attention_gate, OPS.attention_gate], ids=["function", "op"])
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_arguments_that_do_not_fit_are_named(arguments, message, call):
+    with pytest.raises(UsageError if call is attention_gate else RuntimeError, match=message):
+        call(*arguments)
+
+
+def test_another_device_is_named():
+    with pytest.raises(UsageError, match="x and w_x must be on the same device, got cpu and meta"):
+        attention_gate(X, PHI, W_X.to("meta"), W_PSI, B_PSI)
