@@ -16,6 +16,7 @@ import pytest
 SANITIZED = "LUNGKIT_TEST_SANITIZED"
 
 
+@pytest.mark.timeout(2400)  # compiling every kernel under the sanitizers takes minutes on two cores
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process that the sanitizers watch")
 def test_emulated_kernels_are_clean_under_the_sanitizers():
     if shutil.which("g++") is None:
