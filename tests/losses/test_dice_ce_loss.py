@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from dice_ce_ranks import criterion, network_and_batch, run_rank
 
 from lungkit.errors import UsageError
 from lungkit.losses import DiceCELoss
@@ -184,44 +184,10 @@ def test_compiles_as_a_module():
 # ---- ranks ------------------------------------------------------------------------------------------------------
 
 
-def _rank(rank: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    network, images, labels = _network_and_batch()
-    model = torch.nn.parallel.DistributedDataParallel(network)
-    share = slice(0, 1) if rank == 0 else slice(1, 3)
-    loss = _criterion(synchronise=True)(model(images[share]), labels[share])
-    loss.backward()
-    gradients = [parameter.grad for parameter in network.parameters()]
-    torch.save((loss.detach(), gradients), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def _network_and_batch():
-    torch.manual_seed(0)
-    network = torch.nn.Conv2d(1, 3, 3, padding=1).double()
-    labels = torch.randint(0, 3, (3, 1, 8, 8))
-    labels[2, 0, :5] = 255  # the ranks have different numbers of voxels
-    return network, torch.randn(3, 1, 8, 8, dtype=torch.float64), labels
-
-
-def _criterion(*, synchronise: bool) -> DiceCELoss:
-    return DiceCELoss(
-        softmax=True,
-        batch=True,
-        weight=WEIGHT,
-        label_smoothing=0.1,
-        ignore_index=255,
-        synchronise=synchronise,
-    )
-
-
 def test_two_ranks_give_loss_and_gradient_of_one_process_with_the_whole_batch(tmp_path: Path):
-    mp.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
-    network, images, labels = _network_and_batch()
-    loss = _criterion(synchronise=False)(network(images), labels)
+    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    network, images, labels = network_and_batch()
+    loss = criterion(synchronise=False)(network(images), labels)
     loss.backward()
     for rank in range(2):
         value, gradients = torch.load(tmp_path / f"rank{rank}.pt")

@@ -109,7 +109,8 @@ def test_a_closed_gate_hides_its_skip():
         gated, alpha = network._gate(
             level, torch.ones(1, FEATURES[level], 4, 4), torch.ones(1, FEATURES[level + 1], 2, 2)
         )
-        assert not gated.any() and not alpha.any()
+        # A kernel may give the smallest of floats in place of zero.
+        assert gated.abs().max() < 1e-37 and alpha.max() < 1e-37
     assert network(x).isfinite().all()
 
 
