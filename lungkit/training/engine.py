@@ -111,7 +111,10 @@ def as_resource_error(error: BaseException) -> ResourceError | None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raise :class:`~lungkit.errors.ResourceError` where memory runs out inside the block."""
+    """Raise :class:`~lungkit.errors.ResourceError` where memory runs out in the block; then end the process group.
+
+    A group that is alive when the interpreter exits has threads of its own, and now and then aborts the process.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -119,6 +122,9 @@ def memory_errors() -> Iterator[None]:
         if translated is not None:
             raise translated from error
         raise
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _processes(config: EngineConfig) -> tuple[int, int]:
