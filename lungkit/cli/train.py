@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _resumed(options: argparse.Namespace, rest: Sequence[str]) -> Trainer:
-    from lungkit.training.checkpoint import LAST
+    from lungkit.checkpoint import LAST
     from lungkit.training.config_io import MOVABLE, config_differences, parse_arguments
     from lungkit.training.run_folder import RunFolder
     from lungkit.training.trainer import Trainer

@@ -16,6 +16,7 @@ import torch
 
 import lungkit
 from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit.checkpoint import LAST
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.errors import UsageError
 from lungkit.experiments.arms import PAPER_FIGURES, Arm, budget_differences, check_arms
@@ -23,7 +24,6 @@ from lungkit.experiments.results import ComparisonRow, compare_tables, format_co
 from lungkit.experiments.runs import LoadedRun, finished_run, train_or_resume
 from lungkit.metrics import CaseTable, MetricGroup, MetricOptions
 from lungkit.report import choose_slice, save_curves, save_distributions, save_overlays, write_case_table
-from lungkit.training.checkpoint import LAST
 from lungkit.training.config_io import config_to_dict
 
 _LOG = logging.getLogger("lungkit")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lungkit.checkpoint import LAST, load_checkpoint
 from lungkit.data import CachedCase, CaseCache, Dataset, open_dataset, read_volume, restore_label
 from lungkit.data.dataset import IGNORE_INDEX, map_labels
 from lungkit.data.geometry import orient, plan_geometry
@@ -21,7 +22,6 @@ from lungkit.experiments.arms import Arm
 from lungkit.inference import attention_map
 from lungkit.metrics import CaseTable, MetricOptions, measure_case
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet, build_model
-from lungkit.training.checkpoint import LAST, load_checkpoint
 from lungkit.training.config_io import load_config
 from lungkit.training.planning import Prepared, cache_folder, prepare
 from lungkit.training.run_folder import RunFolder

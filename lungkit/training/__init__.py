@@ -15,16 +15,16 @@ from lungkit.training.config import (
 )
 
 if TYPE_CHECKING:
-    from lungkit.training.checkpoint import Checkpoint, load_checkpoint
+    from lungkit.checkpoint import Checkpoint, load_checkpoint
     from lungkit.training.config_io import load_config
     from lungkit.training.trainer import Trainer, TrainResult
 
 _LAZY = {
-    "Checkpoint": "checkpoint",
-    "load_checkpoint": "checkpoint",
-    "load_config": "config_io",
-    "Trainer": "trainer",
-    "TrainResult": "trainer",
+    "Checkpoint": "lungkit.checkpoint",
+    "load_checkpoint": "lungkit.checkpoint",
+    "load_config": "lungkit.training.config_io",
+    "Trainer": "lungkit.training.trainer",
+    "TrainResult": "lungkit.training.trainer",
 }
 
 __all__ = [
@@ -45,5 +45,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The trainer brings Fabric, jsonargparse and matplotlib along; a configuration needs none of them.
     if name in _LAZY:
-        return getattr(importlib.import_module(f"lungkit.training.{_LAZY[name]}"), name)
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'lungkit.training' has no attribute {name!r}")

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lungkit.checkpoint import Checkpoint, save_checkpoint
 from lungkit.data import Augmenter, CachedCase, PatchSampler
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.errors import CheckpointError, DataError
 from lungkit.losses import DeepSupervisionLoss, DiceCELoss
 from lungkit.metrics import CaseTable
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
-from lungkit.training.checkpoint import Checkpoint, save_checkpoint
 from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
 from lungkit.training.config_io import MOVABLE, config_to_dict
 from lungkit.training.grids import Grid

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from lungkit.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, recover_checkpoint
 from lungkit.data import CachedCase
 from lungkit.errors import Interrupted, LungkitError
 from lungkit.metrics import CaseTable
 from lungkit.report import format_case_table, save_curves, write_case_table
-from lungkit.training.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, recover_checkpoint
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, load_config
 from lungkit.training.engine import memory_errors, on_first_process, start_engine

@@ -152,7 +152,7 @@ def test_a_full_disk_ends_with_5(options: Options, tmp_path: Path, monkeypatch, 
     def full(weights, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("lungkit.training.checkpoint.save_file", full)
+    monkeypatch.setattr("lungkit.checkpoint.save_file", full)
     assert main(options()) == 5
     assert "disk or quota is full" in capsys.readouterr().err
     assert status(tmp_path / "runs" / "run")["state"] == "failed"

@@ -10,11 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lungkit.checkpoint import save_checkpoint
 from lungkit.data import AugmentConfig, Preprocessing, read_volume, write_nifti
 from lungkit.errors import CheckpointError, DataError, Interrupted, LungkitError, ResourceError
 from lungkit.nn import build_model
 from lungkit.training import Trainer, load_checkpoint
-from lungkit.training.checkpoint import save_checkpoint
 from lungkit.training.session import Session
 
 
@@ -310,7 +310,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatc
     def filling(self, folder, name):
         saves.append(name)
         if self.epoch == 3:
-            monkeypatch.setattr("lungkit.training.checkpoint.save_file", full)
+            monkeypatch.setattr("lungkit.checkpoint.save_file", full)
         save(self, folder, name)
 
     def full(weights, path):

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from lungkit.checkpoint import load_checkpoint, recover_checkpoint, save_checkpoint
 from lungkit.errors import CheckpointError, ResourceError
-from lungkit.training.checkpoint import load_checkpoint, recover_checkpoint, save_checkpoint
 
 
 def save(folder, value=1.0, **trainer):
@@ -126,7 +126,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 _FULL_DISK = """
 import resource, sys, torch
 from lungkit.errors import ResourceError
-from lungkit.training.checkpoint import save_checkpoint
+from lungkit.checkpoint import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 big, small = torch.zeros(100_000), torch.zeros(1)
 weights, state = (big, small) if sys.argv[2] == "weights" else (small, big)
