@@ -130,18 +130,20 @@ class EngineConfig:
         accelerator: "auto", "cpu", "cuda", "mps" ...
         devices: processes per node; more than one is distributed data parallel.
         nodes: machines.
-        precision: "fp32", "bf16" or "fp16" (mixed).
+        precision: "fp32", "bf16" or "fp16" (mixed); "auto" is bf16 where the device computes with it (GPUs from Ampere
+            on, CPUs with AVX-512 BF16 or AMX), fp16 on older GPUs, else fp32.
         compile: torch.compile the network.
-        channels_last: memory format of the network.
+        channels_last: memory format of the network; None is channels-last but for bf16 on a CPU, where the
+            convolutions are fast in channels-first only.
         deterministic: only algorithms that give the same bits on every run.
     """
 
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
-    channels_last: bool = True
+    channels_last: bool | None = None
     deterministic: bool = False
 
 

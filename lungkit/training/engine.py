@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,7 +23,36 @@ _LOG = logging.getLogger("lungkit")
 
 T = TypeVar("T")
 
-_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def resolve_engine(config: EngineConfig) -> EngineConfig:
+    """``config`` with precision and memory format decided for the device that it will run on.
+
+    Example:
+        >>> resolve_engine(EngineConfig(accelerator="cpu", precision="bf16")).channels_last
+        False
+        >>> resolve_engine(EngineConfig(accelerator="cpu", precision="fp32")).channels_last
+        True
+    """
+    on_gpu = config.accelerator in ("cuda", "gpu", "auto") and torch.cuda.is_available()
+    precision = config.precision
+    if precision == "auto":
+        if on_gpu:
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            precision = "bf16" if config.accelerator in ("cpu", "auto") and _cpu_computes_bf16() else "fp32"
+    channels_last = config.channels_last
+    if channels_last is None:
+        channels_last = on_gpu or precision != "bf16"
+    return replace(config, precision=precision, channels_last=channels_last)
+
+
+def _cpu_computes_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; torch emulates it elsewhere, slower than fp32."""
+    find = getattr(torch.cpu, "get_capabilities", dict)  # older releases do not tell
+    found: dict[str, Any] = find()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def start_engine(config: EngineConfig) -> Fabric:
@@ -33,6 +63,7 @@ def start_engine(config: EngineConfig) -> Fabric:
     """
     from lightning_fabric import Fabric
 
+    config = resolve_engine(config)
     if config.precision == "fp16" and config.accelerator == "cpu":
         raise UsageError("engine.precision is 'fp16', which needs a GPU; use 'bf16' or 'fp32' on the CPU")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -42,7 +73,7 @@ def start_engine(config: EngineConfig) -> Fabric:
             accelerator=config.accelerator,
             devices=devices,
             num_nodes=nodes,
-            precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
+            precision=_PRECISIONS[config.precision],
             strategy="ddp" if devices * nodes > 1 else "auto",
         )
         if config.precision == "fp16" and fabric.device.type == "cpu":

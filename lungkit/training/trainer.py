@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +23,7 @@ from lungkit.metrics import CaseTable
 from lungkit.report import format_case_table, save_curves, write_case_table
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, load_config
-from lungkit.training.engine import memory_errors, on_first_process, start_engine
+from lungkit.training.engine import memory_errors, on_first_process, resolve_engine, start_engine
 from lungkit.training.grids import grid_of_scans
 from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
 from lungkit.training.progress import Display
@@ -93,7 +93,7 @@ class Trainer:
         on_epoch_end: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         config.validate()
-        self.config = config
+        self.config = replace(config, engine=resolve_engine(config.engine))
         self.resume = None if resume is None else RunFolder.open(resume)
         self.checkpoint = checkpoint
         self.on_epoch_end = on_epoch_end

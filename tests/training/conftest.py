@@ -46,7 +46,7 @@ def tiny(phantom_root: Path, cache_root: Path, tmp_path: Path) -> Callable[..., 
             data=DataConfig(root=str(phantom_root), cache=str(cache_root), patch_size=(16, 16)),
             model=ModelConfig(name="attention-unet", features=(4, 8)),
             optimiser=OptimiserConfig(warmup_steps=3),
-            engine=EngineConfig(accelerator="cpu"),
+            engine=EngineConfig(accelerator="cpu", precision="fp32"),  # the same on every machine
             epochs=6,
             steps_per_epoch=2,
             batch_size=2,

@@ -156,8 +156,9 @@ def test_another_seed_gives_other_weights(tiny):
         {"model__dropout": 0.3, "model__norm": "batch", "augment": AugmentConfig(noise_probability=1.0)},
         {"optimiser__name": "sgd", "optimiser__schedule": "cosine", "model__deep_supervision": True,
          "model__features": (4, 8, 8), "engine__deterministic": True},
+        {"engine__precision": "bf16"},
     ],
-    ids=["defaults", "dropout, batch norm, noise", "sgd, cosine, deep supervision"],
+    ids=["defaults", "dropout, batch norm, noise", "sgd, cosine, deep supervision", "bf16"],
 )  # fmt: skip
 def test_three_epochs_and_three_more_are_six(tiny, options):
     whole = Trainer(tiny(**options)).fit()
