@@ -23,7 +23,8 @@ Examples:
   lungkit-compare                                        the paper's experiment on the CT phantom
   lungkit-compare --data DIR --seeds 0 1 2               on your scans, three seeds
   lungkit-compare --data DIR --arm A=a.yaml --arm B=b.yaml   any two configurations
-  lungkit-compare --runs runs/unet --runs runs/attention-unet    finished runs
+  lungkit-compare --runs runs/unet runs/attention-unet           finished runs, one an arm
+  lungkit-compare --runs A0 A1 A2 --runs B0 B1 B2                several of each arm
 The same command again goes on where it was stopped. Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources,
 75 interrupted and saved.
 """
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="finished runs of one arm (one a fold and seed), twice or more; nothing is trained",
+        help="finished runs, one an arm; given twice or more, all runs of one arm each time (one a fold and seed); "
+        "nothing is trained",
     )
     parser.add_argument("--folds", type=int, nargs="+", default=[0], help="folds to hold out (default: 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds to train with (default: 0)")
@@ -79,8 +81,6 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError(
             f"--runs compares finished runs and trains nothing, so {given} has no meaning with it"
         )
-    if options.runs and len(options.runs) < 2:
-        raise UsageError("--runs must be given twice, once for each arm")
     if options.runs:
         arms = []
     elif options.arm:
@@ -96,15 +96,25 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         published=not (options.arm or options.runs),
     )
     if options.runs:
-        runs = {", ".join(path.name for path in found): found for found in options.runs}
-        if len(runs) < len(options.runs):
-            raise UsageError("--runs must name different runs")
-        rows = compare_runs(experiment, runs, options.output, progress=_report)
+        rows = compare_runs(experiment, _arms_of(options.runs), options.output, progress=_report)
     else:
         rows = compare(experiment, options.output, progress=_report)
     sys.stdout.write(format_comparison(rows) + "\n")
     _LOG.info("everything is in %s", options.output)
     return 0
+
+
+def _arms_of(given: Sequence[Sequence[Path]]) -> dict[str, Sequence[Path]]:
+    """Runs by the name of their arm: each run of a single ``--runs`` is an arm, else each ``--runs`` is one."""
+    arms = [[path] for path in given[0]] if len(given) == 1 else given
+    if len(arms) < 2:
+        raise UsageError("--runs needs the runs of two arms: --runs A B, or --runs A ... --runs B ...")
+    folders = [path.resolve() for paths in arms for path in paths]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UsageError(f"--runs must name different runs, but {folder} comes twice")
+    named = {", ".join(path.name for path in paths): paths for paths in arms}
+    return named if len(named) == len(arms) else {", ".join(map(str, paths)): paths for paths in arms}
 
 
 def _report(run: str, done: int, total: int) -> None:

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lungkit.data import DEFAULT_MAX_VOXELS
     from lungkit.metrics import EmptyPolicy, HausdorffDefinition, MetricGroup, MetricOptions
 
     defaults = MetricOptions()
@@ -91,7 +92,12 @@ def _parser() -> argparse.ArgumentParser:
         "--common-only", action="store_true", help="cases on one side only are named, but are no error"
     )
     parser.add_argument("-j", "--jobs", type=int, help="cases at a time (default: one a core)")
-    parser.add_argument("--max-voxels", type=int, help="refuse larger files")
+    parser.add_argument(
+        "--max-voxels",
+        type=int,
+        default=DEFAULT_MAX_VOXELS,
+        help="refuse larger files (default: %(default)s)",
+    )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return parser
 
@@ -99,7 +105,6 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from lungkit.data import DEFAULT_MAX_VOXELS
     from lungkit.metrics import EmptyPolicy, HausdorffDefinition, MetricGroup, MetricOptions
     from lungkit.metrics.surface import available_cpus
     from lungkit.report import evaluation as evaluating
@@ -112,6 +117,9 @@ def _run(arguments: argparse.Namespace) -> int:
         min_iou=arguments.min_iou,
         empty=EmptyPolicy(arguments.empty),
     )
+    if arguments.max_voxels < 1:
+        raise UsageError(f"--max-voxels must be at least 1, got {arguments.max_voxels}")
+    folder = _new_folder(arguments.output)
     if arguments.label:
         scheme = evaluating.parse_labels(arguments.label)
     else:
@@ -126,10 +134,9 @@ def _run(arguments: argparse.Namespace) -> int:
             scheme,
             options=options,
             jobs=jobs,
-            max_voxels=arguments.max_voxels or DEFAULT_MAX_VOXELS,
+            max_voxels=arguments.max_voxels,
             progress=bar.update,
         )
-    folder = _new_folder(arguments.output)
     text = evaluating.write_evaluation(folder, evaluation, found, options, scheme)
     sys.stdout.write(text + "\n")
     _LOG.info("everything is in %s", folder)

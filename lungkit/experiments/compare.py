@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from lungkit.experiments.runs import LoadedRun, finished_run, train_or_resume
 from lungkit.metrics import CaseTable, MetricGroup, MetricOptions
 from lungkit.report import choose_slice, save_curves, save_distributions, save_overlays, write_case_table
 from lungkit.training.config_io import config_to_dict
+from lungkit.training.planning import open_folds
 
 _LOG = logging.getLogger("lungkit")
 
@@ -84,9 +86,11 @@ def compare(experiment: Experiment, output: Path, *, progress: Progress | None =
 
     Raises:
         Interrupted: stopped and saved.
-        UsageError: the arms do not fit each other, or ``output`` holds another experiment.
+        UsageError: the arms do not fit each other, a fold or an option is out of range, or ``output`` holds another
+            experiment. Nothing is trained then.
     """
     check_arms(experiment.arms)
+    _check_runs(experiment, output)
     for difference in budget_differences(experiment.arms):
         _LOG.warning("the arms have different budgets: %s", difference)
     _claim(output, experiment.to_dict())
@@ -121,6 +125,22 @@ def compare_runs(
     return _measure_and_write(experiment, paths, output, progress)
 
 
+def _check_runs(experiment: Experiment, output: Path) -> None:
+    """Find what would end the last run before the first one has trained for hours."""
+    for name, numbers in (("folds", experiment.folds), ("seeds", experiment.seeds)):
+        if len(set(numbers)) < len(numbers):
+            raise UsageError(f"{name} must differ, got {', '.join(map(str, numbers))}")
+    for fold in experiment.folds:
+        configs = [
+            arm.run_config(output / "runs", fold, seed)
+            for arm in experiment.arms
+            for seed in experiment.seeds
+        ]
+        for config in configs:
+            config.validate()
+        open_folds(configs[0])  # arms share their data
+
+
 def _claim(output: Path, description: dict[str, Any]) -> None:
     """Make the output folder, or recognise it as that of this experiment."""
     path = output / _EXPERIMENT
@@ -152,6 +172,7 @@ def _measure_and_write(
     _check_same_cases(runs)
     cases = output / "cases"
     cases.mkdir(exist_ok=True)
+    file_names = _file_names([run.path for loaded in runs.values() for run in loaded])
     tables: dict[str, list[CaseTable]] = {}
     for name, loaded in runs.items():
         tables[name] = []
@@ -159,7 +180,7 @@ def _measure_and_write(
             step = None if progress is None else functools.partial(progress, run.path.name)
             table = run.measure(experiment.options, progress=step)
             tables[name].append(table)
-            write_case_table(cases, table, name=run.path.name, metrics=experiment.metrics)
+            write_case_table(cases, table, name=file_names[run.path], metrics=experiment.metrics)
     rows = compare_tables(tables, experiment.metrics, paper=PAPER_FIGURES if experiment.published else None)
     for style, suffix in (("text", "txt"), ("csv", "csv"), ("latex", "tex")):
         write_text_atomic(output / f"table.{suffix}", format_comparison(rows, style=style) + "\n")
@@ -178,6 +199,15 @@ def _measure_and_write(
     )
     _draw(experiment, runs, tables, output)
     return rows
+
+
+def _file_names(runs: Sequence[Path]) -> dict[Path, str]:
+    """What the tables of the runs are called: the run's name, numbered where several folders have the same one."""
+    count = Counter(path.name for path in runs)
+    return {
+        path: path.name if count[path.name] == 1 else f"{number}-{path.name}"
+        for number, path in enumerate(runs, start=1)
+    }
 
 
 def _check_same_cases(runs: Mapping[str, Sequence[LoadedRun]]) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -158,7 +158,8 @@ def _build(parser: ConfigParser, parsed: Namespace) -> TrainConfig:
 
 def _normalise(arguments: Sequence[str]) -> Iterator[str]:
     """Write shorthands out and turn ``--name 1 2 3`` into ``--name=[1, 2, 3]``."""
-    known, lists = {"config", *option_names()}, set(_tuple_options(TrainConfig))
+    known = {"config", *option_names()}
+    lists, switches = set(_options_of(TrainConfig, _holds_tuple)), set(_options_of(TrainConfig, _is_switch))
     index = 0
     while index < len(arguments):
         argument = arguments[index]
@@ -176,7 +177,9 @@ def _normalise(arguments: Sequence[str]) -> Iterator[str]:
                 values.append(arguments[index])
                 index += 1
         if not values:
-            values = ["true"]  # a switch
+            if name not in switches:
+                raise UsageError(f"--{name} needs a value")
+            values = ["true"]
         if name in lists and not values[0].startswith("[") and (len(values) > 1 or _NUMBER.match(values[0])):
             values = [f"[{', '.join(values)}]"]
         if name == "config":
@@ -230,14 +233,23 @@ def _is_value(argument: str) -> bool:
     return not argument.startswith("-") or _NUMBER.match(argument) is not None
 
 
-def _tuple_options(cls: type, prefix: str = "") -> Iterator[str]:
+def _options_of(cls: type, fits: Callable[[Any], bool], prefix: str = "") -> Iterator[str]:
+    """Names of the options with a type that fits."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from _tuple_options(hint, f"{prefix}{field.name}.")
-        elif any(typing.get_origin(part) is tuple for part in _alternatives(hint)):
+            yield from _options_of(hint, fits, f"{prefix}{field.name}.")
+        elif any(fits(part) for part in _alternatives(hint)):
             yield prefix + field.name
+
+
+def _holds_tuple(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
+
+
+def _is_switch(hint: Any) -> bool:
+    return hint is bool
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ from lungkit.training.config import ModelConfig, TrainConfig
 
 _PHANTOM_SHAPE = (1, 128, 128)
 _PHANTOM_SEED = 0
+_FOLDS_SEED = 0
 _MAX_PATCH = {2: (256, 256), 3: (64, 128, 128)}
 _FLAT_STACK = 16  # a median of fewer slices leaves a 3D network little to pool over
 
@@ -116,17 +117,9 @@ def prepare(
         DataError: a file cannot be used, or the dataset is not the one the run was started on.
         CheckpointError: ``known`` is damaged.
     """
-    dataset = _open(config)
     if known is not None:
-        return _restore(dataset, known)
-    labelled = replace(dataset, cases=tuple(case for case in dataset.cases if case.label is not None))
-    if not labelled.cases:
-        raise DataError(f"{dataset.root}: no case has a label; training needs labelled cases")
-    splits = make_or_load_splits(
-        labelled, folds=config.data.folds, seed=config.seed, patient_pattern=config.data.patient_pattern
-    )
-    if config.data.fold >= len(splits):
-        raise UsageError(f"data.fold is {config.data.fold}; the dataset has folds 0 to {len(splits) - 1}")
+        return _restore(_open(config), known)
+    labelled, splits = open_folds(config)
     split = splits[config.data.fold]
 
     def report(done: int, total: int) -> None:
@@ -138,7 +131,7 @@ def prepare(
     )
     if not any(fraction > 0 for fraction in fingerprint.foreground_fractions):
         raise DataError(
-            f"{dataset.root}: no training case of fold {config.data.fold} has foreground; "
+            f"{labelled.root}: no training case of fold {config.data.fold} has foreground; "
             "choose another fold with --data.fold or check the masks"
         )
     plan = make_plan(config, fingerprint, labelled)
@@ -146,6 +139,28 @@ def prepare(
         fingerprint, window=config.data.window, spacing_mm=_spacing_option(config, plan.dims)
     )
     return Prepared(labelled, split, tuple(splits), fingerprint, preprocessing, plan)
+
+
+def open_folds(config: TrainConfig) -> tuple[Dataset, list[Split]]:
+    """The labelled cases of the dataset, and its folds.
+
+    Folds that are made do not depend on the run's seed: runs of several seeds hold out the same cases, so that what
+    differs between them is training alone.
+
+    Raises:
+        UsageError: ``data.fold`` is none of the folds, or they cannot be made as asked.
+        DataError: the dataset cannot be used, or has no labels.
+    """
+    dataset = _open(config)
+    labelled = replace(dataset, cases=tuple(case for case in dataset.cases if case.label is not None))
+    if not labelled.cases:
+        raise DataError(f"{dataset.root}: no case has a label; training needs labelled cases")
+    splits = make_or_load_splits(
+        labelled, folds=config.data.folds, seed=_FOLDS_SEED, patient_pattern=config.data.patient_pattern
+    )
+    if config.data.fold >= len(splits):
+        raise UsageError(f"data.fold is {config.data.fold}; the dataset has folds 0 to {len(splits) - 1}")
+    return labelled, splits
 
 
 def prepare_cases(

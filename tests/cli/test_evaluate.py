@@ -11,6 +11,7 @@ import pytest
 
 from lungkit.cli.evaluate import main
 from lungkit.data import write_nifti
+from lungkit.report import evaluation
 
 FILES = {
     "distribution.png",
@@ -91,9 +92,10 @@ def test_every_case_bad_still_writes_the_reasons(folders: tuple[str, str], tmp_p
     assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())["failed"]) == {"a", "b"}
 
 
-def test_folder_with_results_is_not_overwritten(
-    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_folder_with_results_is_refused_before_anything_is_measured(
+    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(evaluation, "evaluate_pairs", lambda *_, **__: pytest.fail("measured"))
     assert main([*folders, "-o", folders[1]]) == 2
     assert "not an empty folder" in capsys.readouterr().err
 
@@ -115,6 +117,7 @@ def test_default_folders_are_numbered(
         (["--label", "tumour"], "NAME=VALUE"),
         (["--tolerance-mm", "-1"], "tolerance_mm"),
         (["-j", "0"], "jobs"),
+        (["--max-voxels", "0"], "max-voxels must be at least 1, got 0"),
     ],
 )
 def test_bad_option_ends_with_2(

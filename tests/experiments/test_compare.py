@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,11 +69,23 @@ def test_other_experiment_does_not_overwrite(
     assert "another experiment" in capsys.readouterr().err
 
 
-def test_finished_runs_are_compared(finished: Path, tmp_path: Path) -> None:
-    names = [str(finished / "runs" / name) for name in sorted(RUNS, reverse=True)]
-    assert main(["-o", str(tmp_path / "out"), "--runs", names[0], "--runs", names[1]]) == 0
+@pytest.mark.parametrize("flags", ["one for all", "one an arm"])
+def test_finished_runs_are_compared(finished: Path, tmp_path: Path, flags: str) -> None:
+    first, other = (str(finished / "runs" / name) for name in sorted(RUNS, reverse=True))
+    given = ["--runs", first, other] if flags == "one for all" else ["--runs", first, "--runs", other]
+    assert main(["-o", str(tmp_path / "out"), *given]) == 0
     assert "u-net-ce-fold0-seed0" in (tmp_path / "out" / "table.txt").read_text()
     assert "0.952" not in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_runs_of_one_name_keep_apart(finished: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / part / "run" for part in ("a", "b")]
+    for path, name in zip(paths, sorted(RUNS), strict=True):
+        shutil.copytree(finished / "runs" / name, path)
+    assert main(["-o", str(tmp_path / "out"), "--runs", *map(str, paths)]) == 0
+    tables = {path.name for path in (tmp_path / "out" / "cases").glob("*run.csv")}
+    assert tables == {"1-run.csv", "2-run.csv"}
+    assert str(paths[1]) in (tmp_path / "out" / "table.txt").read_text()
 
 
 def test_case_is_measured_on_its_own_grid(finished: Path) -> None:
@@ -185,7 +198,10 @@ def test_arms_on_different_data_are_refused() -> None:
     [
         (["--model", "unet"], "what the arms differ in"),
         (["--arm", "A"], "NAME=FILE"),
-        (["--runs", "a"], "twice"),
+        (["--runs", "a"], "the runs of two arms"),
+        (["--runs", "a", "b", "a"], "comes twice"),
+        (["--seeds", "0", "1", "0"], "seeds must differ, got 0, 1, 0"),
+        (["--epochs", "0"], "epochs is 0"),
         (["--runs", "a", "--runs", "b", "--epochs", "3"], "--epochs has no meaning"),
         (["--modle.features", "8"], "model.features"),
     ],
@@ -195,6 +211,14 @@ def test_bad_option_ends_with_2(
 ) -> None:
     assert main(["-o", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_absent_fold_is_refused_before_the_first_run(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-o", str(tmp_path / "out"), "--folds", "0", "9", *options]) == 2
+    assert "the dataset has folds 0 to 4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -113,6 +113,7 @@ def test_an_unknown_key_of_a_file_suggests_the_nearest(tmp_path, content, found,
         (["--epochs", "2.5"], "epochs"),
         (["--augment.flip_probability", "2"], "flip_probability is 2"),
         (["--epochs", "2", "3"], "--epochs takes one value, got 2 3"),
+        (["--data", "--epochs", "2"], r"--data\.root needs a value"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_its_option(arguments, name):

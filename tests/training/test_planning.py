@@ -13,7 +13,7 @@ from lungkit.data.fingerprint import ChannelFingerprint
 from lungkit.errors import UsageError
 from lungkit.training import DataConfig, ModelConfig, OptimiserConfig, TrainConfig, load_config
 from lungkit.training.config_io import config_to_yaml
-from lungkit.training.planning import Plan, make_plan, resolve
+from lungkit.training.planning import Plan, make_plan, open_folds, resolve
 
 
 def plan_for(
@@ -135,3 +135,10 @@ def test_resolving_leaves_the_phantom_as_it_is() -> None:
     resolved = resolve(config, plan_for(config, (1, 128, 128)))
     assert resolved.data.root is None
     assert (resolved.epochs, resolved.steps_per_epoch, resolved.batch_size) == (20, 50, 8)
+
+
+def test_runs_of_several_seeds_hold_out_the_same_cases(phantom_root: Path) -> None:
+    (_, first), (_, other) = (
+        open_folds(TrainConfig(seed=seed, data=DataConfig(root=str(phantom_root)))) for seed in (0, 1)
+    )
+    assert first == other
