@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lungkit.errors import UsageError
+from lungkit.inference.rows import ContextRows, Rows, TensorRows, with_context
 from lungkit.inference.sliding_window import Network, Progress, device_of, first_output, stream_logits
 
 
@@ -64,7 +65,7 @@ def predict_label(
     if whole_slices and len(patch_size) != 2:
         raise UsageError(f"whole_slices is for 2D networks, but patch_size is {tuple(patch_size)}")
     label = torch.zeros(image.shape[1:], dtype=torch.uint8, device=image.device)
-    for first, last, logits in _stream(
+    for first, last, logits in stream_case(
         network, image, patch_size, overlap, batch_size, whole_slices, context_slices, progress
     ):
         label[first:last] = _classes(logits)
@@ -159,44 +160,14 @@ def attention_map(
         mode = "bilinear" if patches.dim() == 4 else "trilinear"
         return F.interpolate(by_size[level].float(), size=patches.shape[2:], mode=mode, align_corners=False)
 
-    slabs = _stream(alpha, slab, patch_size, overlap, batch_size, whole_slices, 0, None, module=network)
+    slabs = stream_case(alpha, slab, patch_size, overlap, batch_size, whole_slices, 0, None, module=network)
     maps = [logits[0].clone() for _, _, logits in slabs]
     return torch.cat(maps)[slice_index - first]
 
 
-def with_context(image: Tensor, context_slices: int) -> Tensor:
-    """Every slice with n slices on either side as further channels, as :class:`lungkit.data.PatchSampler` gives them.
-
-    The channels of slice z are those of z - n, then z - n + 1, up to z + n; beyond the first and the last slice that
-    one is repeated.
-
-    Args:
-        image: (C, Z, Y, X).
-        context_slices: n.
-
-    Returns:
-        ((2 n + 1) C, Z, Y, X), ``image`` itself for n = 0.
-
-    Raises:
-        UsageError: ``context_slices`` is negative.
-
-    Example:
-        >>> image = torch.arange(3.0).reshape(1, 3, 1, 1)
-        >>> with_context(image, 1)[:, :, 0, 0].tolist()
-        [[0.0, 0.0, 1.0], [0.0, 1.0, 2.0], [1.0, 2.0, 2.0]]
-    """
-    if context_slices < 0:
-        raise UsageError(f"context_slices must be 0 or more, got {context_slices}")
-    if context_slices == 0:
-        return image
-    slices = torch.arange(image.shape[1], device=image.device)
-    offsets = range(-context_slices, context_slices + 1)
-    return torch.cat([image[:, (slices + k).clamp(0, image.shape[1] - 1)] for k in offsets])
-
-
-def _stream(
+def stream_case(
     network: Network,
-    image: Tensor,
+    image: Tensor | Rows,
     patch_size: Sequence[int],
     overlap: float,
     batch_size: int,
@@ -220,16 +191,20 @@ def _stream(
     if len(patch_size) != 2:
         raise UsageError(f"patch_size must be (Y, X) or (Z, Y, X), got {tuple(patch_size)}")
 
-    image = with_context(image, context_slices)
+    if context_slices < 0:
+        raise UsageError(f"context_slices must be 0 or more, got {context_slices}")
+    rows = TensorRows(image) if isinstance(image, Tensor) else image
+    if context_slices:
+        rows = ContextRows(rows, context_slices)
 
     # To the sliding window a 2D network is a 3D one whose patches are one slice deep.
     def slicewise(patches: Tensor) -> Tensor:
         return first_output(network(patches.squeeze(2))).unsqueeze(2)
 
-    patch = (1, *(image.shape[2:] if whole_slices else patch_size))
+    patch = (1, *(rows.shape[2:] if whole_slices else patch_size))
     return stream_logits(
         slicewise,
-        image,
+        rows,
         patch,
         overlap=overlap,
         batch_size=batch_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
+from lungkit.inference.rows import RecentRows, Rows, TensorRows, smallest
+
+_LOG = logging.getLogger("lungkit")
 
 Network = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 """Maps patches (B, C, \\*patch) to logits (B, K, \\*patch), or to a tuple of which they are the first."""
@@ -76,7 +80,7 @@ def sliding_window(
 
 def stream_logits(
     network: Network,
-    image: Tensor,
+    image: Tensor | Rows,
     patch_size: Sequence[int],
     *,
     overlap: float = 0.5,
@@ -86,17 +90,26 @@ def stream_logits(
 ) -> Iterator[tuple[int, int, Tensor]]:
     r"""The logits of :func:`sliding_window` slab by slab along the first axis, as each is finished.
 
-    Only one slab, as deep as a patch, is in memory, so that the classes of a long scan need no float volume. Where
-    ``network`` is a function round a module, ``module`` says which: its mode and device are used.
+    Only one slab, as deep as a patch, is in memory, so that the classes of a long scan need no float volume; an image
+    given as :class:`~lungkit.inference.rows.Rows` is not held whole either. Where ``network`` is a function round a
+    module, ``module`` says which: its mode and device are used.
+
+    A GPU that is out of memory gets half the batch from then on, down to one patch.
 
     Yields:
-        ``(first, last, logits)``: float32 (K, last - first, \*S[1:]), a view that the next step overwrites. The slabs
-        follow one another and cover the first axis.
+        ``(first, last, logits)``: float32 (K, last - first, \*S[1:]), a view that the next step overwrites, on the
+        device of a tensor or, for rows, of the network. The slabs follow one another and cover the first axis.
     """
     _check_arguments(image, patch_size, overlap, batch_size)
-    extent = tuple(image.shape[1:])
-    padded, before = _pad(image, patch_size)
+    rows = TensorRows(image) if isinstance(image, Tensor) else image
+    if isinstance(rows, TensorRows):
+        device = rows.image.device
+    else:
+        device = device_of(module or network, torch.device("cpu"))
+    extent = tuple(rows.shape[1:])
+    padded = PaddedRows(rows, patch_size)
     windows = [Windows(n, p, overlap) for n, p in zip(padded.shape[1:], patch_size, strict=True)]
+    before = padded.before
     inside = (
         slice(None),
         slice(None),
@@ -110,10 +123,12 @@ def stream_logits(
 
     slab: Tensor | None = None
     at = 0  # where the slab begins in the padded image
-    for index, patch in _run_patches(network, module or network, padded, windows, batch_size, progress):
+    for index, patch in _run_patches(
+        network, module or network, RecentRows(padded), windows, batch_size, progress
+    ):
         starts = [axis.starts[i] for axis, i in zip(windows, index, strict=True)]
         if slab is None:
-            slab = patch.new_zeros((patch.shape[0], patch_size[0], *padded.shape[2:]))
+            slab = torch.zeros((patch.shape[0], patch_size[0], *padded.shape[2:]), device=device)
         if starts[0] > at:
             step = starts[0] - at
             yield from finished(at, at + step, slab[:, :step])
@@ -122,13 +137,13 @@ def stream_logits(
             slab[:, : kept.shape[1]] = kept
             slab[:, kept.shape[1] :] = 0
             at = starts[0]
-        weights = _outer([axis.weights[i] for axis, i in zip(windows, index, strict=True)]).to(slab.device)
+        weights = _outer([axis.weights[i] for axis, i in zip(windows, index, strict=True)]).to(device)
         target = (
             slice(None),
             slice(None),
             *(slice(s, s + p) for s, p in zip(starts[1:], patch_size[1:], strict=True)),
         )
-        slab[target].addcmul_(patch, weights)
+        slab[target].addcmul_(patch.to(device, torch.float32), weights)
     if slab is not None:
         yield from finished(at, at + slab.shape[1], slab)
 
@@ -206,20 +221,31 @@ def device_of(network: object, default: torch.device) -> torch.device:
 def _run_patches(
     network: Network,
     module: object,
-    image: Tensor,
+    rows: Rows,
     windows: Sequence[Windows],
     batch_size: int,
     progress: Progress | None,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Every window's index on the grid and its logits, float32 on the image's device, in the order of the grid."""
-    device = device_of(module, image.device)
+    """Every window's index on the grid and its logits, in the order of the grid."""
     grid = list(itertools.product(*(range(len(axis.starts)) for axis in windows)))
-    for first in range(0, len(grid), batch_size):
-        indices = grid[first : first + batch_size]
-        patches = torch.stack([image[_window(windows, index)] for index in indices]).to(device)
-        # Entered for each batch and not round the loop: a generator must not hold the caller in no_grad.
-        with evaluation_mode(module):
-            logits = first_output(network(patches))
+    depth = len(windows[0].weights[0])
+    done = 0
+    while done < len(grid):
+        indices = grid[done : done + batch_size]
+        first = windows[0].starts[indices[0][0]]
+        part = rows.read(first, windows[0].starts[indices[-1][0]] + depth)
+        patches = torch.stack([part[_window(windows, index, first)] for index in indices])
+        patches = patches.to(device_of(module, patches.device))
+        try:
+            # Entered for each batch and not round the loop: a generator must not hold the caller in no_grad.
+            with evaluation_mode(module):
+                logits = first_output(network(patches))
+        except torch.OutOfMemoryError:
+            if len(indices) == 1:
+                raise
+            batch_size = len(indices) // 2
+            _LOG.warning("the GPU is out of memory: %d patches at a time from here on", batch_size)
+            continue
         if (
             logits.dim() != patches.dim()
             or logits.shape[2:] != patches.shape[2:]
@@ -229,9 +255,10 @@ def _run_patches(
                 f"the network gave logits {tuple(logits.shape)} for patches {tuple(patches.shape)}; "
                 "logits must be (B, K, *patch) over the same batch and voxels"
             )
-        yield from zip(indices, logits.to(image.device, torch.float32), strict=True)
+        yield from zip(indices, logits, strict=True)
+        done += len(indices)
         if progress is not None:
-            progress(first + len(indices), len(grid))
+            progress(done, len(grid))
 
 
 def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -239,9 +266,11 @@ def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _window(windows: Sequence[Windows], index: Sequence[int]) -> tuple[slice, ...]:
-    starts = [(axis.starts[i], len(axis.weights[i])) for axis, i in zip(windows, index, strict=True)]
-    return (slice(None), *(slice(start, start + length) for start, length in starts))
+def _window(windows: Sequence[Windows], index: Sequence[int], first_row: int) -> tuple[slice, ...]:
+    """Where a window lies in rows that begin at ``first_row``."""
+    starts = [axis.starts[i] for axis, i in zip(windows, index, strict=True)]
+    starts[0] -= first_row
+    return (slice(None), *(slice(s, s + len(w.weights[0])) for s, w in zip(starts, windows, strict=True)))
 
 
 def _outer(axes: Sequence[Tensor]) -> Tensor:
@@ -251,30 +280,50 @@ def _outer(axes: Sequence[Tensor]) -> Tensor:
     return product
 
 
-def _pad(image: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """The image, grown evenly to at least the patch size, and the voxels added before each axis."""
-    missing = [max(0, p - n) for n, p in zip(image.shape[1:], patch_size, strict=True)]
-    before = [m // 2 for m in missing]
-    if not any(missing):
-        return image, before
-    air = image.flatten(1).amin(1).reshape(-1, *(1,) * (image.dim() - 1))
-    size = [n + m for n, m in zip(image.shape[1:], missing, strict=True)]
-    padded = air.expand(-1, *size).clone()
-    inside = (slice(None), *(slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True)))
-    padded[inside] = image
-    return padded, before
+class PaddedRows:
+    """Rows grown evenly to at least the patch size with the smallest value of each channel.
+
+    Attributes:
+        before: voxels added before each axis.
+    """
+
+    def __init__(self, rows: Rows, patch_size: Sequence[int]) -> None:
+        self._rows = rows
+        extent = rows.shape[1:]
+        missing = [max(0, p - n) for n, p in zip(extent, patch_size, strict=True)]
+        self.before = [m // 2 for m in missing]
+        self.shape = (rows.shape[0], *(n + m for n, m in zip(extent, missing, strict=True)))
+        self._air = smallest(rows) if any(missing) else None
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows of the grown image."""
+        if self._air is None:
+            return self._rows.read(first, last)
+        depth = self._rows.shape[1]
+        low, high = (min(max(row - self.before[0], 0), depth) for row in (first, last))
+        inner = self._rows.read(low, high)
+        air = self._air.to(inner).reshape(-1, *(1,) * (inner.dim() - 1))
+        grown = air.expand(-1, last - first, *self.shape[2:]).clone()
+        at = low + self.before[0] - first
+        sides = zip(self.before[1:], inner.shape[2:], strict=True)
+        inside = (slice(None), slice(at, at + high - low), *(slice(b, b + n) for b, n in sides))
+        grown[inside] = inner
+        return grown
 
 
-def _check_arguments(image: Tensor, patch_size: Sequence[int], overlap: float, batch_size: int) -> None:
-    if image.dim() not in (3, 4):
-        raise UsageError(f"image must be (C, Y, X) or (C, Z, Y, X), got shape {tuple(image.shape)}")
-    if image.numel() == 0:
-        raise UsageError(f"image of shape {tuple(image.shape)} is empty")
-    if not image.is_floating_point():
+def _check_arguments(
+    image: Tensor | Rows, patch_size: Sequence[int], overlap: float, batch_size: int
+) -> None:
+    shape = tuple(image.shape)
+    if len(shape) not in (3, 4):
+        raise UsageError(f"image must be (C, Y, X) or (C, Z, Y, X), got shape {shape}")
+    if math.prod(shape) == 0:
+        raise UsageError(f"image of shape {shape} is empty")
+    if isinstance(image, Tensor) and not image.is_floating_point():
         raise UsageError(f"image must be floating point and normalised, got {image.dtype}")
-    if len(patch_size) != image.dim() - 1 or min(patch_size) < 1:
+    if len(patch_size) != len(shape) - 1 or min(patch_size) < 1:
         raise UsageError(
-            f"patch_size must have {image.dim() - 1} entries of at least 1 for image {tuple(image.shape)}, "
+            f"patch_size must have {len(shape) - 1} entries of at least 1 for image {shape}, "
             f"got {tuple(patch_size)}"
         )
     if not 0 <= overlap < 1:
