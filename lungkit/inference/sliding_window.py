@@ -102,10 +102,8 @@ def stream_logits(
     """
     _check_arguments(image, patch_size, overlap, batch_size)
     rows = TensorRows(image) if isinstance(image, Tensor) else image
-    if isinstance(rows, TensorRows):
-        device = rows.image.device
-    else:
-        device = device_of(module or network, torch.device("cpu"))
+    of_network = device_of(module or network, torch.device("cpu"))
+    device = rows.image.device if isinstance(rows, TensorRows) else of_network
     extent = tuple(rows.shape[1:])
     padded = PaddedRows(rows, patch_size)
     windows = [Windows(n, p, overlap) for n, p in zip(padded.shape[1:], patch_size, strict=True)]

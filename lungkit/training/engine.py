@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 
 from lungkit.errors import ResourceError, UsageError
+from lungkit.inference.precision import automatic_precision
 from lungkit.training.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -38,21 +39,12 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
     on_gpu = config.accelerator in ("cuda", "gpu", "auto") and torch.cuda.is_available()
     precision = config.precision
     if precision == "auto":
-        if on_gpu:
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            precision = "bf16" if config.accelerator in ("cpu", "auto") and _cpu_computes_bf16() else "fp32"
+        known = config.accelerator in ("cpu", "auto") or on_gpu
+        precision = automatic_precision("cuda" if on_gpu else "cpu") if known else "fp32"
     channels_last = config.channels_last
     if channels_last is None:
         channels_last = on_gpu or precision != "bf16"
     return replace(config, precision=precision, channels_last=channels_last)
-
-
-def _cpu_computes_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware; torch emulates it elsewhere, slower than fp32."""
-    find = getattr(torch.cpu, "get_capabilities", dict)  # older releases do not tell
-    found: dict[str, Any] = find()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def start_engine(config: EngineConfig) -> Fabric:

@@ -38,7 +38,7 @@ def test_a_gpu_without_memory_says_what_helps():
 def test_auto_precision_on_the_cpu_is_bf16_where_it_is_computed_in_hardware(
     monkeypatch, computes_bf16, precision, channels_last
 ):
-    monkeypatch.setattr("lungkit.training.engine._cpu_computes_bf16", lambda: computes_bf16)
+    monkeypatch.setattr("lungkit.inference.precision.cpu_computes_bf16", lambda: computes_bf16)
     found = resolve_engine(EngineConfig(accelerator="cpu"))
     assert (found.precision, found.channels_last) == (precision, channels_last)
 
