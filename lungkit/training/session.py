@@ -211,6 +211,7 @@ class Session:
                 "channels": list(self.prepared.dataset.channel_names),
                 "patch_size": list(self.plan.patch_size),
                 "context_slices": self.plan.context_slices,
+                "training_spacing_mm": _spacing_range(self.prepared),
             },
             trainer={
                 "network": self.network.state_dict(),
@@ -252,6 +253,15 @@ class Session:
             self.loss_sum.fill_(state["loss_sum"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: does not fit the network of this run ({error})") from error
+
+
+def _spacing_range(prepared: Prepared) -> dict[str, list[float]]:
+    """Smallest, median and largest spacing (z, y, x) of the training scans: which pixels the network knows."""
+    spacings = np.asarray(prepared.fingerprint.spacings_mm)
+    return {
+        name: [float(size) for size in reduce(spacings, axis=0)]
+        for name, reduce in (("min", np.min), ("median", np.median), ("max", np.max))
+    }
 
 
 def _what_counts(config: TrainConfig) -> dict[str, Any]:
