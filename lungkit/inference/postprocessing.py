@@ -1,0 +1,254 @@
+"""From class probabilities to a mask, and what is done to a mask after the network: all of it off by default."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lungkit.errors import DataError, UsageError
+from lungkit.inference.lungs import lung_mask, near
+
+_LOG = logging.getLogger("lungkit")
+
+LUNG_MARGIN_MM = 5.0
+"""How far from the lungs a lesion may begin and still be kept by ``inside_lungs``."""
+
+
+@dataclass(frozen=True)
+class Postprocessing:
+    """What is done to a prediction, in this order.
+
+    Args:
+        threshold: a voxel is foreground where the probabilities of all foreground classes together are at least this,
+            and then of the most probable of them; None takes the most probable class, the background among them.
+        fill_holes: background that foreground of one class encloses within an axial slice becomes that class, as it is
+            in a reader's outline; a cavity counts as a hole.
+        inside_lungs: remove lesions of which no voxel lies in the lungs or within 5 mm of them. The rest of a lesion is
+            kept whole, so that one that grows into the chest wall or the mediastinum is not cut. Needs HU.
+        smallest_lesion_ml: remove smaller lesions; 0 removes none.
+
+    A lesion is a 26-connected component of one class, as in :func:`lungkit.metrics.label_lesions`.
+
+    Raises:
+        UsageError: a value out of its range.
+
+    Example:
+        >>> Postprocessing(threshold=0.4, smallest_lesion_ml=0.05).to_dict()
+        {'threshold': 0.4, 'fill_holes': False, 'inside_lungs': False, 'smallest_lesion_ml': 0.05}
+    """
+
+    threshold: float | None = None
+    fill_holes: bool = False
+    inside_lungs: bool = False
+    smallest_lesion_ml: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not (_is_number(self.threshold) and 0 < self.threshold < 1):
+            raise UsageError(f"threshold is {self.threshold!r}; give a probability between 0 and 1, or None")
+        if not (_is_number(self.smallest_lesion_ml) and 0 <= self.smallest_lesion_ml < math.inf):
+            raise UsageError(
+                f"smallest_lesion_ml is {self.smallest_lesion_ml!r}; give a volume of at least 0 ml"
+            )
+        for name in ("fill_holes", "inside_lungs"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; give True or False")
+
+    @property
+    def changes_masks(self) -> bool:
+        """Whether :func:`postprocess` does anything; the threshold acts before it."""
+        return self.fill_holes or self.inside_lungs or self.smallest_lesion_ml > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON and checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Postprocessing:
+        """Inverse of :meth:`to_dict`; what is not said is off.
+
+        Raises:
+            DataError: an entry is unknown or its value impossible.
+
+        Example:
+            >>> Postprocessing.from_dict({"fill_holes": True}).fill_holes
+            True
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(content) - set(known)) if isinstance(content, Mapping) else None
+        if unknown is None or unknown:
+            raise DataError(
+                f"postprocessing: {unknown or content!r} is unknown; there are {', '.join(known)}"
+            )
+        try:
+            return cls(**content)
+        except UsageError as error:
+            raise DataError(f"postprocessing: {error}") from error
+
+
+def classes_from_probabilities(probabilities: Tensor, threshold: float | None = None) -> Tensor:
+    r"""Class of every voxel.
+
+    Args:
+        probabilities: (K, \*S), background first; K = 1 is the foreground of a sigmoid model.
+        threshold: see :class:`Postprocessing`; None is argmax (the lowest class of a tie), above 1/2 for K = 1.
+
+    Returns:
+        uint8 (\*S), on the device of ``probabilities``.
+
+    Raises:
+        UsageError: no class or more than 256 of them.
+
+    Example:
+        >>> p = torch.tensor([[0.5, 0.1], [0.3, 0.2], [0.2, 0.7]])
+        >>> classes_from_probabilities(p).tolist(), classes_from_probabilities(p, 0.5).tolist()
+        ([0, 2], [1, 2])
+    """
+    count = len(probabilities)
+    if not 1 <= count <= 256:
+        raise UsageError(f"probabilities are of {count} classes; label maps are uint8 and hold 1 to 256")
+    if count == 1:
+        single = probabilities[0]
+        return (single > 0.5 if threshold is None else single >= threshold).to(torch.uint8)
+    if threshold is None:
+        return probabilities.argmax(0).to(torch.uint8)
+    foreground = probabilities[1:]
+    if count == 2:
+        return (foreground[0] >= threshold).to(torch.uint8)
+    classes = foreground.argmax(0).to(torch.uint8) + 1
+    return classes * (foreground.sum(0) >= threshold)
+
+
+def postprocess(
+    label: np.ndarray,
+    spacing_mm: Sequence[float],
+    options: Postprocessing,
+    *,
+    hu: np.ndarray | None = None,
+    lungs: np.ndarray | None = None,
+) -> np.ndarray:
+    """Apply ``options`` to a predicted mask; their threshold is not for masks and has no effect here.
+
+    Where no lungs are found in ``hu``, ``inside_lungs`` removes nothing and says so in the log.
+
+    Beside ``label`` and the result it takes up to 5 bytes per voxel of the box round the foreground, and what
+    :func:`~lungkit.inference.lung_mask` takes.
+
+    Args:
+        label: uint8 (Z, Y, X), 0 background; not changed.
+        spacing_mm: (z, y, x).
+        options: what to do.
+        hu: the scan in HU on the grid of ``label``, for ``inside_lungs``.
+        lungs: their mask where it is known already, instead of ``hu``.
+
+    Returns:
+        uint8 (Z, Y, X), a new array.
+
+    Raises:
+        UsageError: arrays do not fit, or ``inside_lungs`` without a scan in HU.
+
+    Example:
+        >>> label = np.zeros((1, 5, 9), np.uint8)
+        >>> label[0, 1:4, 1:4], label[0, 2, 2], label[0, 2, 7] = 1, 0, 1
+        >>> options = Postprocessing(fill_holes=True, smallest_lesion_ml=0.002)
+        >>> postprocess(label, (1.0, 1.0, 1.0), options)[0, 2].tolist()
+        [0, 1, 1, 1, 0, 0, 0, 0, 0]
+    """
+    spacing = _checked_spacing(spacing_mm)
+    if label.ndim != 3 or label.dtype != np.uint8:
+        raise UsageError(f"label must be uint8 (Z, Y, X), got {label.dtype} {label.shape}")
+    for name, other in (("hu", hu), ("lungs", lungs)):
+        if other is not None and other.shape != label.shape:
+            raise UsageError(
+                f"{name} has shape {other.shape}, label {label.shape}; they must lie on one grid"
+            )
+    if options.inside_lungs and hu is None and lungs is None:
+        raise UsageError(
+            "inside_lungs needs the scan in HU, by which lungs are known as air within the body; 8-bit images do not "
+            "have it: switch inside_lungs off"
+        )
+    result = label.copy()
+    box = _foreground_box(result)
+    if box is None:
+        return result
+    part = result[box]
+    if options.fill_holes:
+        _fill_holes(part)
+    if options.inside_lungs:
+        region = _lung_region(hu, lungs, spacing)
+        if region is not None:
+            _remove_lesions(part, outside=region[box])
+    if options.smallest_lesion_ml > 0:
+        # One voxel more or less by rounding: a lesion of just this volume stays.
+        voxels = math.ceil(options.smallest_lesion_ml * 1000 / math.prod(spacing) - 1e-6)
+        _remove_lesions(part, smallest=voxels)
+    return result
+
+
+def _lung_region(
+    hu: np.ndarray | None, lungs: np.ndarray | None, spacing: tuple[float, float, float]
+) -> np.ndarray | None:
+    """Lungs and their surroundings; None where there are no lungs."""
+    if lungs is None and hu is not None:
+        lungs = lung_mask(hu, spacing)
+    if lungs is None or not lungs.any():
+        _LOG.warning("inside_lungs: no lungs in this scan, no lesion was removed for lying outside them")
+        return None
+    return near(lungs, spacing, LUNG_MARGIN_MM)
+
+
+def _remove_lesions(label: np.ndarray, *, smallest: int = 0, outside: np.ndarray | None = None) -> None:
+    """Remove, in place, lesions of fewer than ``smallest`` voxels, or with none in the region ``outside`` of which."""
+    import cc3d
+
+    lesions, count = cc3d.connected_components(np.ascontiguousarray(label), connectivity=26, return_N=True)
+    foreground = label != 0
+    numbers = lesions[foreground]
+    del lesions
+    kept = np.bincount(numbers, minlength=count + 1) >= smallest
+    if outside is not None:
+        kept &= np.bincount(numbers[outside[foreground]], minlength=count + 1) > 0
+    label[foreground] *= kept[numbers]
+
+
+def _fill_holes(label: np.ndarray) -> None:
+    """Give, in place, background that a class encloses within a slice to the class."""
+    import cc3d
+
+    for plane in label:
+        for value in np.unique(plane[plane != 0]):
+            covered = plane == value
+            rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
+            part = plane[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            # A rim of outside joins everything that is not enclosed.
+            rest = np.pad((part != value).view(np.uint8), 1, constant_values=1)
+            pieces = cc3d.connected_components(rest, connectivity=4)
+            enclosed = pieces[1:-1, 1:-1] != pieces[0, 0]
+            part[enclosed & (part == 0)] = value
+
+
+def _foreground_box(label: np.ndarray) -> tuple[slice, slice, slice] | None:
+    """The smallest box that holds all foreground."""
+    flat = label.any(axis=0)
+    if not flat.any():
+        return None
+    sides = (label.any(axis=(1, 2)), flat.any(axis=1), flat.any(axis=0))
+    z, y, x = (np.flatnonzero(side) for side in sides)
+    return slice(z[0], z[-1] + 1), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
+
+
+def _checked_spacing(spacing_mm: Sequence[float]) -> tuple[float, float, float]:
+    if len(spacing_mm) != 3 or not all(math.isfinite(size) and size > 0 for size in spacing_mm):
+        raise UsageError(f"spacing_mm must be three lengths (z, y, x) above 0, got {tuple(spacing_mm)}")
+    z, y, x = map(float, spacing_mm)
+    return z, y, x
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
