@@ -223,7 +223,7 @@ def _fill_holes(label: np.ndarray) -> None:
 
     for plane in label:
         for value in np.unique(plane[plane != 0]):
-            covered = plane == value
+            covered: np.ndarray = plane == value
             rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
             part = plane[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
             # A rim of outside joins everything that is not enclosed.
