@@ -8,17 +8,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _SUBPACKAGES = ("data", "experiments", "inference", "losses", "metrics", "nn", "ops", "report", "training")
-_FUNCTIONS = {"dice_ce_loss": "lungkit.ops.dice_ce"}
+_HOMES = {"Predictor": "lungkit.inference", "dice_ce_loss": "lungkit.ops.dice_ce"}
 
-__all__ = ["__version__", *_SUBPACKAGES, *_FUNCTIONS]
+__all__ = ["__version__", *_SUBPACKAGES, *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     # Subpackages load on first use, so that `import lungkit` costs neither nibabel, Fabric nor matplotlib.
     if name in _SUBPACKAGES:
         return importlib.import_module(f"lungkit.{name}")
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'lungkit' has no attribute {name!r}")
 
 

@@ -41,6 +41,42 @@ class TensorRows:
         return self.image[:, first:last]
 
 
+class ClippedRows:
+    """The channels of a scan reoriented and clipped to the window of each, in their own units."""
+
+    def __init__(self, volumes: Sequence[Volume], preprocessing: Preprocessing, geometry: Geometry) -> None:
+        channels = zip(volumes, preprocessing.channels, strict=True)
+        self._channels = [(orient(volume.array, geometry), channel.window) for volume, channel in channels]
+        self.shape = (len(self._channels), *geometry.oriented_shape)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows of the scan's own grid."""
+        rows = torch.empty((self.shape[0], last - first, *self.shape[2:]))
+        for target, (stored, window) in zip(rows, self._channels, strict=True):
+            np.clip(stored[first:last], *window, out=target.numpy(), dtype=np.float32, casting="unsafe")
+        return rows
+
+
+class ResampledRows:
+    """Rows on a grid of another size that covers the same field of view, see :func:`linear_weights`."""
+
+    def __init__(self, rows: Rows, extent: tuple[int, int, int]) -> None:
+        self._rows = RecentRows(rows)
+        self.shape = (rows.shape[0], *extent)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows of the new grid."""
+        old, plane = self._rows.shape[1], self.shape[2:]
+        low, high, weights = linear_weights(old, self.shape[1], first, last)
+        rows = self._rows.read(low, high)
+        becomes_smaller = math.prod(plane) < math.prod(rows.shape[2:])
+        if becomes_smaller:  # the first step leaves the second one less to do
+            rows = resample_plane(rows, plane)
+        if old != self.shape[1]:
+            rows = torch.einsum("ji,ciyx->cjyx", weights.to(rows.device), rows)
+        return rows if becomes_smaller else resample_plane(rows, plane)
+
+
 class ScanRows:
     """A scan reoriented, clipped, resampled and normalised: :func:`lungkit.data.preprocess_image`, by rows.
 
@@ -48,28 +84,17 @@ class ScanRows:
     """
 
     def __init__(self, volumes: Sequence[Volume], preprocessing: Preprocessing, geometry: Geometry) -> None:
-        self._channels = [
-            (orient(volume.array, geometry), channel)
-            for volume, channel in zip(volumes, preprocessing.channels, strict=True)
-        ]
-        self._old, self._new = geometry.oriented_shape, geometry.shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, Z, Y, X) after resampling."""
-        return len(self._channels), *self._new
+        self._rows = ResampledRows(ClippedRows(volumes, preprocessing, geometry), geometry.shape)
+        self._channels = preprocessing.channels
+        self.shape = self._rows.shape
 
     def read(self, first: int, last: int) -> Tensor:
-        """Rows of the resampled grid."""
-        low, high, _ = linear_weights(self._old[0], self._new[0], first, last)
-        rows = torch.empty((len(self._channels), high - low, *self._old[1:]))
-        for target, (stored, channel) in zip(rows, self._channels, strict=True):
-            np.clip(stored[low:high], *channel.window, out=target.numpy(), dtype=np.float32, casting="unsafe")
-        rows = resample_plane(rows, self._new[1:])
-        rows = resample_rows(rows, self._old[0], self._new[0], first, last)
-        for target, (_, channel) in zip(rows, self._channels, strict=True):
-            target.sub_(channel.mean).div_(channel.std)
-        return rows
+        """Normalised rows of the resampled grid."""
+        means, deviations = (
+            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1, 1)
+            for values in ([c.mean for c in self._channels], [c.std for c in self._channels])
+        )
+        return (self._rows.read(first, last) - means).div_(deviations)
 
 
 class ContextRows:
@@ -119,35 +144,32 @@ class RecentRows:
 
 
 class StreamedRows:
-    """Rows out of an iterator of ``(first, last, rows)`` that ascend without gaps, as they are asked for."""
+    """Rows out of an iterator of ``(first, last, rows)`` that ascend without gaps, as they are asked for.
 
-    def __init__(
-        self, parts: Iterable[tuple[int, int, Tensor]], channels: int, extent: tuple[int, int, int]
-    ) -> None:
+    What the iterator gives need hold only until its next step: of that, no more than is still wanted is copied.
+    """
+
+    def __init__(self, parts: Iterable[tuple[int, int, Tensor]], shape: tuple[int, ...]) -> None:
         self._parts: Iterator[tuple[int, int, Tensor]] = iter(parts)
-        self._shape = channels, *extent
-        self._kept: Tensor | None = None
-        self._first = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, Z, Y, X)."""
-        return self._shape
+        self.shape = shape
+        self._segments: list[tuple[int, Tensor]] = []
 
     def read(self, first: int, last: int) -> Tensor:
-        """A view; rows below ``first`` are gone afterwards."""
-        kept = self._kept
-        if kept is not None and first > self._first:
-            kept = kept[:, first - self._first :]
-            self._first = first
-        while kept is None or self._first + kept.shape[1] < last:
-            low, _, rows = next(self._parts)
-            if kept is None:
-                kept, self._first = rows.clone(), low
-            else:
-                kept = torch.cat([kept, rows], 1)
-        self._kept = kept
-        return kept[:, first - self._first : last - self._first]
+        """A tensor that holds until the next call."""
+        while not self._segments or self._segments[-1][0] + self._segments[-1][1].shape[1] < last:
+            self._segments = [
+                (max(low, first), part[:, max(first - low, 0) :].clone())
+                for low, part in self._segments
+                if low + part.shape[1] > first
+            ]
+            low, _, part = next(self._parts)
+            self._segments.append((low, part))
+        pieces = [
+            part[:, max(first - low, 0) : last - low]
+            for low, part in self._segments
+            if low < last and low + part.shape[1] > first
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 def with_context(image: Tensor, context_slices: int) -> Tensor:
@@ -218,14 +240,6 @@ def _filters(old: int, new: int) -> tuple[list[int], list[np.ndarray]]:
         starts.append(start + int(inside[0]))
         weights.append((values / values.sum()).astype(np.float32))
     return starts, weights
-
-
-def resample_rows(rows: Tensor, old: int, new: int, first: int, last: int) -> Tensor:
-    """New rows ``first`` to ``last`` - 1 from the old rows (C, n, Y, X) that :func:`linear_weights` names."""
-    if old == new:
-        return rows
-    _, _, weights = linear_weights(old, new, first, last)
-    return torch.einsum("ji,ciyx->cjyx", weights.to(rows.device), rows)
 
 
 def resample_plane(rows: Tensor, size: Sequence[int]) -> Tensor:

@@ -131,9 +131,7 @@ def stream_logits(
             step = starts[0] - at
             yield from finished(at, at + step, slab[:, :step])
             # No patch to come reaches back over its own start: the rest moves up, and zeros follow.
-            kept = slab[:, step:].clone()
-            slab[:, : kept.shape[1]] = kept
-            slab[:, kept.shape[1] :] = 0
+            _move_up(slab, step)
             at = starts[0]
         weights = _outer([axis.weights[i] for axis, i in zip(windows, index, strict=True)]).to(device)
         target = (
@@ -144,6 +142,15 @@ def stream_logits(
         slab[target].addcmul_(patch.to(device, torch.float32), weights)
     if slab is not None:
         yield from finished(at, at + slab.shape[1], slab)
+
+
+def _move_up(slab: Tensor, step: int) -> None:
+    """Row i takes what row i + ``step`` held, the last rows become 0; in place, without a copy of the slab."""
+    depth = slab.shape[1]
+    for row in range(0, depth - step, step):
+        count = min(step, depth - step - row)
+        slab[:, row : row + count] = slab[:, row + step : row + step + count]
+    slab[:, max(0, depth - step) :] = 0
 
 
 class Windows:

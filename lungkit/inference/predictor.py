@@ -1,0 +1,513 @@
+"""From a scan to a mask on the scan's own grid, with one trained model or several."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lungkit.data.geometry import orient, plan_geometry
+from lungkit.data.volume import Volume, read_volume, write_nifti
+from lungkit.errors import DataError, ResourceError, UsageError
+from lungkit.inference.postprocessing import Postprocessing, classes_from_probabilities, postprocess
+from lungkit.inference.precision import Precision, autocast, automatic_precision
+from lungkit.inference.predict import stream_case
+from lungkit.inference.rows import ResampledRows, Rows, ScanRows, StreamedRows, chunks
+from lungkit.inference.sliding_window import Progress
+from lungkit.inference.trained_model import TrainedModel
+from lungkit.inference.windows_plan import Tile, smaller_tiles, windows_of
+from lungkit.nn import AttentionUNet
+
+_LOG = logging.getLogger("lungkit")
+
+_CHUNK_VOXELS = 1 << 22
+_VOXELS_PER_CALL = {"cpu": 1 << 20, "cuda": 1 << 22}
+
+Image = Volume | str | os.PathLike[str] | Sequence[Volume | str | os.PathLike[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The mask of one scan and how it came about; arrays are (X, Y, Z) as in the scan's file.
+
+    ``mask`` holds the values of ``labels``; ``probabilities`` (float32, by class name, background left out) and
+    ``attention`` (float32, alpha of the finest gate) are there where they were asked for.
+    """
+
+    mask: np.ndarray
+    affine: np.ndarray
+    labels: dict[str, int]
+    seconds: float
+    device: str
+    precision: str
+    warnings: tuple[str, ...] = ()
+    probabilities: dict[str, np.ndarray] = field(default_factory=dict)
+    attention: np.ndarray | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the mask as NIfTI (uint8), whole or not at all."""
+        write_nifti(path, self.mask, self.affine)
+
+
+class Predictor:
+    r"""Predicts scans with one trained model, or with the mean of the probabilities of several.
+
+    A scan is reoriented, windowed and resampled as the model's training scans were; the logits of overlapping windows
+    are stitched with Gaussian weights (:func:`lungkit.inference.sliding_window`); their softmax is brought back to the
+    scan's own grid by linear interpolation, and every voxel gets its most probable class. All of that happens a few
+    slices at a time: beyond the scan and its mask only one slab of windows is in memory. The mask does not depend on
+    ``batch_size`` but for ties that rounding decides.
+
+    Where a GPU runs out of memory, the batch is halved, then the tile, and at last the CPU is used; the prediction
+    says so in its ``warnings``.
+
+    Args:
+        models: trained models of the same labels and channels.
+        device: "cuda", "cpu", ...; None is the GPU where there is one.
+        precision: "fp32", "bf16" or "fp16"; "auto" as in training: bf16 where the device computes with it.
+        overlap: of neighbouring windows, 0 <= overlap < 1.
+        mirror: average over the mirror images of every window (test-time augmentation).
+        batch_size: windows in one call; None is about a million voxels on a CPU, four on a GPU.
+        postprocessing: None takes what the first model was given in training; ``Postprocessing()`` turns it off.
+
+    Raises:
+        UsageError: models that do not belong together, or an option out of its range.
+
+    Example:
+        Predict one scan with the best weights of a run::
+
+            import lungkit
+
+            predictor = lungkit.Predictor.from_run("runs/phantom-attention-unet")
+            prediction = predictor("scan.nii.gz")
+            prediction.save("mask.nii.gz")
+    """
+
+    def __init__(
+        self,
+        models: Sequence[TrainedModel],
+        *,
+        device: str | torch.device | None = None,
+        precision: Literal["auto"] | Precision = "auto",
+        overlap: float = 0.5,
+        mirror: bool = False,
+        batch_size: int | None = None,
+        postprocessing: Postprocessing | None = None,
+    ) -> None:
+        self.models = tuple(models)
+        _check_models(self.models)
+        if not 0 <= overlap < 1:
+            raise UsageError(f"overlap must be at least 0 and below 1, got {overlap}")
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        self.device = _device(device)
+        if precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise UsageError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
+        self._asked_precision = precision
+        self.overlap, self.mirror, self.batch_size = overlap, mirror, batch_size
+        self.postprocessing = self.models[0].postprocessing if postprocessing is None else postprocessing
+        if self.postprocessing.inside_lungs and not self.in_hu:
+            raise UsageError(
+                f"inside_lungs finds the lungs by their HU, but {self.models[0].name} was trained on data that are "
+                "not in HU; leave it out"
+            )
+
+    @classmethod
+    def from_run(
+        cls,
+        *paths: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        precision: Literal["auto"] | Precision = "auto",
+        overlap: float = 0.5,
+        mirror: bool = False,
+        batch_size: int | None = None,
+        postprocessing: Postprocessing | None = None,
+    ) -> Predictor:
+        """A predictor with the models in run or checkpoint folders, see :meth:`TrainedModel.load`."""
+        return cls(
+            [TrainedModel.load(path) for path in paths],
+            device=device,
+            precision=precision,
+            overlap=overlap,
+            mirror=mirror,
+            batch_size=batch_size,
+            postprocessing=postprocessing,
+        )
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> value in the mask."""
+        return self.models[0].labels
+
+    @property
+    def in_hu(self) -> bool:
+        """Whether the first channel that the models were trained on is in HU."""
+        return self.models[0].preprocessing.units == "HU"
+
+    def __call__(
+        self,
+        image: Image,
+        *,
+        probabilities: bool = False,
+        attention: bool = False,
+        progress: Progress | None = None,
+    ) -> Prediction:
+        """Predict one scan.
+
+        Args:
+            image: a NIfTI file, a folder with one DICOM series, or a :class:`~lungkit.data.Volume`; a sequence of them
+                for several channels.
+            probabilities: keep the probability of every class.
+            attention: keep the attention map of the finest gate (mean over the models that have gates).
+            progress: called with the windows done and the windows in all.
+
+        Raises:
+            DataError: a file cannot be used, or the scan does not fit the models.
+            UsageError: ``attention`` for networks without attention gates.
+            ResourceError: the memory does not suffice.
+        """
+        volumes = load_channels(image)
+        self.check_scan(volumes)
+        if attention and not any(model.has_attention for model in self.models):
+            raise UsageError("attention: none of the networks has attention gates")
+        started = time.perf_counter()
+        notes = [*self._intensity_warnings(volumes)]
+        run = functools.partial(self._predict, volumes, probabilities, attention, progress)
+        for device, shrink in self._attempts():
+            try:
+                mask, maps, alpha = run(device, shrink)
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                _LOG.warning("%s is out of memory (%s)", device, str(error).partition("\n")[0])
+                failure = error
+            notes.append(f"{device.type} ran out of memory; predicted with smaller windows or on the CPU")
+        else:
+            raise ResourceError(
+                f"{_name(volumes)}: out of memory even with the smallest windows ({failure}); free some memory"
+            ) from failure
+        self._finish(mask, volumes)
+        for note in notes:
+            _LOG.warning("%s: %s", _name(volumes), note)
+        return Prediction(
+            mask=mask,
+            affine=volumes[0].affine,
+            labels=dict(self.labels),
+            seconds=time.perf_counter() - started,
+            device=device.type,
+            precision=self._precision(device),
+            warnings=tuple(dict.fromkeys(notes)),
+            probabilities=maps,
+            attention=alpha,
+        )
+
+    def check_scan(self, volumes: Sequence[Volume]) -> None:
+        """Refuse a scan that the models cannot take.
+
+        Raises:
+            DataError: another number of channels, channels on different grids, or too few slices for a 3D network.
+        """
+        model = self.models[0]
+        where = _name(volumes)
+        if len(volumes) != len(model.channels):
+            raise DataError(
+                f"{where}: {len(volumes)} channel{'s' if len(volumes) > 1 else ''}, but {model.name} takes "
+                f"{len(model.channels)} ({', '.join(model.channels)}); the channels of a scan are files "
+                "NAME_0000.nii.gz, NAME_0001.nii.gz, ..."
+            )
+        for other in volumes[1:]:
+            same = other.array.shape == volumes[0].array.shape
+            if not same or not np.allclose(other.affine, volumes[0].affine, atol=1e-3):
+                raise DataError(
+                    f"{_name([other])}: shape {other.array.shape} and affine {other.affine.tolist()} differ from those "
+                    f"of {where}, {volumes[0].array.shape} and {volumes[0].affine.tolist()}; channels must share a grid"
+                )
+        depth = plan_geometry(volumes[0]).oriented_shape[0]
+        for model in self.models:
+            if model.dims == 3 and depth == 1:
+                raise DataError(
+                    f"{where}: a single slice, but {model.name} is a 3D model (windows of "
+                    f"{' x '.join(map(str, model.patch_size))} voxels); give the whole scan, or use a 2D model"
+                )
+
+    def estimate(self, volumes: Sequence[Volume]) -> str:
+        """What predicting a scan will take, in one line: size, memory beyond the network's own, windows."""
+        depth, height, width = plan_geometry(volumes[0]).oriented_shape
+        voxels = depth * height * width
+        total, slabs = 0, 0
+        for model in self.models:
+            geometry = model.geometry_of(volumes[0])
+            tile = Tile.of(model)
+            total += windows_of(geometry.shape, tile, self.overlap)
+            plane = math.prod(geometry.shape[1:])
+            channels = len(model.labels) + 2 * len(model.channels) * (2 * model.context_slices + 1)
+            slabs += 4 * tile.depth * plane * channels
+        scan = sum(volume.array.nbytes for volume in volumes)
+        parts = {"scan": scan, "mask": voxels, "slabs": slabs + 16 * min(voxels, _CHUNK_VOXELS)}
+        sizes = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in parts.items())
+        batch = self.batch_size or self._batch(Tile.of(self.models[0]), (height, width), self.device)
+        return (
+            f"{depth} x {height} x {width} voxels; memory in MiB: {sizes}, and the network's own for {batch} at a time "
+            f"of {total} windows; {self.device.type}, {self._precision(self.device)}"
+        )
+
+    def _attempts(self) -> Iterator[tuple[torch.device, int]]:
+        """Device and number of halvings of the tile, from the best to the last resort."""
+        for shrink in range(3):
+            yield self.device, shrink
+        if self.device.type != "cpu":
+            yield torch.device("cpu"), 0
+
+    def _predict(
+        self,
+        volumes: Sequence[Volume],
+        probabilities: bool,
+        attention: bool,
+        progress: Progress | None,
+        device: torch.device,
+        shrink: int,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
+        """Class indices (X, Y, Z), probabilities by class and the attention map."""
+        geometry = plan_geometry(volumes[0])
+        extent = geometry.oriented_shape
+        steps = _Steps(progress, len(self.models))
+        streams = [
+            self._stream(model, volumes, extent, attention and model.has_attention, device, shrink, steps)
+            for model in self.models
+        ]
+        gated = sum(attention and model.has_attention for model in self.models)
+        classes = len(self.labels)
+
+        def empty(dtype: type) -> tuple[np.ndarray, np.ndarray]:
+            array = np.zeros(geometry.original_shape, dtype, order="F")
+            return array, orient(array, geometry)
+
+        mask, mask_rows = empty(np.uint8)
+        maps = {name: empty(np.float32) for name in [*self.labels][1:]} if probabilities else {}
+        alpha, alpha_rows = empty(np.float32) if gated else (None, None)
+        for first, last in chunks(extent[0], math.prod(extent[1:]) * classes, most_voxels=_CHUNK_VOXELS):
+            mean = torch.zeros((classes, last - first, *extent[1:]), device=device)
+            seen = torch.zeros((last - first, *extent[1:]), device=device) if gated else None
+            for stream in streams:
+                rows = stream.read(first, last)
+                mean += rows[:classes] / len(streams)
+                if seen is not None and len(rows) > classes:
+                    seen += rows[classes] / gated
+            found = classes_from_probabilities(mean, self.postprocessing.threshold)
+            mask_rows[first:last] = found.cpu().numpy()
+            for index, (_, map_rows) in enumerate(maps.values(), start=1):
+                map_rows[first:last] = mean[index].cpu().numpy()
+            if alpha_rows is not None and seen is not None:
+                alpha_rows[first:last] = seen.cpu().numpy()
+        return mask, {name: array for name, (array, _) in maps.items()}, alpha
+
+    def _stream(
+        self,
+        model: TrainedModel,
+        volumes: Sequence[Volume],
+        extent: tuple[int, int, int],
+        attention: bool,
+        device: torch.device,
+        shrink: int,
+        steps: _Steps,
+    ) -> Rows:
+        """Probabilities (K, Z, Y, X) on the scan's grid, and the attention map as one channel more if asked for."""
+        geometry = model.geometry_of(volumes[0])
+        scan = ScanRows(volumes, model.preprocessing, geometry)
+        tile = smaller_tiles(Tile.of(model), geometry.shape, shrink)
+        network = model.network.to(device)
+        precision = self._precision(device)
+        classes = len(model.labels)
+
+        def logits_of(patches: Tensor) -> Tensor:
+            with autocast(device.type, precision):
+                if not attention:
+                    return _first(network(patches)).float()
+                logits, gates = cast(AttentionUNet, network)(patches, return_attention=True)
+                finest = max(gates, key=lambda gate: gate[0].numel()).float()
+                mode = "bilinear" if patches.dim() == 4 else "trilinear"
+                full = torch.nn.functional.interpolate(finest, size=patches.shape[2:], mode=mode)
+                return torch.cat([_first(logits).float(), full], 1)
+
+        parts = stream_case(
+            _mirrored(logits_of, model.dims) if self.mirror else logits_of,
+            scan,
+            tile.patch_size,
+            self.overlap,
+            self.batch_size or self._batch(tile, geometry.shape[1:], device),
+            tile.whole_slices,
+            model.context_slices,
+            steps.next(),
+            module=network,
+        )
+        probabilities = (
+            (first, last, _probabilities(logits, attention)) for first, last, logits in _in_pieces(parts)
+        )
+        rows = StreamedRows(probabilities, (classes + attention, *geometry.shape))
+        return rows if geometry.shape == extent else ResampledRows(rows, extent)
+
+    def _finish(self, mask: np.ndarray, volumes: Sequence[Volume]) -> None:
+        """Postprocess the class indices in ``mask`` and turn them into the values of the labels, in place."""
+        geometry = plan_geometry(volumes[0])
+        rows = orient(mask, geometry)
+        options = self.postprocessing
+        if options.changes_masks:
+            hu = orient(volumes[0].array, geometry) if self.in_hu else None
+            rows[...] = postprocess(rows, geometry.spacing_mm, options, hu=hu)
+        values = np.array(list(self.labels.values()), np.uint8)
+        if (values != np.arange(len(values))).any():
+            for first, last in chunks(len(rows), math.prod(rows.shape[1:])):
+                rows[first:last] = values[rows[first:last]]
+
+    def _batch(self, tile: Tile, plane: Sequence[int], device: torch.device) -> int:
+        voxels = math.prod(plane) if tile.whole_slices else math.prod(tile.patch_size)
+        budget = _VOXELS_PER_CALL.get(device.type, _VOXELS_PER_CALL["cpu"])
+        return max(1, budget // (voxels * (2 if self.mirror else 1)))
+
+    def _precision(self, device: torch.device) -> Precision:
+        if self._asked_precision == "auto":
+            return automatic_precision(device.type)
+        return self._asked_precision
+
+    def _intensity_warnings(self, volumes: Sequence[Volume]) -> Iterator[str]:
+        low, high = float(volumes[0].array.min()), float(volumes[0].array.max())
+        name = self.models[0].name
+        if self.in_hu and low >= 0 and high <= 255:
+            yield (
+                f"voxels lie between {low:g} and {high:g}: this looks like an 8-bit picture, but {name} was trained on "
+                "HU; the mask cannot be trusted"
+            )
+        if not self.in_hu and (low < 0 or high > 255) and self.models[0].preprocessing.units == "8-bit":
+            yield (
+                f"voxels lie between {low:g} and {high:g}, but {name} was trained on 8-bit pictures; the mask cannot "
+                "be trusted"
+            )
+
+
+class _Steps:
+    """One count of windows over several models that run side by side."""
+
+    def __init__(self, progress: Progress | None, models: int) -> None:
+        self._progress = progress
+        self._counts: list[tuple[int, int]] = []
+        self._models = models
+
+    def next(self) -> Progress | None:
+        """Progress of the next model."""
+        if self._progress is None:
+            return None
+        index = len(self._counts)
+        self._counts.append((0, 0))
+
+        def step(done: int, total: int) -> None:
+            self._counts[index] = done, total
+            known = [count for _, count in self._counts if count]
+            # A model that has not begun is taken to be as large as the others.
+            everything = sum(known) * self._models // len(known)
+            if self._progress is not None:
+                self._progress(sum(done for done, _ in self._counts), everything)
+
+        return step
+
+
+def load_channels(image: Image) -> list[Volume]:
+    """The channels of a scan, read where they are not volumes yet.
+
+    Raises:
+        DataError: a file cannot be used.
+        UsageError: ``image`` is something else.
+    """
+    if isinstance(image, (Volume, str, os.PathLike)):
+        image = [image]
+    if not isinstance(image, Sequence) or not image:
+        raise UsageError(
+            f"image must be a path, a lungkit.data.Volume (array and affine) or a sequence of them, got "
+            f"{type(image).__name__}"
+        )
+    return [entry if isinstance(entry, Volume) else _read(Path(entry)) for entry in image]
+
+
+def _read(path: Path) -> Volume:
+    if path.is_dir():
+        from lungkit.data.dicom import read_series
+
+        return read_series(path).volume
+    return read_volume(path)
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _mirrored(network: Callable[[Tensor], Tensor], dims: int) -> Callable[[Tensor], Tensor]:
+    """Mean of the network's output over all mirror images of its input."""
+    flips = [[axis + 2 for axis in range(dims) if code >> axis & 1] for code in range(2**dims)]
+
+    def mean(patches: Tensor) -> Tensor:
+        total = network(patches)
+        for axes in flips[1:]:
+            total = total + network(patches.flip(axes)).flip(axes)
+        return total / len(flips)
+
+    return mean
+
+
+def _in_pieces(parts: Iterator[tuple[int, int, Tensor]]) -> Iterator[tuple[int, int, Tensor]]:
+    """The same rows in pieces small enough to be worked on without much memory."""
+    for first, last, rows in parts:
+        for low, high in chunks(last - first, rows[:, 0].numel(), most_voxels=_CHUNK_VOXELS):
+            yield first + low, first + high, rows[:, low:high]
+
+
+def _probabilities(logits: Tensor, attention: bool) -> Tensor:
+    """Softmax of the logits, of a single one its sigmoid and the rest to 1; an attention map behind them stays."""
+    outputs = logits.shape[0] - attention
+    if outputs == 1:
+        foreground = logits[:1].sigmoid()
+        return torch.cat([1 - foreground, foreground, logits[1:]])
+    return torch.cat([logits[:outputs].softmax(0), logits[outputs:]])
+
+
+def _check_models(models: Sequence[TrainedModel]) -> None:
+    if not models:
+        raise UsageError("models: at least one trained model is needed")
+    first = models[0]
+    for other in models[1:]:
+        for what in ("labels", "channels"):
+            if getattr(other, what) != getattr(first, what):
+                raise UsageError(
+                    f"models of one ensemble must share their {what}, but {first.path} has {getattr(first, what)} and "
+                    f"{other.path} has {getattr(other, what)}"
+                )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"device {str(device)!r} cannot be used: {reason}") from error
+    return found
+
+
+def _name(volumes: Sequence[Volume]) -> str:
+    path = volumes[0].path
+    return "the scan" if path is None else str(path)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,178 @@
+"""A network out of a checkpoint, with everything that it takes to use it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lungkit.checkpoint import BEST, LAST, Checkpoint, load_checkpoint
+from lungkit.data.geometry import Geometry, plan_geometry
+from lungkit.data.preprocessing import Preprocessing
+from lungkit.data.volume import Volume
+from lungkit.errors import CheckpointError, DataError, UsageError
+from lungkit.inference.postprocessing import Postprocessing
+from lungkit.nn import AttentionUNet, MonaiAttentionUNet, build_model
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """What a checkpoint holds: nothing else is needed to predict.
+
+    ``labels`` maps each class name to its value in masks, in the order of the class indices, the background first.
+    ``patch_size`` is (Y, X) for a 2D network, which sees ``context_slices`` slices on either side as channels, and
+    (Z, Y, X) for a 3D one. ``spacing_range_mm`` holds the "min", "median" and "max" spacing (z, y, x) of the training
+    scans. ``digest`` is the SHA-256 of the checkpoint's manifest, which vouches for the weights.
+    """
+
+    path: Path
+    network: nn.Module
+    preprocessing: Preprocessing
+    labels: dict[str, int]
+    channels: tuple[str, ...]
+    patch_size: tuple[int, ...]
+    context_slices: int
+    spacing_range_mm: dict[str, tuple[float, ...]] | None
+    postprocessing: Postprocessing
+    digest: str
+    description: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrainedModel:
+        """Load a run folder (its best checkpoint) or one checkpoint folder; nothing in it is executed.
+
+        Raises:
+            CheckpointError: not a checkpoint, damaged, or of a network that this version does not know; names the
+                folder or file.
+        """
+        loaded = load_checkpoint(checkpoint_folder(path), with_trainer=False)
+        description = loaded.description
+        try:
+            return cls(
+                path=loaded.folder,
+                network=_network(loaded).eval(),
+                preprocessing=Preprocessing.from_dict(description["preprocessing"]),
+                labels=_labels(description),
+                channels=tuple(str(name) for name in description["channels"]),
+                patch_size=tuple(int(size) for size in description["patch_size"]),
+                context_slices=int(description["context_slices"]),
+                spacing_range_mm=_spacing_range(description),
+                postprocessing=Postprocessing.from_dict(description.get("postprocessing", {})),
+                digest=str(description["sha256"]["manifest.json"]),
+                description=description,
+            )
+        except (KeyError, TypeError, AttributeError, DataError, UsageError) as error:
+            raise CheckpointError(
+                f"{loaded.folder}: manifest.json does not describe a model of this version of lungkit ({error!r})"
+            ) from error
+
+    @property
+    def dims(self) -> int:
+        """2 or 3."""
+        return len(self.patch_size)
+
+    def geometry_of(self, volume: Volume) -> Geometry:
+        """The grid on which the network sees ``volume``.
+
+        Training that resampled did so to one spacing, and so does this. Training on the scans' own pixels taught the
+        network the sizes between the smallest and the largest of them: a scan outside of these, by more than 1 %, is
+        resampled to their median; along Z only for a 3D network.
+        """
+        target = self.preprocessing.target_spacing_mm
+        if target is not None or self.spacing_range_mm is None:
+            return plan_geometry(volume, target_spacing_mm=target)
+        own = plan_geometry(volume).spacing_mm
+        spacing = list(own)
+        for axis in range(3 - self.dims, 3):
+            least, most = self.spacing_range_mm["min"][axis], self.spacing_range_mm["max"][axis]
+            if not 0.99 * least <= own[axis] <= 1.01 * most:
+                spacing[axis] = self.spacing_range_mm["median"][axis]
+        return plan_geometry(volume, target_spacing_mm=(spacing[0], spacing[1], spacing[2]))
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the network has attention gates."""
+        return isinstance(self.network, (AttentionUNet, MonaiAttentionUNet))
+
+    @property
+    def name(self) -> str:
+        """Name of the run, or of the checkpoint's folder where it lies in no run."""
+        parent = self.path.resolve().parent
+        return parent.parent.name if parent.name == "checkpoints" else self.path.resolve().name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Which model this is, for reports: no path, since reports travel."""
+        return {
+            "name": self.name,
+            "network": self.description["model"].get("name"),
+            "checkpoint": self.path.name,
+            "epoch": self.description.get("epoch"),
+            "sha256": self.digest,
+            "trained_with_lungkit": self.description.get("lungkit"),
+        }
+
+
+def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that ``path`` means: itself, or the best (else the last) one of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if path.is_file() and path.name in ("manifest.json", "model.safetensors"):
+        return path.parent
+    if path.is_file():
+        raise CheckpointError(
+            f"{path}: a file, not a checkpoint of lungkit; name a run folder, or a folder that holds manifest.json and "
+            "model.safetensors. Pickled weights (.pt, .pth, .ckpt) are not opened, since they can run code"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; name a run folder of lungkit-train or a checkpoint")
+    if (path / "manifest.json").is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        for name in (BEST, LAST):
+            if (folder / name).is_dir():
+                return folder / name
+    raise CheckpointError(
+        f"{path}: neither a run folder (checkpoints/ is missing) nor a checkpoint (manifest.json is missing)"
+    )
+
+
+def _network(checkpoint: Checkpoint) -> nn.Module:
+    network = build_model(**checkpoint.description["model"])
+    try:
+        network.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: model.safetensors holds the weights of another network than manifest.json describes "
+            f"({error})"
+        ) from error
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{checkpoint.folder}: weight {name} is NaN or infinite; use another checkpoint"
+            )
+    return network
+
+
+def _spacing_range(description: dict[str, Any]) -> dict[str, tuple[float, ...]] | None:
+    found = description.get("training_spacing_mm")
+    if found is None:
+        return None
+    ranges = {name: tuple(float(size) for size in found[name]) for name in ("min", "median", "max")}
+    if any(len(sizes) != 3 or min(sizes) <= 0 for sizes in ranges.values()):
+        raise DataError(f"training_spacing_mm {found} must be three lengths above zero each")
+    return ranges
+
+
+def _labels(description: dict[str, Any]) -> dict[str, int]:
+    values = {str(name): int(value) for name, value in description["label_values"].items()}
+    ordered = dict(sorted(values.items(), key=lambda entry: entry[1]))
+    if not ordered or max(ordered.values()) > 255 or min(ordered.values()) < 0:
+        raise DataError(f"mask values {ordered} do not fit uint8, which predicted masks are")
+    return ordered
