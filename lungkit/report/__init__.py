@@ -5,6 +5,7 @@ from __future__ import annotations
 from lungkit.report.curves import save_curves
 from lungkit.report.distributions import save_distributions
 from lungkit.report.overlays import choose_slice, save_overlays
+from lungkit.report.previews import save_preview
 from lungkit.report.tables import (
     case_table_to_dict,
     format_case_table,
@@ -26,5 +27,6 @@ __all__ = [
     "save_curves",
     "save_distributions",
     "save_overlays",
+    "save_preview",
     "write_case_table",
 ]

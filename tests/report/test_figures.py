@@ -13,7 +13,7 @@ import pytest
 from lungkit.errors import UsageError
 from lungkit.metrics import CaseTable
 from lungkit.report import choose_slice, save_curves, save_distributions, save_overlays
-from lungkit.report.overlays import _crop_box
+from lungkit.report._drawing import crop_box
 
 EPOCHS = [{"epoch": i, "train_loss": 1 / (i + 1), "val_dice": i / 4, "lr": 0.01} for i in range(4)]
 
@@ -53,7 +53,7 @@ def test_ignored_voxels_do_not_choose_the_slice() -> None:
 
 
 def test_crop_holds_the_foreground_and_is_square() -> None:
-    rows, columns = _crop_box(mask_of((200, 300), np.s_[190:200, 20:45]) != 0)
+    rows, columns = crop_box(mask_of((200, 300), np.s_[190:200, 20:45]) != 0)
     assert rows.start <= 190 and rows.stop == 200
     assert columns.start <= 20 and columns.stop >= 45
     assert rows.stop - rows.start == columns.stop - columns.start
@@ -61,7 +61,7 @@ def test_crop_holds_the_foreground_and_is_square() -> None:
 
 @pytest.mark.parametrize("mask", [mask_of((64, 64)), mask_of((64, 64), np.s_[4:60, 4:60])])
 def test_nothing_is_cropped_without_foreground_or_with_much_of_it(mask: np.ndarray) -> None:
-    assert _crop_box(mask != 0) == (slice(0, 64), slice(0, 64))
+    assert crop_box(mask != 0) == (slice(0, 64), slice(0, 64))
 
 
 @pytest.mark.parametrize("spacing_mm", [None, (5.0, 0.7, 0.7), (1.0, 2.0, 1.0)])
