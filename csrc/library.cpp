@@ -4,6 +4,7 @@
 #include "attention_gate/schema.h"
 #include "confusion_counts/schema.h"
 #include "dice_ce/schema.h"
+#include "gate_tail/schema.h"
 
 #ifdef LUNGKIT_EMULATE
 STABLE_TORCH_LIBRARY(lungkit_emulated, m) {
@@ -13,4 +14,5 @@ STABLE_TORCH_LIBRARY(lungkit, m) {
   lungkit::define_attention_gate(m);
   lungkit::define_confusion_counts(m);
   lungkit::define_dice_ce(m);
+  lungkit::define_gate_tail(m);
 }

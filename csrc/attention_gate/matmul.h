@@ -2,7 +2,7 @@
 // and B in rows of vectors and A read one broadcast element at a time, so that A may be strided either way.
 #pragma once
 
-#include "simd.h"
+#include "../support/simd.h"
 
 namespace lungkit::LUNGKIT_ISA {
 namespace {

@@ -4,8 +4,8 @@
 // channel, of channels-last features a voxel.
 #pragma once
 
+#include "../support/simd.h"
 #include "kernel.h"
-#include "simd.h"
 
 namespace lungkit::LUNGKIT_ISA {
 namespace {

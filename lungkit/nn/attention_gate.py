@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lungkit.errors import UsageError
 from lungkit.ops.attention_gate import attention_gate, reference
+from lungkit.ops.gate_tail import gate_psi, gate_scale, reference_psi, reference_scale
 
 _CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS: dict[str, dict[int, Any]] = {
@@ -125,7 +126,7 @@ class AttentionGate(nn.Module):
 
 
 class MonaiAttentionGate(nn.Module):
-    r"""MONAI's ``AttentionBlock``, computed by the fused op in evaluation mode.
+    r"""MONAI's ``AttentionBlock``, computed by fused ops.
 
     .. math::
         \alpha = \mathrm{sigmoid}(\mathrm{BN}(w_\psi \cdot \mathrm{relu}(\mathrm{BN}(W_g g + b_g) +
@@ -133,7 +134,8 @@ class MonaiAttentionGate(nn.Module):
 
     Parameters and buffers carry MONAI's names, so its state dict loads as it is. In evaluation mode the three
     batch norms are affine maps with fixed numbers: they fold into the weights of the fused gate. In training
-    mode each norm needs statistics of a whole tensor, hence every step is a pass of its own.
+    mode each norm needs the statistics of a whole tensor: the projections and their norms are the library's,
+    what follows them is the fused tail (:mod:`lungkit.ops.gate_tail`), with psi's norm between its two halves.
 
     Args:
         dims: 2 or 3 spatial axes.
@@ -141,7 +143,7 @@ class MonaiAttentionGate(nn.Module):
         f_g: channels of the gating signal.
         f_l: channels of the skip features x.
         dropout: taken for the sake of MONAI's signature; its block applies none.
-        implementation: "auto" takes the fused op where it is available, "reference" plain PyTorch.
+        implementation: "auto" takes the fused ops where they are available, "reference" plain PyTorch.
 
     Shapes:
         g (B, f_g, \*S), x (B, f_l, \*S) -> out (B, f_l, \*S);
@@ -171,6 +173,9 @@ class MonaiAttentionGate(nn.Module):
         if dims not in _CONVOLUTIONS:
             raise UsageError(f"dims must be 2 or 3, got {dims}")
         self._gate = _select(implementation)
+        fused = implementation == "auto"
+        self._psi: Callable[[Tensor, Tensor, Tensor], Tensor] = gate_psi if fused else _plain_psi
+        self._scale: Callable[[Tensor, Tensor], Tensor] = gate_scale if fused else reference_scale
         self.W_g = _projection(dims, f_g, f_int)
         self.W_x = _projection(dims, f_l, f_int)
         self.psi = _projection(dims, f_int, 1)
@@ -180,11 +185,16 @@ class MonaiAttentionGate(nn.Module):
         self, g: Tensor, x: Tensor, *, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.training:
-            alpha = self.psi(torch.relu(self.W_g(g) + self.W_x(x)))
-            out = x * alpha
+            out, alpha = self._train(g, x)
         else:
             out, alpha = self._folded(g, x)
         return (out, alpha) if return_attention else out
+
+    def _train(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        (convolution,), norm, sigmoid = cast(Any, self.psi)
+        psi = self._psi(self.W_g(g), self.W_x(x), convolution.weight.flatten())
+        alpha = sigmoid(norm(psi + convolution.bias.to(psi.dtype)))
+        return self._scale(x, alpha), alpha
 
     def _folded(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         w_g, b_g = _fold(self.W_g)
@@ -212,6 +222,10 @@ def _fold(projection: nn.Sequential) -> tuple[Tensor, Tensor]:
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     bias = scale * (convolution.bias - norm.running_mean) + norm.bias
     return convolution.weight * scale.reshape(-1, *(1,) * (convolution.weight.dim() - 1)), bias
+
+
+def _plain_psi(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    return reference_psi(a, b, weight)[0]
 
 
 def _select(implementation: str) -> _Gate:

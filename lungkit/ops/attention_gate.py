@@ -4,8 +4,10 @@ Which path computes it:
 
 - On the CPU the native kernels, for every shape and dtype.
 - On CUDA the native kernels where a tile of voxels and the sums of the weights' gradients fit on the chip: up to 128
-  channels of x and 64 inner ones for the half types, 64 and 32 for float32. Wider levels have few voxels, and their
-  product is large enough for the library: they take the twin, as float64 does.
+  channels of x and 64 inner ones for the half types, 64 and 32 for float32. Their products are mma for the half types
+  and full float32 for float32, whatever torch's setting of TF32.
+- Wider levels have few voxels, and their product is large enough for the library (which follows that setting): there
+  CUDA takes the library's product and the fused tail of :mod:`lungkit.ops.gate_tail`, as it does for float64.
 - Everywhere else, and where no native library is built, the twin in plain PyTorch.
 """
 
@@ -19,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lungkit.errors import UsageError
+from lungkit.ops._layout import new_features
 from lungkit.ops._library import define_op
+from lungkit.ops.gate_tail import gate_psi, gate_scale
 
 
 def attention_gate(
@@ -63,7 +67,7 @@ def attention_gate(
         x, phi = x.to(dtype), phi.to(dtype)
     _check_arguments(x, phi, w_x, w_psi, b_psi)
     if x.is_cuda and not _fits_cuda_kernel(x, phi):
-        return reference(x, phi, w_x, w_psi, b_psi)
+        return _product_and_tail(x, phi, w_x, w_psi, b_psi)
     return torch.ops.lungkit.attention_gate(x, phi, w_x, w_psi, b_psi)
 
 
@@ -85,6 +89,15 @@ def _fits_cuda_kernel(x: Tensor, phi: Tensor) -> bool:
     )
 
 
+def _product_and_tail(
+    x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The library's product and interpolation, then the fused tail."""
+    psi = gate_psi(_pointwise(x, w_x), _upsample(phi, x), w_psi)
+    alpha = torch.sigmoid(psi + b_psi.to(psi.dtype))
+    return gate_scale(x, alpha), alpha
+
+
 def reference(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
     """Twin of :func:`attention_gate` in plain PyTorch: same arguments, same result, any device."""
     _, alpha = _attend(x, phi, w_x, w_psi, b_psi)
@@ -93,12 +106,16 @@ def reference(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor)
 
 def _attend(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
     """``(q, alpha)`` of the formula."""
-    up = phi
-    if phi.shape[2:] != x.shape[2:]:
-        mode = "bilinear" if x.dim() == 4 else "trilinear"
-        up = F.interpolate(phi, size=x.shape[2:], mode=mode, align_corners=False)
-    q = F.relu(_pointwise(x, w_x) + up)
+    q = F.relu(_pointwise(x, w_x) + _upsample(phi, x))
     return q, torch.sigmoid(_pointwise(q, w_psi[None], b_psi))
+
+
+def _upsample(phi: Tensor, x: Tensor) -> Tensor:
+    """phi at x's grid."""
+    if phi.shape[2:] == x.shape[2:]:
+        return phi
+    mode = "bilinear" if x.dim() == 4 else "trilinear"
+    return F.interpolate(phi, size=x.shape[2:], mode=mode, align_corners=False)
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -205,24 +222,10 @@ define_op(
 )
 
 
-def _new_features(like: Tensor) -> Tensor:
-    """Uninitialised, in ``like``'s shape: channels-last where ``like`` is, else contiguous."""
-    spatial = like.dim() - 2
-    voxel_stride = [like.stride(d) for d in range(2, like.dim()) if like.shape[d] > 1]
-    flat = all(
-        like.stride(d) == like.stride(d + 1) * like.shape[d + 1]
-        for d in range(2, like.dim() - 1)
-        if like.shape[d] > 1 and like.shape[d + 1] > 1
-    )
-    if like.shape[1] > 1 and like.stride(1) == 1 and flat and voxel_stride and voxel_stride[-1] != 1:
-        return like.new_empty((like.shape[0], *like.shape[2:], like.shape[1])).movedim(spatial + 1, 1)
-    return like.new_empty(like.shape)
-
-
 @torch.library.register_fake("lungkit::attention_gate")
 def _fake(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
     _check_arguments(x, phi, w_x, w_psi, b_psi)
-    return _new_features(x), x.new_empty((x.shape[0], 1, *x.shape[2:]))
+    return new_features(x), x.new_empty((x.shape[0], 1, *x.shape[2:]))
 
 
 @torch.library.register_fake("lungkit::attention_gate_backward")
@@ -241,8 +244,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     none = w_x.new_empty
     return (
-        _new_features(x) if needs_x else none(0),
-        _new_features(phi) if needs_phi else none(0),
+        new_features(x) if needs_x else none(0),
+        new_features(phi) if needs_phi else none(0),
         w_x.new_empty(w_x.shape) if needs_w_x else none(0),
         w_x.new_empty(w_psi.shape) if needs_psi else none(0),
         w_x.new_empty(b_psi.shape) if needs_psi else none(0),

@@ -119,7 +119,7 @@ def test_cuda_equals_the_twin(case, dtype):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_cuda_takes_the_twin_for_what_its_kernels_do_not(dtype):
+def test_cuda_takes_the_librarys_product_for_what_its_kernels_do_not(dtype):
     inputs = tuple(tensor.cuda() for tensor in random_inputs(Case((4, 6), (2, 3), 256, 128), dtype))
     for a, b in zip(attention_gate(*inputs), reference(*inputs), strict=True):
         torch.testing.assert_close(a, b)
