@@ -26,6 +26,7 @@ from lungkit.metrics.surface import (
 
 _LAZY = {
     "LesionMatch": "lesions",
+    "LesionMetric": "modular",
     "label_lesions": "lesions",
     "lesion_metrics": "lesions",
     "match_lesions": "lesions",
@@ -36,6 +37,7 @@ _LAZY = {
     "Interval": "comparison",
     "OverlapMetric": "modular",
     "PairedComparison": "comparison",
+    "SizeMetric": "modular",
     "SurfaceMetric": "modular",
     "bca_interval": "comparison",
     "compare_paired": "comparison",
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     )
     from lungkit.metrics.lesions import LesionMatch, label_lesions, lesion_metrics, match_lesions
     from lungkit.metrics.measure import Measurement, MetricGroup, MetricOptions, measure_case
-    from lungkit.metrics.modular import OverlapMetric, SurfaceMetric
+    from lungkit.metrics.modular import LesionMetric, OverlapMetric, SizeMetric, SurfaceMetric
     from lungkit.metrics.size import longest_diameter_mm, volume_ml
 
 __all__ = [
@@ -66,12 +68,14 @@ __all__ = [
     "HausdorffDefinition",
     "Interval",
     "LesionMatch",
+    "LesionMetric",
     "Measurement",
     "MetricGroup",
     "MetricOptions",
     "MetricSummary",
     "OverlapMetric",
     "PairedComparison",
+    "SizeMetric",
     "SurfaceDistances",
     "SurfaceMetric",
     "assd_mm",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -75,7 +77,56 @@ class OverlapMetric(Metric):
         return _averaged(values, self.average)
 
 
-class SurfaceMetric(Metric):
+class _MeasuredMetric(Metric):
+    """Mean over cases of one family of :func:`lungkit.metrics.measure_case`."""
+
+    is_differentiable = False
+    full_state_update = False
+    group: MetricGroup
+    rows: list[Tensor]
+
+    def __init__(
+        self,
+        labels: Mapping[str, int],
+        *,
+        options: MetricOptions | None = None,
+        ignore_index: int | None = None,
+        average: str = "macro",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.labels = {name: index for name, index in labels.items() if index != 0}
+        if not self.labels:
+            raise UsageError(f"labels must name a class beside the background, got {dict(labels)}")
+        self.options = replace(options or MetricOptions(), groups=(self.group,))
+        self.ignore_index = ignore_index
+        self.average = _checked_average(average)
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def update(self, prediction: Tensor, target: Tensor, spacing_mm: Any) -> None:
+        r"""Measure one batch of cases: class indices (B, \*S), and voxel sizes (axes,) for all or (B, axes)."""
+        spacings = np.asarray(spacing_mm, np.float64)
+        if spacings.ndim == 1:
+            spacings = np.tile(spacings, (len(prediction), 1))
+        if len(spacings) != len(prediction):
+            raise UsageError(
+                f"spacing_mm must be one for all or one a case, got {len(spacings)} for {len(prediction)}"
+            )
+        for case, truth, spacing in zip(prediction, target, spacings.tolist(), strict=True):
+            measured = measure_case(
+                case, truth, self.labels, spacing, options=self.options, ignore_index=self.ignore_index
+            )
+            values = [list(measured[name].values.values()) for name in self.labels]
+            self.rows.append(torch.tensor([values], dtype=torch.float64, device=prediction.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        rows = dim_zero_cat(self.rows)
+        names = self.options.definitions()
+        return _averaged({name: rows[..., i] for i, name in enumerate(names)}, self.average)
+
+
+class SurfaceMetric(_MeasuredMetric):
     r"""Mean over cases of the Hausdorff percentile, the surface Dice and the ASSD; each name holds its definition.
 
     ``update(prediction, target, spacing_mm)`` takes a batch of cases as class indices (B, \*S) and the size of a voxel
@@ -84,6 +135,7 @@ class SurfaceMetric(Metric):
     Args:
         labels: name -> class index, the background (0) left out of the result.
         options: percentile, definition, tolerance and empty policy; its groups are not used.
+        ignore_index: label of voxels to leave out.
         average: "macro" or "none".
         kwargs: see ``torchmetrics.Metric``.
 
@@ -96,52 +148,41 @@ class SurfaceMetric(Metric):
         1.6
     """
 
-    is_differentiable = False
-    full_state_update = False
-    rows: list[Tensor]
+    group = MetricGroup.SURFACE
 
-    def __init__(
-        self,
-        labels: Mapping[str, int],
-        *,
-        options: MetricOptions | None = None,
-        average: str = "macro",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        chosen = options or MetricOptions()
-        self.labels = {name: index for name, index in labels.items() if index != 0}
-        if not self.labels:
-            raise UsageError(f"labels must name a class beside the background, got {dict(labels)}")
-        self.options = MetricOptions(
-            (MetricGroup.SURFACE,),
-            chosen.percentile,
-            chosen.hausdorff,
-            chosen.tolerance_mm,
-            empty=chosen.empty,
-        )
-        self.average = _checked_average(average)
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
 
-    def update(self, prediction: Tensor, target: Tensor, spacing_mm: Sequence[Any]) -> None:
-        """Measure one batch of cases."""
-        spacings = (
-            [spacing_mm] * len(prediction) if not isinstance(spacing_mm[0], Sequence) else list(spacing_mm)
-        )
-        if len(spacings) != len(prediction):
-            raise UsageError(
-                f"spacing_mm must be one for all or one a case, got {len(spacings)} for {len(prediction)}"
-            )
-        for case, truth, spacing in zip(prediction, target, spacings, strict=True):
-            measured = measure_case(case, truth, self.labels, spacing, options=self.options)
-            values = [list(measured[name].values.values()) for name in self.labels]
-            self.rows.append(torch.tensor([values], dtype=torch.float64, device=prediction.device))
+class LesionMetric(_MeasuredMetric):
+    r"""Mean over cases of lesion-wise sensitivity, precision, F1, Dice and of the numbers of lesions.
 
-    def compute(self) -> dict[str, Tensor]:
-        """See the class."""
-        rows = dim_zero_cat(self.rows)
-        names = self.options.definitions()
-        return _averaged({name: rows[..., i] for i, name in enumerate(names)}, self.average)
+    Arguments, ``update`` and ``compute`` as in :class:`SurfaceMetric`; of the options the smallest IoU of a match and
+    the empty policy count here.
+
+    Example:
+        >>> metric = LesionMetric({"tumour": 1})
+        >>> masks = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        >>> masks[0, 0, 2:4, 2:4], masks[1, 0, 3:6, 3:6], masks[1, 0, 0, 0] = 1, 1, 1
+        >>> metric.update(masks[:1], masks[1:], (2.5, 0.8, 0.8))
+        >>> float(metric.compute()["lesion_precision"]), float(metric.compute()["lesion_sensitivity"])
+        (1.0, 0.5)
+    """
+
+    group = MetricGroup.LESION
+
+
+class SizeMetric(_MeasuredMetric):
+    r"""Mean over cases of volume (ml) and longest in-plane diameter (mm), predicted and true.
+
+    Arguments, ``update`` and ``compute`` as in :class:`SurfaceMetric`; of the options nothing counts here.
+
+    Example:
+        >>> metric = SizeMetric({"tumour": 1})
+        >>> mask = torch.ones(1, 2, 10, 10, dtype=torch.uint8)
+        >>> metric.update(mask, mask, (5.0, 1.0, 1.0))
+        >>> float(metric.compute()["volume_true_ml"])
+        1.0
+    """
+
+    group = MetricGroup.SIZE
 
 
 def _averaged(values: Mapping[str, Tensor], average: str) -> dict[str, Tensor]:

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from lungkit.metrics import CaseTable, EmptyPolicy, evaluate_case, measure_case
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed (extra 'metrics')")
 
-from lungkit.metrics import OverlapMetric, SurfaceMetric
+from lungkit.metrics import LesionMetric, OverlapMetric, SizeMetric, SurfaceMetric
 
 LABELS = {"background": 0, "tumour": 1, "node": 2}
 
@@ -78,20 +80,35 @@ def test_reset_forgets() -> None:
     assert metric.compute() == fresh.compute()
 
 
-def test_surface_is_the_mean_over_cases() -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(SurfaceMetric, "assd_pooled_mm"), (LesionMetric, "lesion_dice"), (SizeMetric, "diameter_predicted_mm")],
+)
+def test_measurements_are_the_mean_over_cases(kind: type, name: str) -> None:
     prediction, target = batch(0)
-    metric = SurfaceMetric(LABELS, average="none")
+    metric = kind(LABELS, average="none")
     metric.update(prediction, target, (2.5, 0.8, 0.8))
     cases = [
-        measure_case(case, truth, LABELS, (2.5, 0.8, 0.8))["node"].values["assd_pooled_mm"]
+        measure_case(case, truth, LABELS, (2.5, 0.8, 0.8))["node"].values[name]
         for case, truth in zip(prediction, target, strict=True)
     ]
-    assert float(metric.compute()["assd_pooled_mm"][1]) == pytest.approx(sum(cases) / 2)
+    assert cases[0] != cases[1]
+    assert float(metric.compute()[name][1]) == pytest.approx(sum(cases) / 2)
 
 
-def test_spacing_may_differ_between_cases() -> None:
+def test_ignored_voxels_are_not_measured() -> None:
+    truth = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    truth[..., 2:4, 2:4], truth[..., 6:, 6:] = 1, 255
+    prediction = (truth > 0).to(torch.uint8)
+    metric = LesionMetric({"tumour": 1}, ignore_index=255)
+    metric.update(prediction, truth, (2.5, 0.8, 0.8))
+    assert float(metric.compute()["lesions_predicted"]) == 1
+
+
+@pytest.mark.parametrize("container", [list, torch.tensor, np.array])
+def test_spacing_may_differ_between_cases(container: Callable[[object], object]) -> None:
     prediction, target = batch(0)
-    spacings = [(2.5, 0.8, 0.8), (5.0, 0.6, 0.6)]
+    spacings = container([(2.5, 0.8, 0.8), (5.0, 0.6, 0.6)])
     together, apart = SurfaceMetric(LABELS), SurfaceMetric(LABELS)
     together.update(prediction, target, spacings)
     for i in range(2):
@@ -114,14 +131,16 @@ def test_bad_arguments_are_named(call: object, message: str) -> None:
 
 SHARE_SCRIPT = """
 import json, sys, torch
-from lungkit.metrics import OverlapMetric, SurfaceMetric
+from lungkit.metrics import LesionMetric, OverlapMetric, SurfaceMetric
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-overlap, surface = OverlapMetric(3), SurfaceMetric({"tumour": 1, "node": 2})
+labels = {"tumour": 1, "node": 2}
+overlap, surface, lesions = OverlapMetric(3), SurfaceMetric(labels), LesionMetric(labels)
 for prediction, target in torch.load(sys.argv[3], weights_only=True)[rank::2]:
     overlap.update(prediction, target)
-    surface.update(prediction, target, (2.5, 0.8, 0.8))
-results = {**overlap.compute(), **surface.compute()}
+    for metric in (surface, lesions):
+        metric.update(prediction, target, (2.5, 0.8, 0.8))
+results = {**overlap.compute(), **surface.compute(), **lesions.compute()}
 if rank == 0:
     print(json.dumps({name: float(value) for name, value in results.items()}))
 torch.distributed.destroy_process_group()
@@ -150,9 +169,11 @@ def over_two_processes(cases: list[tuple[torch.Tensor, torch.Tensor]], folder: P
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     # Five batches: one process holds three of them, the other two.
     cases = [batch(seed, cases=1) for seed in range(5)]
-    overlap, surface = OverlapMetric(3), SurfaceMetric(LABELS)
+    overlap, surface, lesions = OverlapMetric(3), SurfaceMetric(LABELS), LesionMetric(LABELS)
     for prediction, target in cases:
         overlap.update(prediction, target)
-        surface.update(prediction, target, (2.5, 0.8, 0.8))
-    alone = {name: float(value) for name, value in {**overlap.compute(), **surface.compute()}.items()}
+        for metric in (surface, lesions):
+            metric.update(prediction, target, (2.5, 0.8, 0.8))
+    together = {**overlap.compute(), **surface.compute(), **lesions.compute()}
+    alone = {name: float(value) for name, value in together.items()}
     assert over_two_processes(cases, tmp_path) == pytest.approx(alone, abs=1e-12)
