@@ -1,0 +1,148 @@
+"""DICOM files of a folder: which are images, and their headers without the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lungkit.data.dicom._packages import quiet, require
+from lungkit.errors import DataError
+
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
+_DICOMDIR = "1.2.840.10008.1.3.10"
+
+# Names that DICOM files go by; some archives give them none, or end the name with a part of a UID.
+_DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
+
+_PATIENT_AND_STUDY = """
+    PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientIdentityRemoved DeidentificationMethod
+    DeidentificationMethodCodeSequence PatientAge PatientSize PatientWeight StudyInstanceUID StudyDate StudyTime
+    StudyID StudyDescription AccessionNumber ReferringPhysicianName
+"""
+_IMAGE = """
+    SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality SeriesDescription SeriesInstanceUID SeriesNumber
+    InstanceNumber AcquisitionNumber FrameOfReferenceUID PositionReferenceIndicator ImagePositionPatient
+    ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices Rows Columns SamplesPerPixel
+    PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation NumberOfFrames RescaleSlope
+    RescaleIntercept RescaleType LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod
+"""
+PATIENT_AND_STUDY = tuple(_PATIENT_AND_STUDY.split())
+"""Attributes of the Patient, General Study and Patient Study modules that a derived object repeats."""
+
+
+def read_headers(folder: Path) -> list[tuple[Path, Any]]:
+    """Header (a pydicom ``Dataset`` of the attributes that lungkit uses) of every DICOM object in ``folder``.
+
+    Only the folder's own files, in order of name; hidden files, DICOMDIR and files of other kinds are passed
+    over.
+
+    Raises:
+        DataError: no such folder, no DICOM file in it, or a file that is named like one and cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder.name}: no such folder; name a folder of DICOM files")
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder.name}: cannot be read ({error.strerror}); name a readable folder") from None
+    found = [(path, read_header(path)) for path in files if _is_dicom(path)]
+    found = [
+        (path, header)
+        for path, header in found
+        if header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR
+    ]
+    if not found:
+        raise DataError(
+            f"{folder.name}: no DICOM file among the {len(files)} files of this folder (subfolders are not "
+            "searched); name the folder that holds the slices"
+        )
+    return found
+
+
+def read_header(path: Path) -> Any:
+    """Header of one DICOM file.
+
+    Raises:
+        DataError: it cannot be read, or lacks what says which object and which series it is.
+    """
+    header = read_dataset(path, pixels=False, keywords=(*_IMAGE.split(), *PATIENT_AND_STUDY))
+    if header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
+        for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"):
+            if not header.get(keyword):
+                raise DataError(
+                    f"{path.name}: {keyword} is missing; the file is truncated or not a whole DICOM object: "
+                    "export or copy it again"
+                )
+    return header
+
+
+def read_dataset(path: Path, *, pixels: bool = True, keywords: Sequence[str] | None = None) -> Any:
+    """A file as a pydicom ``Dataset``, all of it or the attributes in ``keywords``, with or without pixels.
+
+    Raises:
+        DataError: the file is absent, unreadable, not DICOM or damaged.
+    """
+    pydicom = require("pydicom")
+    try:
+        with quiet():
+            return pydicom.dcmread(
+                path,
+                stop_before_pixels=not pixels,
+                specific_tags=None if keywords is None else list(keywords),
+            )
+    except FileNotFoundError:
+        raise DataError(f"{path.name}: no such file") from None
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{path.name}: cannot be read ({error.strerror or error}); name a readable file"
+        ) from None
+    except Exception as error:  # pydicom raises many kinds for a damaged file
+        raise DataError(
+            f"{path.name}: not a readable DICOM file ({type(error).__name__}); export or copy it again"
+        ) from None
+
+
+def is_image(header: Any) -> bool:
+    """Whether the object is an image (a scan, a screenshot), not contours, a segmentation, a dose or a report."""
+    return str(header.SOPClassUID.name).endswith("Image Storage") or header.SOPClassUID in ENHANCED_CT
+
+
+def is_localizer(header: Any) -> bool:
+    """Whether the image is a scout view on which the scan was planned."""
+    return "LOCALIZER" in [str(word).upper() for word in (header.get("ImageType") or ())]
+
+
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first few of ``names`` in words.
+
+    Example:
+        >>> some(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
+    """
+    listed = list(names)
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether the file carries the DICOM mark; DataError where it does not but its name or content says it should."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}); make the file readable") from None
+    if start[128:] == b"DICM":
+        return True
+    suffix = path.suffix.lower()
+    suffix = "" if suffix[1:].isdigit() else suffix
+    # A file without a suffix may be a note beside the slices: text holds no zero bytes.
+    if suffix in _DICOM_SUFFIXES and (suffix or not start or b"\0" in start):
+        raise DataError(
+            f"{path.name}: not a DICOM file ({'empty' if not start else 'no DICM mark at byte 128'}); it is truncated "
+            "or damaged: export or copy it again, or move it out of the folder"
+        )
+    return False

@@ -1,0 +1,270 @@
+"""CT series from DICOM: which are in a folder, and one of them as a volume with what points back to its slices."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lungkit.data.dicom.files import (
+    CT_IMAGE,
+    ENHANCED_CT,
+    is_image,
+    is_localizer,
+    read_headers,
+    some,
+)
+from lungkit.data.dicom.pixels import read_slice
+from lungkit.data.dicom.slices import plan_slices
+from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume
+from lungkit.errors import DataError, ResourceError
+
+_LOG = logging.getLogger("lungkit")
+
+
+@dataclass(frozen=True)
+class SeriesInfo:
+    """An image series in a folder, localizers left out.
+
+    ``size`` is (columns, rows) of its first slice, ``files`` its files in order of name, ``is_ct`` whether
+    :func:`read_series` takes it. ``description`` is free text from the scanner.
+    """
+
+    uid: str
+    description: str
+    modality: str
+    slices: int
+    size: tuple[int, int]
+    files: tuple[Path, ...]
+    is_ct: bool
+
+
+@dataclass(frozen=True, eq=False)
+class DicomScan:
+    """A CT series as a volume.
+
+    ``volume.array`` is (X, Y, Z) in HU: x along the columns, y along the rows, z along the slices in ascending
+    order of their normal, so that slice ``array[:, :, k].T`` is the image of ``headers[k]``. ``volume.affine``
+    is in RAS+ mm and ``volume.path`` the folder. ``headers`` are pydicom datasets without pixels, one a slice:
+    what a segmentation or a structure set needs to refer to its source.
+    """
+
+    volume: Volume
+    series: SeriesInfo
+    headers: tuple[Any, ...]
+
+
+def find_series(folder: str | os.PathLike[str]) -> list[SeriesInfo]:
+    """Image series among the folder's own files, subfolders not searched, in order of series number.
+
+    Raises:
+        DataError: no such folder, no DICOM file in it, or a damaged one.
+        UsageError: pydicom is not installed.
+    """
+    return [info for info, _ in _group(read_headers(Path(folder)))]
+
+
+def read_series(
+    folder: str | os.PathLike[str], *, series: str | int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS
+) -> DicomScan:
+    r"""Read one CT series as int16 HU, slices in order, geometry checked.
+
+    HU = RescaleSlope * stored + RescaleIntercept: int16 where both are whole numbers (int32 where the values
+    do not fit), else float32. Slices may lie up to :data:`~lungkit.data.dicom.slices.POSITION_TOLERANCE_MM`
+    (and a tenth of the spacing) off an even grid, and the grid may be sheared by up to
+    :data:`~lungkit.data.dicom.slices.MAX_TILT_DEGREES`, which the affine carries; a larger gantry tilt is
+    refused, because measurements take voxels for boxes. RTSTRUCT, SEG and other objects that are not images
+    are passed over, and so are localizers and series that are not CT.
+
+    Args:
+        folder: that holds the slices, one file each.
+        series: which one where there are several: its number in the list of :func:`find_series` from 1, its
+            series instance UID, or the beginning of that.
+        max_voxels: refuse a larger series; checked before memory is allocated.
+
+    Raises:
+        DataError: no CT series, or several and none named; missing, doubled, unevenly spaced, tilted or
+            unequal slices; a missing tag; truncated or damaged files; compression without a decoder.
+        ResourceError: the memory does not suffice.
+        UsageError: pydicom is not installed.
+
+    Example:
+        >>> scan = read_series("ct")  # doctest: +SKIP
+        >>> scan.volume.array.shape, scan.volume.array.dtype.name  # doctest: +SKIP
+        ((512, 512, 240), 'int16')
+    """
+    folder = Path(folder)
+    info, headers = _choose(_group(read_headers(folder)), series, folder)
+    names = [path.name for path in info.files]
+    if len(headers) * info.size[0] * info.size[1] > max_voxels:
+        raise DataError(
+            f"{folder.name}: {info.size[0]} x {info.size[1]} x {len(headers)} voxels, more than max_voxels = "
+            f"{max_voxels}; raise max_voxels"
+        )
+    slope, intercept = _check_images(headers, names)
+    grid = plan_slices(headers, names)
+    headers = [headers[index] for index in grid.order]
+    paths = [info.files[index] for index in grid.order]
+    array = _read_voxels(paths, headers, slope, intercept)
+    return DicomScan(Volume(array=array, affine=grid.affine, path=folder), info, tuple(headers))
+
+
+def _group(headers: Sequence[tuple[Path, Any]]) -> list[tuple[SeriesInfo, list[Any]]]:
+    groups: dict[str, list[tuple[Path, Any]]] = {}
+    for path, header in headers:
+        if is_image(header) and not is_localizer(header):
+            groups.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
+    found = []
+    for uid, members in groups.items():
+        first = members[0][1]
+        info = SeriesInfo(
+            uid=uid,
+            description=" ".join(str(first.get("SeriesDescription") or "").split())[:64],
+            modality=str(first.get("Modality") or ""),
+            slices=sum(int(header.get("NumberOfFrames") or 1) for _, header in members),
+            size=(int(first.get("Columns") or 0), int(first.get("Rows") or 0)),
+            files=tuple(path for path, _ in members),
+            is_ct=first.get("Modality") == "CT" and first.SOPClassUID in (CT_IMAGE, *ENHANCED_CT),
+        )
+        found.append((info, [header for _, header in members]))
+    found.sort(key=lambda entry: (int(entry[1][0].get("SeriesNumber") or 0), entry[0].uid))
+    return found
+
+
+def _choose(
+    found: list[tuple[SeriesInfo, list[Any]]], wanted: str | int | None, folder: Path
+) -> tuple[SeriesInfo, list[Any]]:
+    listing = "; ".join(
+        f"{number}: {info.uid} ({info.modality or 'no modality'}, {info.description or 'no description'}, "
+        f"{info.slices} slices)"
+        for number, (info, _) in enumerate(found, start=1)
+    )
+    if not found:
+        raise DataError(
+            f"{folder.name}: no image series in this folder, or nothing but localizers; name another"
+        )
+    if wanted is None:
+        chosen = [entry for entry in found if entry[0].is_ct]
+        problem = (
+            "several CT series; name one with --series UID (its number or the beginning of its UID will do)"
+        )
+    else:
+        text = str(wanted)
+        exact = [entry for entry in found if entry[0].uid == text]
+        if text.isdecimal() and 1 <= int(text) <= len(found):
+            exact = [found[int(text) - 1]]
+        chosen = exact or [entry for entry in found if entry[0].uid.startswith(text)]
+        problem = f"series {text!r} fits several; name one by its number or more of its UID"
+        if not chosen:
+            raise DataError(f"{folder.name}: no series {text!r}; the folder holds {listing}")
+    if not chosen:
+        raise DataError(f"{folder.name}: no CT series; the folder holds {listing}")
+    if len(chosen) > 1:
+        raise DataError(f"{folder.name}: {problem}: {listing}")
+    info, headers = chosen[0]
+    if not info.is_ct:
+        raise DataError(
+            f"{folder.name}: series {info.uid} is {info.modality or 'of no modality'} "
+            f"({headers[0].SOPClassUID.name}), not CT; name a CT series"
+        )
+    if len(found) > 1:
+        _LOG.info("read series %d of %d in the folder", found.index(chosen[0]) + 1, len(found))
+    return info, headers
+
+
+def _check_images(headers: Sequence[Any], names: Sequence[str]) -> tuple[float, float]:
+    """Slope and intercept, the same for every slice, of a series whose images can make one volume."""
+    rescale: dict[tuple[float, float], str] = {}
+    sizes: dict[tuple[int, int], str] = {}
+    frames: dict[str, str] = {}
+    for header, name in zip(headers, names, strict=True):
+        _check_image(header, name)
+        rescale.setdefault((float(header.RescaleSlope), float(header.RescaleIntercept)), name)
+        sizes.setdefault((int(header.Columns), int(header.Rows)), name)
+        frames.setdefault(str(header.get("FrameOfReferenceUID") or ""), name)
+    for what, values in (
+        ("rescale slope and intercept", rescale),
+        ("columns and rows", sizes),
+        ("frame of reference", frames),
+    ):
+        if len(values) > 1:
+            listed = some((f"{value} in {name}" for value, name in values.items()), most=3)
+            raise DataError(
+                f"slices differ in {what}: {listed}; move what does not belong to the scan out of the folder"
+            )
+    return next(iter(rescale))
+
+
+def _check_image(header: Any, name: str) -> None:
+    if header.SOPClassUID in ENHANCED_CT:
+        raise DataError(
+            f"{name}: {header.SOPClassUID.name} (multi-frame) is not supported; convert it to single frames "
+            "(dcm4che emf2sf) or to NIfTI (dcm2niix)"
+        )
+    if header.SOPClassUID != CT_IMAGE or header.get("Modality") != "CT":
+        raise DataError(f"{name}: {header.SOPClassUID.name} among CT slices; move it out of the folder")
+    for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "RescaleSlope", "RescaleIntercept"):
+        try:
+            known = header.get(keyword) is not None and np.isfinite(float(header[keyword].value))
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise DataError(f"{name}: {keyword} is missing or not a number; export the series again")
+    problem = None
+    if (
+        header.get("PhotometricInterpretation") != "MONOCHROME2"
+        or int(header.get("SamplesPerPixel") or 1) != 1
+    ):
+        problem = f"pixels are {header.get('PhotometricInterpretation')}, expected MONOCHROME2"
+    elif int(header.get("NumberOfFrames") or 1) != 1:
+        problem = f"{header.NumberOfFrames} frames in a file, expected one"
+    elif not 1 <= int(header.BitsStored) <= int(header.BitsAllocated) or int(header.BitsAllocated) not in (
+        8,
+        16,
+        32,
+    ):
+        problem = f"{header.BitsStored} bits stored of {header.BitsAllocated} allocated"
+    elif int(header.get("HighBit", header.BitsStored - 1)) != int(header.BitsStored) - 1:
+        problem = f"the highest of {header.BitsStored} bits is bit {header.HighBit}"
+    elif float(header.RescaleSlope) == 0:
+        problem = "RescaleSlope is 0"
+    elif str(header.get("RescaleType") or "HU") not in ("HU", "US"):
+        problem = f"values are {header.RescaleType} (RescaleType), not HU"
+    if problem is not None:
+        raise DataError(f"{name}: {problem}; export the series as plain CT images in HU")
+
+
+def _read_voxels(paths: Sequence[Path], headers: Sequence[Any], slope: float, intercept: float) -> np.ndarray:
+    whole = slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**15
+    shape = (len(paths), int(headers[0].Rows), int(headers[0].Columns))
+    try:
+        voxels = np.empty(shape, np.int16 if whole else np.float32)
+        for index, (path, header) in enumerate(zip(paths, headers, strict=True)):
+            stored = read_slice(path, header)
+            if whole:
+                scaled = stored.astype(np.int32 if stored.dtype.itemsize < 4 else np.int64)
+                scaled *= int(slope)
+                scaled += int(intercept)
+                if voxels.dtype == np.int16 and not _fits(scaled, np.int16):
+                    voxels = voxels.astype(np.int32)
+                if voxels.dtype == np.int32 and not _fits(scaled, np.int32):
+                    raise DataError(
+                        f"{path.name}: values up to {scaled.max()} HU; the rescale tags are wrong"
+                    )
+                voxels[index] = scaled
+            else:
+                voxels[index] = stored * np.float64(slope) + intercept
+    except MemoryError as error:
+        raise ResourceError(
+            f"no memory for {' x '.join(map(str, shape[::-1]))} voxels; close other programs"
+        ) from error
+    return voxels.T
+
+
+def _fits(values: np.ndarray, dtype: Any) -> bool:
+    return bool(np.iinfo(dtype).min <= values.min() and values.max() <= np.iinfo(dtype).max)
