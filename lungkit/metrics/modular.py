@@ -18,7 +18,22 @@ from lungkit.metrics.overlap import EmptyPolicy, overlap_metrics
 from lungkit.ops import confusion_counts
 
 
-class OverlapMetric(Metric):
+class _CaseMetric(Metric):
+    """A metric whose states are lists with a row a case; a rank may have none."""
+
+    def _no_case(self) -> dict[str, Tensor]:
+        """Every state with no row, on the CPU."""
+        raise NotImplementedError
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """As in ``torchmetrics.Metric``, which expects at least one row on every rank."""
+        for name, empty in self._no_case().items():
+            if isinstance(getattr(self, name), list) and not getattr(self, name):
+                setattr(self, name, [empty.to(self.device)])
+        super().sync(*args, **kwargs)
+
+
+class OverlapMetric(_CaseMetric):
     r"""Mean over cases of Dice, IoU, PPV, sensitivity, specificity and volume similarity.
 
     ``update(prediction, target)`` takes a batch of cases: logits (B, K, \*S) or class indices (B, \*S), and labels
@@ -64,6 +79,12 @@ class OverlapMetric(Metric):
         self.add_state("counts", default=[], dist_reduce_fx="cat")
         self.add_state("voxels", default=[], dist_reduce_fx="cat")
 
+    def _no_case(self) -> dict[str, Tensor]:
+        return {
+            "counts": torch.empty(0, self.num_classes, 3, dtype=torch.int64),
+            "voxels": torch.empty(0, dtype=torch.int64),
+        }
+
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count one batch of cases."""
         counts, voxels = confusion_counts(prediction, target, self.num_classes, self.ignore_index)
@@ -77,7 +98,7 @@ class OverlapMetric(Metric):
         return _averaged(values, self.average)
 
 
-class _MeasuredMetric(Metric):
+class _MeasuredMetric(_CaseMetric):
     """Mean over cases of one family of :func:`lungkit.metrics.measure_case`."""
 
     is_differentiable = False
@@ -102,6 +123,10 @@ class _MeasuredMetric(Metric):
         self.ignore_index = ignore_index
         self.average = _checked_average(average)
         self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def _no_case(self) -> dict[str, Tensor]:
+        shape = (0, len(self.labels), len(self.options.definitions()))
+        return {"rows": torch.empty(shape, dtype=torch.float64)}
 
     def update(self, prediction: Tensor, target: Tensor, spacing_mm: Any) -> None:
         r"""Measure one batch of cases: class indices (B, \*S), and voxel sizes (axes,) for all or (B, axes)."""

@@ -166,9 +166,10 @@ def over_two_processes(cases: list[tuple[torch.Tensor, torch.Tensor]], folder: P
     return json.loads(outputs[0])
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
-    # Five batches: one process holds three of them, the other two.
-    cases = [batch(seed, cases=1) for seed in range(5)]
+@pytest.mark.parametrize("count", [5, 1])
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path, count: int) -> None:
+    # Of five batches one process holds three and the other two; of one batch the other holds none.
+    cases = [batch(seed, cases=1) for seed in range(count)]
     overlap, surface, lesions = OverlapMetric(3), SurfaceMetric(LABELS), LesionMetric(LABELS)
     for prediction, target in cases:
         overlap.update(prediction, target)
