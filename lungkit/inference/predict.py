@@ -216,4 +216,5 @@ def stream_case(
 def _classes(logits: Tensor) -> Tensor:
     if logits.shape[0] > 256:
         raise UsageError(f"the network has {logits.shape[0]} classes; label maps are uint8 and hold 256")
-    return ((logits[0] > 0) if logits.shape[0] == 1 else logits.argmax(0)).to(torch.uint8)
+    # argmax gives the same, but on a CPU takes many times as long along an outer axis.
+    return ((logits[0] > 0) if logits.shape[0] == 1 else logits.max(0).indices).to(torch.uint8)
