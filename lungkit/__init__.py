@@ -7,7 +7,18 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("data", "experiments", "inference", "losses", "metrics", "nn", "ops", "report", "training")
+_SUBPACKAGES = (
+    "data",
+    "experiments",
+    "inference",
+    "losses",
+    "metrics",
+    "nn",
+    "ops",
+    "pipeline",
+    "report",
+    "training",
+)
 _HOMES = {"Predictor": "lungkit.inference", "dice_ce_loss": "lungkit.ops.dice_ce"}
 
 __all__ = ["__version__", *_SUBPACKAGES, *_HOMES]

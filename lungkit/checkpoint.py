@@ -138,7 +138,7 @@ def _write(
             "format": FORMAT,
             "lungkit": lungkit.__version__,
             "torch": torch.__version__,
-            "sha256": {name: _sha256(temporary / name) for name in (_WEIGHTS, _TRAINER)},
+            "sha256": {name: sha256_of(temporary / name) for name in (_WEIGHTS, _TRAINER)},
             **description,
         }
         manifest["sha256"][_MANIFEST] = _digest_of(manifest)
@@ -180,7 +180,7 @@ def _verified_manifest(folder: Path, files: tuple[str, ...] = (_WEIGHTS, _TRAINE
     if not isinstance(digests, dict) or digests.get(_MANIFEST) != _digest_of(manifest):
         raise ValueError(f"{path.name} is damaged: its contents do not match its own SHA-256")
     for name in files:
-        if _sha256(folder / name) != digests.get(name):
+        if sha256_of(folder / name) != digests.get(name):
             raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {path.name}")
     return manifest
 
@@ -202,7 +202,8 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**manifest, "sha256": digests}, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hash of a file's contents, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

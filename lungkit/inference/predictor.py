@@ -290,7 +290,7 @@ class Predictor:
         classes = len(self.labels)
 
         def empty(dtype: type) -> tuple[np.ndarray, np.ndarray]:
-            array = np.zeros(geometry.original_shape, dtype, order="F")
+            array: np.ndarray = np.zeros(geometry.original_shape, dtype, order="F")
             return array, orient(array, geometry)
 
         mask, mask_rows = empty(np.uint8)

@@ -12,7 +12,7 @@ import torch
 from model_cases import HU, random_network, save_model, threshold_network
 from safetensors.torch import save_file
 
-from lungkit.checkpoint import _digest_of, _sha256
+from lungkit.checkpoint import _digest_of, sha256_of
 from lungkit.data import Volume
 from lungkit.errors import CheckpointError
 from lungkit.inference import TrainedModel
@@ -22,7 +22,7 @@ def reseal(folder: Path, **changes) -> None:
     """Change the manifest and make its checksums right again, as a checkpoint of another program might have them."""
     path = folder / "manifest.json"
     manifest = {**json.loads(path.read_text()), **changes}
-    manifest["sha256"]["model.safetensors"] = _sha256(folder / "model.safetensors")
+    manifest["sha256"]["model.safetensors"] = sha256_of(folder / "model.safetensors")
     manifest["sha256"]["manifest.json"] = _digest_of(manifest)
     path.write_text(json.dumps(manifest))
 

@@ -1,0 +1,320 @@
+"""``lungkit-predict``: from scans, NIfTI or DICOM, to masks on the scans' own grid."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import lungkit
+from lungkit.cli._common import run_command
+from lungkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from lungkit.inference import Postprocessing, Predictor
+
+_LOG = logging.getLogger("lungkit")
+
+_EPILOG = """
+Written to the output folder: NAME.nii.gz (uint8, on the scan's own grid), reports/NAME.json (volumes, diameters,
+lesions), previews/NAME.png and results.jsonl, a line a scan. The same command again does what is missing. One scan that
+cannot be used does not stop the rest; it is named, and the exit code says so.
+Examples:
+  lungkit-predict -i scan.nii.gz -o mask.nii.gz --model runs/NAME     one scan
+  lungkit-predict -i scans/ -o masks/ --model runs/A runs/B --tta     a folder; two models and their mirror images
+  lungkit-predict -i series/ -o out/ --model runs/NAME --format dicom-seg rtstruct
+  lungkit-predict -i scans/ -o masks/ --model runs/NAME --shard 0/8   a share; then: lungkit-predict merge masks/
+Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["merge"]:
+        return run_command(lambda: _merge(given[1:]))
+    options = _parser().parse_args(given)
+    return run_command(lambda: _run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lungkit-predict",
+        description="Segment CT scans with a trained model. `lungkit-predict merge FOLDER` puts shares together.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "-i",
+        "--input",
+        type=Path,
+        required=True,
+        metavar="IN",
+        help="a scan (.nii, .nii.gz), a folder of scans, a DICOM series folder, or a folder of series folders",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="folder for the results, or the mask's file (.nii.gz) for a single scan",
+    )
+    add(
+        "--model",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="RUN",
+        help="run folder or checkpoint; several are an ensemble, the mean of their probabilities",
+    )
+    add(
+        "--format",
+        nargs="+",
+        default=["nifti"],
+        choices=("nifti", "dicom-seg", "rtstruct"),
+        help="of the mask (default: nifti); the others refer to the images of a DICOM series",
+    )
+    add("--series", metavar="UID", help="which series of a DICOM folder that holds several")
+    add(
+        "--tta",
+        action="store_true",
+        help="average over the mirror images of every window: 4 (2D) or 8 times as long",
+    )
+    add(
+        "--overlap",
+        type=float,
+        default=0.5,
+        help="of neighbouring windows, from 0 up to below 1 (default: 0.5)",
+    )
+    add("--batch-size", type=int, metavar="N", help="windows in one call (default: by their size)")
+    add("--device", help="cuda, cuda:1, cpu, ... (default: the GPU where there is one)")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="number format of the network (default: bf16 where the device computes with it)",
+    )
+    add("--probabilities", action="store_true", help="write the probability of every class, float32")
+    add("--attention", action="store_true", help="write the attention map of the finest gate, float32")
+    add("--no-preview", dest="preview", action="store_false", help="no pictures")
+    group = parser.add_argument_group(
+        "postprocessing", "off unless training chose it (--choose_postprocessing)"
+    )
+    add = group.add_argument
+    add(
+        "--threshold",
+        type=float,
+        help="foreground where its probability is at least this (default: most probable)",
+    )
+    add("--smallest-lesion-ml", type=float, metavar="ML", help="remove lesions that are smaller")
+    add("--fill-holes", action=argparse.BooleanOptionalAction, help="close holes within axial slices")
+    add(
+        "--inside-lungs",
+        action=argparse.BooleanOptionalAction,
+        help="remove lesions that lie outside the lungs (HU)",
+    )
+    add("--no-postprocessing", action="store_true", help="not what training chose either")
+    group = parser.add_argument_group("many scans")
+    add = group.add_argument
+    add(
+        "--shard",
+        metavar="I/N",
+        help="predict share I (from 0) of N (default: from torchrun or a Slurm array)",
+    )
+    add("--overwrite", action="store_true", help="replace what OUT holds")
+    add("--max-voxels", type=int, metavar="N", help="refuse larger scans")
+    parser.add_argument("--version", action="version", version=lungkit.__version__)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lungkit.data import DEFAULT_MAX_VOXELS
+    from lungkit.inference import Predictor, TrainedModel
+    from lungkit.pipeline import (
+        Layout,
+        Records,
+        Wanted,
+        check_formats,
+        claim,
+        find_scans,
+        predict_scans,
+        share_of,
+    )
+
+    models = [TrainedModel.load(path) for path in options.model]
+    predictor = Predictor(
+        models,
+        device=options.device,
+        precision=options.precision,
+        overlap=options.overlap,
+        mirror=options.tta,
+        batch_size=options.batch_size,
+        postprocessing=_postprocessing(options, models[0].postprocessing),
+    )
+    scans = find_scans(options.input, channels=len(models[0].channels), series=options.series)
+    layout = Layout(options.output, tuple(dict.fromkeys(options.format)), options.preview)
+    check_formats(layout.formats, scans)
+    shard = _shard(options.shard, os.environ)
+    records = None
+    if layout.is_file:
+        _check_single_file(layout.path, len(scans), options.overwrite)
+    else:
+        claim(layout.path, _plan(predictor, options), overwrite=options.overwrite)
+        records = Records(layout.path, shard)
+    wanted = Wanted(options.probabilities, options.attention)
+    mine = share_of(scans, *shard)
+    if shard[1] > 1:
+        _LOG.info("share %d of %d: %d of %d scans", *shard, len(mine), len(scans))
+    with _Bars(len(mine)) as bars:
+        outcome = predict_scans(
+            predictor,
+            mine,
+            layout,
+            records,
+            wanted=wanted,
+            max_voxels=options.max_voxels or DEFAULT_MAX_VOXELS,
+            watcher=bars,
+        )
+    rate = 3600 * len(outcome.predicted) / outcome.seconds if outcome.seconds else 0.0
+    _LOG.info(
+        "%d predicted (%.0f scans per hour), %d done before, %d failed; results in %s",
+        len(outcome.predicted),
+        rate,
+        len(outcome.skipped),
+        len(outcome.failed),
+        layout.path,
+    )
+    for name, message in outcome.failed.items():
+        _LOG.error("failed: %s: %s", name, message)
+    return outcome.exit_code
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from lungkit.errors import DataError
+    from lungkit.pipeline import merge
+
+    parser = argparse.ArgumentParser(
+        prog="lungkit-predict merge",
+        description="Put the records of all shares together.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="output folder of the shares")
+    folder = parser.parse_args(arguments).folder
+    rows = merge(folder)
+    failed = [row["scan"] for row in rows if row.get("status") != "ok"]
+    _LOG.info(
+        "%d scans, %d failed; %s and results.csv written", len(rows), len(failed), folder / "results.jsonl"
+    )
+    for name in failed:
+        _LOG.error("failed: %s", name)
+    return DataError.exit_code if failed else 0
+
+
+def _postprocessing(options: argparse.Namespace, trained: Postprocessing) -> Postprocessing:
+    """What training chose, or nothing, with what the command line says on top."""
+    from lungkit.inference import Postprocessing
+
+    base = Postprocessing() if options.no_postprocessing else trained
+    given = {
+        name: value
+        for name in ("threshold", "smallest_lesion_ml", "fill_holes", "inside_lungs")
+        if (value := getattr(options, name)) is not None
+    }
+    return replace(base, **given)
+
+
+def _plan(predictor: Predictor, options: argparse.Namespace) -> dict[str, Any]:
+    """What makes the predictions of a folder these and no others; not the device nor what follows from it."""
+    return {
+        "models": [model.to_dict() for model in predictor.models],
+        "postprocessing": predictor.postprocessing.to_dict(),
+        "mirrored": predictor.mirror,
+        "overlap": predictor.overlap,
+        "precision": options.precision,
+        "formats": sorted(set(options.format)),
+        "probabilities": options.probabilities,
+        "attention": options.attention,
+        "previews": options.preview,
+    }
+
+
+def _shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(I, N) of "I/N"; else those of torchrun or of a Slurm array where this process is one of several."""
+    if text is not None:
+        index, slash, count = text.partition("/")
+        if not slash or not index.isdigit() or not count.isdigit() or int(index) >= int(count):
+            raise UsageError(f"--shard is {text!r}; give I/N with I from 0 to N - 1, e.g. 0/8")
+        return int(index), int(count)
+    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0") or 0)
+    for index, count, start in (
+        ("RANK", "WORLD_SIZE", 0),
+        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", first),
+    ):
+        if environment.get(index, "").isdigit() and environment.get(count, "").isdigit():
+            share = int(environment[index]) - start, int(environment[count])
+            if not 0 <= share[0] < share[1]:
+                raise UsageError(
+                    f"{index}={environment[index]} is no share of {count}={environment[count]}; give --shard I/N"
+                )
+            return share
+    return 0, 1
+
+
+def _check_single_file(path: Path, scans: int, overwrite: bool) -> None:
+    if scans > 1:
+        raise UsageError(f"--output {path} is a file, but the input holds {scans} scans; name a folder")
+    if path.exists() and not overwrite:
+        raise UsageError(f"--output {path} exists; name another file, or replace it with --overwrite")
+    if not path.parent.is_dir():
+        raise UsageError(f"--output {path}: the folder {path.parent} does not exist; make it first")
+
+
+class _Bars:
+    """Bars for the scans and for the windows of one; nothing where the output goes to a file."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._scans = self._bars.add_task("scans", total=total, rate="")
+        self._windows = self._bars.add_task("windows", total=None, rate="")
+        self._started = time.monotonic()
+
+    def __enter__(self) -> _Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def windows(self, name: str, done: int, total: int) -> None:
+        """Windows of the scan that is being predicted."""
+        self._bars.update(self._windows, description=name, completed=done, total=total)
+
+    def scan_done(self, name: str, done: int, total: int) -> None:
+        """Scans done."""
+        rate = 3600 * done / max(time.monotonic() - self._started, 1e-3)
+        self._bars.update(self._scans, completed=done, total=total, rate=f"{rate:.0f} scans per hour")

@@ -1,0 +1,25 @@
+"""From folders of scans to folders of masks, reports and pictures: what ``lungkit-predict`` does."""
+
+from __future__ import annotations
+
+from lungkit.pipeline.inputs import ScanInput, find_scans, share_of
+from lungkit.pipeline.measurements import measure_mask
+from lungkit.pipeline.outputs import FORMATS, Layout, check_formats
+from lungkit.pipeline.records import Records, claim, merge
+from lungkit.pipeline.run import Outcome, Wanted, predict_scans
+
+__all__ = [
+    "FORMATS",
+    "Layout",
+    "Outcome",
+    "Records",
+    "ScanInput",
+    "Wanted",
+    "check_formats",
+    "claim",
+    "find_scans",
+    "measure_mask",
+    "merge",
+    "predict_scans",
+    "share_of",
+]

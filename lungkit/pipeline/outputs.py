@@ -1,0 +1,201 @@
+"""Where the results of a scan go, and writing them: each file whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lungkit
+from lungkit._atomic import write_json_atomic
+from lungkit.checkpoint import sha256_of
+from lungkit.data.geometry import orient, plan_geometry
+from lungkit.data.preprocessing import WINDOW_PRESETS_HU
+from lungkit.data.volume import write_nifti
+from lungkit.errors import DataError, UsageError
+from lungkit.inference import Prediction, Predictor
+from lungkit.pipeline.inputs import LoadedScan, ScanInput, stem_of
+from lungkit.pipeline.measurements import measure_mask
+
+FORMATS = ("nifti", "dicom-seg", "rtstruct")
+
+_DICOM_SUFFIX = {"dicom-seg": "_seg.dcm", "rtstruct": "_rtstruct.dcm"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Files of the results.
+
+    In a folder: ``NAME.nii.gz`` (and ``NAME_seg.dcm``, ``NAME_rtstruct.dcm``), ``reports/NAME.json``,
+    ``previews/NAME.png``, ``probabilities/NAME_CLASS.nii.gz``, ``attention/NAME.nii.gz``; so that the folder can be
+    given to ``lungkit-evaluate`` as it is. For a single scan ``path`` may be the mask's file: report and preview then
+    lie beside it under its name.
+    """
+
+    path: Path
+    formats: tuple[str, ...] = ("nifti",)
+    preview: bool = True
+
+    @property
+    def is_file(self) -> bool:
+        """Whether ``path`` is the mask's file."""
+        return self.path.name.lower().endswith((".nii", ".nii.gz"))
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the masks."""
+        return self.path.parent if self.is_file else self.path
+
+    def mask(self, name: str, kind: str) -> Path:
+        """File of the mask in one of :data:`FORMATS`."""
+        if kind == "nifti":
+            return self.path if self.is_file else self.folder / f"{name}.nii.gz"
+        return self.folder / f"{self._stem(name)}{_DICOM_SUFFIX[kind]}"
+
+    def report(self, name: str) -> Path:
+        """File of the report."""
+        return self._side("reports", name, ".json")
+
+    def picture(self, name: str) -> Path:
+        """File of the preview."""
+        return self._side("previews", name, ".png")
+
+    def probability(self, name: str, class_name: str) -> Path:
+        """File of the probabilities of a class."""
+        safe = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in class_name)
+        return self.folder / "probabilities" / f"{self._stem(name)}_{safe}.nii.gz"
+
+    def attention(self, name: str) -> Path:
+        """File of the attention map."""
+        return self.folder / "attention" / f"{self._stem(name)}.nii.gz"
+
+    def _side(self, folder: str, name: str, suffix: str) -> Path:
+        if self.is_file:
+            return self.path.with_name(stem_of(self.path) + suffix)
+        return self.folder / folder / f"{name}{suffix}"
+
+    def _stem(self, name: str) -> str:
+        return stem_of(self.path) if self.is_file else name
+
+
+def check_formats(formats: Sequence[str], scans: Sequence[ScanInput]) -> None:
+    """Refuse DICOM out for scans that are not DICOM.
+
+    Raises:
+        UsageError: names the format and the scan.
+    """
+    wanted = [kind for kind in formats if kind != "nifti"]
+    if not wanted:
+        return
+    for scan in scans:
+        if not scan.is_dicom:
+            raise UsageError(
+                f"--format {wanted[0]} refers to the images of a DICOM series, but {scan.paths[0]} is NIfTI; "
+                "use --format nifti, or give the series"
+            )
+
+
+def write_results(
+    layout: Layout, source: ScanInput, scan: LoadedScan, prediction: Prediction, predictor: Predictor
+) -> dict[str, Any]:
+    """Write everything that was asked for; the report comes last, so that one that is there speaks of whole files.
+
+    Returns:
+        The report.
+
+    Raises:
+        ResourceError: the disk is full; no file is half written.
+        UsageError: a folder cannot be written.
+    """
+    name = source.name
+    written: list[Path] = []
+    for kind in layout.formats:
+        path = layout.mask(name, kind)
+        _make_folder(path.parent)
+        _write_mask(path, kind, scan, prediction, predictor)
+        written.append(path)
+    for class_name, map_ in prediction.probabilities.items():
+        written.append(layout.probability(name, class_name))
+        _make_folder(written[-1].parent)
+        write_nifti(written[-1], map_, prediction.affine)
+    if prediction.attention is not None:
+        written.append(layout.attention(name))
+        _make_folder(written[-1].parent)
+        write_nifti(written[-1], prediction.attention, prediction.affine)
+    if layout.preview:
+        written.append(layout.picture(name))
+        _make_folder(written[-1].parent)
+        _draw(written[-1], name, scan, prediction, predictor)
+    report = _report(name, scan, prediction, predictor)
+    report["files"] = {str(path.relative_to(layout.folder)): sha256_of(path) for path in written}
+    _make_folder(layout.report(name).parent)
+    write_json_atomic(layout.report(name), report)
+    return report
+
+
+def _report(name: str, scan: LoadedScan, prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
+    first = scan.volumes[0]
+    return {
+        "scan": name,
+        "classes": measure_mask(prediction.mask, prediction.affine, prediction.labels),
+        "shape_xyz": list(first.array.shape),
+        "spacing_xyz_mm": [round(size, 6) for size in first.spacing_mm],
+        "labels": prediction.labels,
+        "models": [model.to_dict() for model in predictor.models],
+        "postprocessing": predictor.postprocessing.to_dict(),
+        "mirrored": predictor.mirror,
+        "overlap": predictor.overlap,
+        "device": prediction.device,
+        "precision": prediction.precision,
+        "seconds": round(prediction.seconds, 3),
+        "warnings": list(prediction.warnings),
+        "lungkit": lungkit.__version__,
+        "note": "Made by a research tool, not a medical device; centroid_lps_mm are DICOM patient coordinates.",
+    }
+
+
+def _write_mask(
+    path: Path, kind: str, scan: LoadedScan, prediction: Prediction, predictor: Predictor
+) -> None:
+    if kind == "nifti":
+        prediction.save(path)
+        return
+    if scan.dicom is None:
+        raise DataError(f"{path}: {kind} refers to a DICOM series, and this scan came from none")
+    from lungkit.data import dicom
+
+    labels = {name: value for name, value in prediction.labels.items() if value != 0}
+    if kind == "rtstruct":
+        dicom.write_rtstruct(path, scan.dicom, prediction.mask, labels)
+    else:
+        dicom.write_dicom_seg(path, scan.dicom, prediction.mask, labels, algorithm=predictor.models[0].name)
+
+
+def _draw(path: Path, name: str, scan: LoadedScan, prediction: Prediction, predictor: Predictor) -> None:
+    from lungkit.report import save_preview
+
+    first = scan.volumes[0]
+    geometry = plan_geometry(first)
+    low, high = (
+        WINDOW_PRESETS_HU["lung"] if predictor.in_hu else (float(first.array.min()), float(first.array.max()))
+    )
+    save_preview(
+        path,
+        orient(first.array, geometry),
+        orient(np.asarray(prediction.mask), geometry),
+        geometry.spacing_mm,
+        window=(low, max(high, low + 1)),
+        title=name,
+    )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
+        ) from error

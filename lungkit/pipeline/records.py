@@ -1,0 +1,173 @@
+"""What has been done in an output folder: one line a scan, by any number of processes, and their sum."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit.checkpoint import sha256_of
+from lungkit.errors import DataError, UsageError
+
+RESULTS = "results.jsonl"
+_PLAN = "prediction.json"
+_SHARD = re.compile(r"results-(\d+)-of-(\d+)\.jsonl")
+
+
+class Records:
+    """The records of one process: ``results.jsonl``, or ``results-I-of-N.jsonl`` of share I of N.
+
+    A row is appended and flushed when its scan is done. Rows of other shares and of earlier calls are read too.
+    """
+
+    def __init__(self, folder: Path, shard: tuple[int, int]) -> None:
+        self.folder = folder
+        index, count = shard
+        self.path = folder / (RESULTS if count == 1 else f"results-{index}-of-{count}.jsonl")
+        self._rows = {row["scan"]: row for path in _files(folder) for row in _read(path)}
+        self._lock = threading.Lock()
+        self._mend()
+
+    def is_done(self, name: str, fingerprint: str) -> bool:
+        """Whether the scan was predicted from the same files and all that was written is still as it was."""
+        row = self._rows.get(name)
+        if row is None or row.get("status") != "ok" or row.get("input") != fingerprint:
+            return False
+        files: dict[str, str] = row.get("files") or {}
+        try:
+            return bool(files) and all(
+                sha256_of(self.folder / file) == digest for file, digest in files.items()
+            )
+        except OSError:
+            return False
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        self._rows[row["scan"]] = dict(row)
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _mend(self) -> None:
+        """End a last line that was cut short, so that the next row begins on a line of its own."""
+        if self.path.is_file() and self.path.stat().st_size:
+            with self.path.open("rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+
+
+def claim(folder: Path, plan: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Make the output folder, or go on in one that the same models and options have begun.
+
+    Raises:
+        UsageError: it holds something else, or cannot be written.
+    """
+    path = folder / _PLAN
+    plan = json.loads(json.dumps(plan))
+    if path.is_file() and not overwrite:
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UsageError(f"{path}: not readable as JSON ({error}); name another folder") from error
+        different = sorted(key for key in {*plan, *found} if plan.get(key) != found.get(key))
+        if different:
+            raise UsageError(
+                f"{folder} holds predictions made with other {', '.join(different)} (see {path.name} there); "
+                "name another folder, or replace them with --overwrite"
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
+        ) from error
+    if (
+        not overwrite
+        and not path.is_file()
+        and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    ):
+        raise UsageError(f"{folder} is not empty and holds no predictions of lungkit; name a new folder")
+    if overwrite:
+        for old in _files(folder):
+            old.unlink()
+    write_json_atomic(path, plan)
+
+
+def merge(folder: Path) -> list[dict[str, Any]]:
+    """Put the records of all shares together: ``results.jsonl`` and ``results.csv``, a row a scan, sorted by name.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: there are none, or a share of the largest division is missing.
+    """
+    files = _files(folder)
+    if not files:
+        raise DataError(
+            f"{folder}: no {RESULTS} and no records of shares; is this a folder of lungkit-predict?"
+        )
+    shares = [match for match in (_SHARD.fullmatch(path.name) for path in files) if match]
+    for count in sorted({int(match[2]) for match in shares}):
+        missing = sorted(set(range(count)) - {int(match[1]) for match in shares if int(match[2]) == count})
+        if missing:
+            raise DataError(
+                f"{folder}: share {missing[0]} of {count} has no records; run it with --shard {missing[0]}/{count}"
+            )
+    rows = {row["scan"]: row for path in files for row in _read(path)}
+    ordered = [rows[name] for name in sorted(rows)]
+    write_text_atomic(folder / RESULTS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered))
+    write_text_atomic(folder / "results.csv", _table(ordered))
+    for path in files:
+        if path.name != RESULTS:
+            path.unlink()
+    return ordered
+
+
+def _files(folder: Path) -> list[Path]:
+    """Records from the oldest to the newest, so that later rows of a scan replace earlier ones."""
+    found = [
+        path for path in folder.glob("results*.jsonl") if path.name == RESULTS or _SHARD.fullmatch(path.name)
+    ]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def _read(path: Path) -> Iterable[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short by a crash: its scan is done again
+        if isinstance(row, dict) and isinstance(row.get("scan"), str):
+            yield row
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    classes = sorted({name for row in rows for name in row.get("classes", {})})
+    columns = ["scan", "status", "seconds"]
+    for name in classes:
+        columns += [f"{name}: volume_ml", f"{name}: longest_diameter_mm", f"{name}: lesions"]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*columns, "error"])
+    for row in rows:
+        cells = [row["scan"], row.get("status", ""), row.get("seconds", "")]
+        for name in classes:
+            found = row.get("classes", {}).get(name, {})
+            cells += [found.get(key, "") for key in ("volume_ml", "longest_diameter_mm", "lesions")]
+        writer.writerow([*cells, row.get("error", "")])
+    return table.getvalue()
