@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import cc3d
 import numpy as np
@@ -34,7 +35,9 @@ _AIRWAY_MEAN_HU = -880.0
 _AIRWAY_ML = (0.3, 150.0)
 _AIRWAY_WALLED = 0.7
 _AIRWAY_WALL_MM = 2.5
+# The smaller of the two, the latter times the height in view: a few slices hold little of a lung.
 _SMALLEST_LUNG_ML = 15.0
+_SMALLEST_LUNG_ML_PER_MM = 0.8
 _TABLE_SHEET_MM = 6.0
 _CLOSING_MM = 8.0
 _FAR_MM = 20.0
@@ -69,8 +72,8 @@ def lung_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
         raise UsageError(f"hu must be (Z, Y, X) with at least one voxel, got shape {hu.shape}")
     if len(spacing_mm) != 3 or not all(math.isfinite(size) and size > 0 for size in spacing_mm):
         raise UsageError(f"spacing_mm must be three lengths (z, y, x) above 0, got {tuple(spacing_mm)}")
-    factors = [max(1, round(_WORKING_MM / size)) for size in spacing_mm]
-    spacing = [size * factor for size, factor in zip(spacing_mm, factors, strict=True)]
+    factors = _factors(spacing_mm)
+    spacing = _times(spacing_mm, factors)
     reduced = _reduce(hu, factors)
     air = reduced < _AIR_HU
     outside = _outside(reduced, air)
@@ -84,6 +87,38 @@ def lung_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     lungs = _close(lungs, spacing)
     lungs &= ~near(airways, spacing, _AIRWAY_WALL_MM)
     return _enlarge(lungs, factors, hu.shape)
+
+
+def near_lungs(
+    lungs: np.ndarray, spacing_mm: Sequence[float], distance_mm: float, box: tuple[slice, ...]
+) -> np.ndarray:
+    """Whether the voxels of ``box`` lie in the lungs or within ``distance_mm`` of them, to about 2 mm.
+
+    Args:
+        lungs: bool (Z, Y, X).
+        spacing_mm: (z, y, x).
+        distance_mm: at least 0.
+        box: slices with start and stop, one an axis.
+
+    Returns:
+        bool, of the shape of ``lungs[box]``.
+
+    Example:
+        >>> lungs = np.zeros((1, 1, 12), bool)
+        >>> lungs[..., :4] = True
+        >>> near_lungs(lungs, (1.0, 1.0, 1.0), 3.0, (slice(0, 1), slice(0, 1), slice(0, 10))).tolist()
+        [[[True, True, True, True, True, True, False, False, False, False]]]
+    """
+    factors = _factors(spacing_mm)
+    starts = [np.arange(0, length, factor) for length, factor in zip(lungs.shape, factors, strict=True)]
+    reduced = np.empty([len(first) for first in starts], bool)
+    for target, first in zip(reduced, starts[0], strict=True):
+        plane = lungs[first : first + factors[0]].any(axis=0)
+        plane = np.logical_or.reduceat(np.logical_or.reduceat(plane, starts[1], axis=0), starts[2], axis=1)
+        target[:] = plane
+    region = near(reduced, _times(spacing_mm, factors), distance_mm)
+    blocks = [np.arange(side.start, side.stop) // factor for side, factor in zip(box, factors, strict=True)]
+    return region[np.ix_(*blocks)]
 
 
 def near(mask: np.ndarray, spacing_mm: Sequence[float], distance_mm: float) -> np.ndarray:
@@ -110,6 +145,15 @@ def _squared_distance(mask: np.ndarray, spacing_mm: Sequence[float], reach_mm: f
             np.minimum(nearest[before], squared[after] + cost, out=nearest[before])
         squared = nearest
     return squared
+
+
+def _factors(spacing_mm: Sequence[float]) -> list[int]:
+    """Voxels a side of the blocks that make the working grid."""
+    return [max(1, round(_WORKING_MM / size)) for size in spacing_mm]
+
+
+def _times(spacing_mm: Sequence[float], factors: Sequence[int]) -> list[float]:
+    return [size * factor for size, factor in zip(spacing_mm, factors, strict=True)]
 
 
 def _reduce(hu: np.ndarray, factors: Sequence[int]) -> np.ndarray:
@@ -225,7 +269,8 @@ def _lungs(
     sizes = np.bincount(numbers)
     lungs = np.zeros(inside.shape, bool)
     within = inside & ~near(~inside, spacing, max(spacing))
-    for number in np.flatnonzero(sizes >= _SMALLEST_LUNG_ML * 1000 / math.prod(spacing)):
+    smallest_ml = min(_SMALLEST_LUNG_ML, _SMALLEST_LUNG_ML_PER_MM * len(inside) * spacing[0])
+    for number in np.flatnonzero(sizes >= smallest_ml * 1000 / math.prod(spacing)):
         piece = pieces == number
         core = piece & within
         density = np.median(reduced[core if core.any() else piece])
@@ -268,7 +313,7 @@ def _left_and_right(lungs: np.ndarray, spacing: Sequence[float]) -> list[np.ndar
     return [lungs & (nearest == index) for index in range(len(numbers))]
 
 
-def _components(mask: np.ndarray, connectivity: int) -> np.ndarray:
+def _components(mask: np.ndarray, connectivity: Literal[4, 6]) -> np.ndarray:
     """Numbered components; as integers, not as bool, on which cc3d 4.1 errs."""
     pieces: np.ndarray = cc3d.connected_components(
         np.ascontiguousarray(mask).view(np.uint8), connectivity=connectivity

@@ -215,7 +215,7 @@ def _fill_holes(label: np.ndarray) -> None:
 
     for plane in label:
         for value in np.unique(plane[plane != 0]):
-            covered: np.ndarray = plane == value
+            covered = plane == value
             rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
             part = plane[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
             # A rim of outside joins everything that is not enclosed.
@@ -227,7 +227,7 @@ def _fill_holes(label: np.ndarray) -> None:
 
 def _foreground_box(label: np.ndarray) -> tuple[slice, slice, slice] | None:
     """The smallest box that holds all foreground."""
-    flat = label.any(axis=0)
+    flat = np.asarray(label.any(axis=0))
     if not flat.any():
         return None
     sides = (label.any(axis=(1, 2)), flat.any(axis=1), flat.any(axis=0))
