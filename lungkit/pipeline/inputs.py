@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -102,13 +101,7 @@ def find_scans(path: Path, *, channels: int = 1, series: str | None = None) -> l
         )
     if series is not None and not any(scan.is_dicom for scan in scans):
         raise UsageError(f"--series {series} chooses among DICOM series, but {path} holds NIfTI")
-    names = [scan.name for scan in scans]
-    for first, second in itertools.pairwise(scans):
-        if first.name == second.name:
-            raise UsageError(
-                f"{first.paths[0]} and {second.paths[0]} would both be written as {first.name!r}; rename one of them"
-            )
-    _LOG.info("%s: %d scan%s", path, len(names), "" if len(names) == 1 else "s")
+    _LOG.info("%s: %d scan%s", path, len(scans), "" if len(scans) == 1 else "s")
     return scans
 
 
@@ -147,12 +140,17 @@ def _single_file(path: Path, channels: int) -> ScanInput:
 
 
 def _nifti_scans(folder: Path) -> list[ScanInput]:
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, dict[int | None, Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and _is_nifti(path):
             match = _CHANNEL.fullmatch(stem_of(path))
-            groups.setdefault(match[1] if match else stem_of(path), []).append(path)
-    return [ScanInput(name, tuple(paths)) for name, paths in sorted(groups.items())]
+            name, channel = (match[1], int(match[2])) if match else (stem_of(path), None)
+            group = groups.setdefault(name, {})
+            if group and (channel is None or None in group or channel in group):
+                other = next(iter(group.values()))
+                raise UsageError(f"{other} and {path} would both be written as {name!r}; rename one of them")
+            group[channel] = path
+    return [ScanInput(name, tuple(group.values())) for name, group in sorted(groups.items())]
 
 
 def _dicom_scans(folder: Path, series: str | None) -> list[ScanInput]:
