@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import cc3d
 import numpy as np
 import torch
 from torch import Tensor
@@ -138,8 +139,8 @@ def postprocess(
 
     Where no lungs are found in ``hu``, ``inside_lungs`` removes nothing and says so in the log.
 
-    Beside ``label`` and the result it takes up to 5 bytes per voxel of the box round the foreground, and what
-    :func:`~lungkit.inference.lung_mask` takes.
+    Beside ``label`` and the result it takes up to 7 bytes per voxel of the box round the foreground, and what
+    :func:`~lungkit.inference.lungs.lung_mask` takes.
 
     Args:
         label: uint8 (Z, Y, X), 0 background; not changed.
@@ -175,44 +176,76 @@ def postprocess(
             "have it: switch inside_lungs off"
         )
     result = label.copy()
-    box = _foreground_box(result)
+    box = foreground_box(result)
     if box is None:
         return result
     part = result[box]
     if options.fill_holes:
-        _fill_holes(part)
+        fill_holes(part)
+    region = None
     if options.inside_lungs:
         if lungs is None and hu is not None:
             lungs = lung_mask(hu, spacing)
         if lungs is None or not lungs.any():
             _LOG.warning("inside_lungs: no lungs in this scan, no lesion was removed for lying outside them")
         else:
-            _remove_lesions(part, region=near_lungs(lungs, spacing, LUNG_MARGIN_MM, box))
-    if options.smallest_lesion_ml > 0:
-        # One voxel more or less by rounding: a lesion of just this volume stays.
-        voxels = math.ceil(options.smallest_lesion_ml * 1000 / math.prod(spacing) - 1e-6)
-        _remove_lesions(part, smallest=voxels)
+            region = near_lungs(lungs, spacing, LUNG_MARGIN_MM, box)
+    if region is not None or options.smallest_lesion_ml > 0:
+        lesions = Lesions.find(part)
+        kept = lesions.kept(smallest=voxels_of(options.smallest_lesion_ml, spacing), region=region)
+        part[lesions.foreground] *= kept[lesions.numbers]
     return result
 
 
-def _remove_lesions(label: np.ndarray, *, smallest: int = 0, region: np.ndarray | None = None) -> None:
-    """Remove, in place, lesions of fewer than ``smallest`` voxels, or without any voxel in ``region``."""
-    import cc3d
+@dataclass(frozen=True, eq=False)
+class Lesions:
+    """The lesions of a label map (Z, Y, X), numbered from 1.
 
-    lesions, count = cc3d.connected_components(np.ascontiguousarray(label), connectivity=26, return_N=True)
-    foreground = label != 0
-    numbers = lesions[foreground]
-    del lesions
-    kept = np.bincount(numbers, minlength=count + 1) >= smallest
-    if region is not None:
-        kept &= np.bincount(numbers[region[foreground]], minlength=count + 1) > 0
-    label[foreground] *= kept[numbers]
+    ``foreground`` is bool (Z, Y, X); ``numbers`` (N,) says for each of its voxels which lesion it belongs to;
+    ``sizes`` are the voxels of each number.
+    """
+
+    foreground: np.ndarray
+    numbers: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def find(cls, label: np.ndarray) -> Lesions:
+        """Components of the classes of a uint8 label map."""
+        pieces, count = cc3d.connected_components(np.ascontiguousarray(label), connectivity=26, return_N=True)
+        foreground = label != 0
+        numbers = pieces[foreground]
+        return cls(foreground, numbers, np.bincount(numbers, minlength=count + 1))
+
+    def kept(self, *, smallest: int = 0, region: np.ndarray | None = None) -> np.ndarray:
+        """Whether each number has at least ``smallest`` voxels, and one of them in ``region``; bool."""
+        kept: np.ndarray = self.sizes >= smallest
+        if region is not None:
+            kept &= np.bincount(self.numbers[region[self.foreground]], minlength=len(self.sizes)) > 0
+        return kept
 
 
-def _fill_holes(label: np.ndarray) -> None:
-    """Give, in place, background that a class encloses within a slice to the class."""
-    import cc3d
+def voxels_of(volume_ml: float, spacing_mm: Sequence[float]) -> int:
+    """The fewest voxels that make up a volume.
 
+    Example:
+        >>> voxels_of(0.1, (2.5, 0.8, 0.8)), voxels_of(0.0, (1.0, 1.0, 1.0))
+        (63, 0)
+    """
+    # Rounding must not cost a lesion of just this volume a voxel.
+    return math.ceil(volume_ml * 1000 / math.prod(spacing_mm) - 1e-6)
+
+
+def fill_holes(label: np.ndarray) -> None:
+    """Give, in place, background that a class encloses within a slice to the class.
+
+    Example:
+        >>> label = np.ones((1, 3, 3), np.uint8)
+        >>> label[0, 1, 1] = 0
+        >>> fill_holes(label)
+        >>> int(label.min())
+        1
+    """
     for plane in label:
         for value in np.unique(plane[plane != 0]):
             covered = plane == value
@@ -225,8 +258,8 @@ def _fill_holes(label: np.ndarray) -> None:
             part[enclosed & (part == 0)] = value
 
 
-def _foreground_box(label: np.ndarray) -> tuple[slice, slice, slice] | None:
-    """The smallest box that holds all foreground."""
+def foreground_box(label: np.ndarray) -> tuple[slice, slice, slice] | None:
+    """The smallest box that holds all foreground; None where there is none."""
     flat = np.asarray(label.any(axis=0))
     if not flat.any():
         return None
