@@ -5,6 +5,19 @@ Needs ``pip install 'lungkit[dicom]'``.
 
 from __future__ import annotations
 
+from lungkit.data.dicom.read_label import read_dicom_label
+from lungkit.data.dicom.rtstruct import read_rtstruct, write_rtstruct
+from lungkit.data.dicom.segmentation import read_dicom_seg, write_dicom_seg
 from lungkit.data.dicom.series import DicomScan, SeriesInfo, find_series, read_series
 
-__all__ = ["DicomScan", "SeriesInfo", "find_series", "read_series"]
+__all__ = [
+    "DicomScan",
+    "SeriesInfo",
+    "find_series",
+    "read_dicom_label",
+    "read_dicom_seg",
+    "read_rtstruct",
+    "read_series",
+    "write_dicom_seg",
+    "write_rtstruct",
+]
