@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="finished runs, one an arm; given twice or more, all runs of one arm each time (one a fold and seed); "
         "nothing is trained",
     )
-    parser.add_argument("--folds", type=int, nargs="+", default=[0], help="folds to hold out (default: 0)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds to train with (default: 0)")
+    parser.add_argument("--folds", type=int, nargs="+", help="folds to hold out (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to train with (default: 0)")
     parser.add_argument(
         "--test", type=Path, metavar="DIR", help="measure this dataset instead of the held-out folds"
     )
@@ -76,10 +76,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from lungkit.experiments.compare import Experiment, compare, compare_runs
     from lungkit.experiments.results import format_comparison
 
-    if options.runs and (options.arm or rest):
-        given = "--arm" if options.arm else rest[0]
+    given = [f"--{name}" for name in ("arm", "folds", "seeds") if getattr(options, name)] + list(rest)
+    if options.runs and given:
         raise UsageError(
-            f"--runs compares finished runs and trains nothing, so {given} has no meaning with it"
+            f"--runs compares finished runs and trains nothing, so {given[0]} has no meaning with it"
         )
     if options.runs:
         arms = []
@@ -89,8 +89,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         arms = paper_arms(rest)
     experiment = Experiment(
         arms=tuple(arms),
-        folds=tuple(options.folds),
-        seeds=tuple(options.seeds),
+        folds=tuple(options.folds or (0,)),
+        seeds=tuple(options.seeds or (0,)),
         test=options.test,
         checkpoint=options.checkpoint,
         published=not (options.arm or options.runs),

@@ -18,11 +18,12 @@ import torch
 import lungkit
 from lungkit._atomic import write_json_atomic, write_text_atomic
 from lungkit.checkpoint import LAST
+from lungkit.data import open_dataset
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.errors import UsageError
 from lungkit.experiments.arms import PAPER_FIGURES, Arm, budget_differences, check_arms
 from lungkit.experiments.results import ComparisonRow, compare_tables, format_comparison, merge_runs
-from lungkit.experiments.runs import LoadedRun, finished_run, train_or_resume
+from lungkit.experiments.runs import LoadedRun, check_same_labels, finished_run, train_or_resume
 from lungkit.metrics import CaseTable, MetricGroup, MetricOptions
 from lungkit.report import choose_slice, save_curves, save_distributions, save_overlays, write_case_table
 from lungkit.training.config_io import config_to_dict
@@ -88,6 +89,7 @@ def compare(experiment: Experiment, output: Path, *, progress: Progress | None =
         Interrupted: stopped and saved.
         UsageError: the arms do not fit each other, a fold or an option is out of range, or ``output`` holds another
             experiment. Nothing is trained then.
+        DataError: a dataset cannot be used.
     """
     check_arms(experiment.arms)
     _check_runs(experiment, output)
@@ -138,7 +140,9 @@ def _check_runs(experiment: Experiment, output: Path) -> None:
         ]
         for config in configs:
             config.validate()
-        open_folds(configs[0])  # arms share their data
+        dataset, _ = open_folds(configs[0])  # arms share their data
+    if experiment.test is not None:
+        check_same_labels(open_dataset(experiment.test), dataset.label_map, dataset.labels)
 
 
 def _claim(output: Path, description: dict[str, Any]) -> None:

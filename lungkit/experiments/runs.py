@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,16 @@ def finished_run(path: Path) -> Path:
     return folder
 
 
+def check_same_labels(test: Dataset, label_map: Mapping[int, int], labels: object) -> None:
+    """A dataset to measure on must mean by its labels what the one that was trained on does.
+
+    Raises:
+        DataError: it does not; the message shows both.
+    """
+    if test.label_map != dict(label_map):
+        raise DataError(f"{test.root}: its labels {test.labels} are not those of the run, {labels}")
+
+
 @dataclass
 class LoadedRun:
     """A trained network with the data it was trained on."""
@@ -111,10 +122,7 @@ class LoadedRun:
         dataset, case_ids = prepared.dataset, prepared.split.val
         if test is not None:
             dataset = open_dataset(test)
-            if dataset.label_map != dict(prepared.preprocessing.label_map):
-                raise DataError(
-                    f"{test}: its labels {dataset.labels} are not those of the run, {prepared.dataset.labels}"
-                )
+            check_same_labels(dataset, prepared.preprocessing.label_map, prepared.dataset.labels)
             case_ids = tuple(case.case_id for case in dataset.cases if case.label is not None)
         cache = CaseCache(
             cache_folder(config) / "cases", dataset, prepared.preprocessing, max_voxels=config.data.max_voxels

@@ -200,6 +200,8 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
     )
     # What the network will see: a spacing that was asked for, else about the median one.
     asked = _spacing_option(config, dims)
+    if not isinstance(asked, str) and min(asked) <= 0:
+        raise UsageError(f"data.spacing_mm is {tuple(asked)}; give three lengths above 0")
     spacing = np.median(spacings, axis=0) if isinstance(asked, str) else np.asarray(asked, dtype=float)
     factors = np.where((shapes > 1) & (asked != "native"), spacings / spacing, 1.0)
     shape = np.maximum(1, np.round(np.median(shapes * factors, axis=0)))

@@ -165,11 +165,11 @@ class Trainer:
         prepared, train, val = self._prepare(fabric, display)
         session = Session(self.config, prepared, fabric, [*train, *val])
         folder = on_first_process(fabric, lambda: self._open_folder(prepared, log))
+        if self.resume is None:
+            _LOG.info("%s", prepared.fingerprint.summary())
+        else:
+            self._restore(session, folder)  # what cannot be restored leaves the run's status as it is
         try:
-            if self.resume is None:
-                _LOG.info("%s", prepared.fingerprint.summary())
-            else:
-                self._restore(session, folder)
             _LOG.info("run folder %s\n%s", folder.path, prepared.plan.summary())
             on_first_process(fabric, lambda: _write_status(folder, session, "running"))
             with stop_signals(self.stop):

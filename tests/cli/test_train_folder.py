@@ -198,6 +198,12 @@ def test_resume_of_a_finished_run_gives_the_same_table(run_copy: Path) -> None:
     assert json.loads((run_copy / "status.json").read_text())["state"] == "finished"
 
 
+def test_a_finished_run_stays_finished_where_a_checkpoint_cannot_be_continued(run_copy: Path) -> None:
+    shutil.rmtree(run_copy / "checkpoints/previous", ignore_errors=True)
+    assert main(["--resume", str(run_copy), "--checkpoint", "previous"]) == 4
+    assert json.loads((run_copy / "status.json").read_text())["state"] == "finished"
+
+
 def test_a_damaged_best_checkpoint_is_named(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_copy / "checkpoints/best/model.safetensors").write_bytes(b"damaged")
     assert main(["--resume", str(run_copy)]) == 4

@@ -203,6 +203,7 @@ def test_arms_on_different_data_are_refused() -> None:
         (["--seeds", "0", "1", "0"], "seeds must differ, got 0, 1, 0"),
         (["--epochs", "0"], "epochs is 0"),
         (["--runs", "a", "--runs", "b", "--epochs", "3"], "--epochs has no meaning"),
+        (["--runs", "a", "b", "--seeds", "3"], "--seeds has no meaning"),
         (["--modle.features", "8"], "model.features"),
     ],
 )
@@ -219,6 +220,14 @@ def test_absent_fold_is_refused_before_the_first_run(
 ) -> None:
     assert main(["-o", str(tmp_path / "out"), "--folds", "0", "9", *options]) == 2
     assert "the dataset has folds 0 to 4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_absent_test_dataset_is_refused_before_the_first_run(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-o", str(tmp_path / "out"), "--test", str(tmp_path / "absent"), *options]) == 3
+    assert "absent: no such folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -142,3 +142,8 @@ def test_runs_of_several_seeds_hold_out_the_same_cases(phantom_root: Path) -> No
         open_folds(TrainConfig(seed=seed, data=DataConfig(root=str(phantom_root)))) for seed in (0, 1)
     )
     assert first == other
+
+
+def test_a_spacing_of_zero_is_named() -> None:
+    with pytest.raises(UsageError, match=r"data\.spacing_mm is \(0, 1, 1\); give three lengths above 0"):
+        plan_for(scans(spacing_mm=(0, 1, 1)), (20, 64, 64))
