@@ -162,6 +162,8 @@ def _run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         postprocessing=_postprocessing(options, models[0].postprocessing),
     )
+    if options.attention:
+        predictor.check_attention()
     scans = find_scans(options.input, channels=len(models[0].channels), series=options.series)
     layout = Layout(options.output, tuple(dict.fromkeys(options.format)), options.preview)
     check_formats(layout.formats, scans)

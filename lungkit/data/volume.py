@@ -195,13 +195,23 @@ def _scale(stored: np.ndarray, header: NiftiHeader) -> np.ndarray:
         ]
         for dtype in (np.int16, np.int32):
             if np.iinfo(dtype).min <= min(ends) and max(ends) <= np.iinfo(dtype).max:
-                # A wrap-around on the way is harmless, since the final values fit.
-                scaled = stored.astype(np.int64) if stored.dtype.itemsize > 4 else stored.astype(np.int32)
-                return (scaled * int(slope) + int(intercept)).astype(dtype)
+                return _scale_whole(stored, int(slope), int(intercept), np.dtype(dtype))
     floats = stored.astype(np.float64 if stored.dtype.itemsize >= 4 else np.float32)
     floats *= slope
     floats += intercept
     return floats.astype(np.float32, copy=False)
+
+
+def _scale_whole(stored: np.ndarray, slope: int, intercept: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """``stored * slope + intercept`` as ``dtype``, in place where the size allows, a part at a time."""
+    result = stored.view(dtype) if stored.dtype.itemsize == dtype.itemsize else np.empty_like(stored, dtype)
+    # A wrap-around on the way is harmless, since the final values fit.
+    wide = np.int64 if stored.dtype.itemsize > 4 else np.int32
+    flat, target = stored.reshape(-1, order="F"), result.reshape(-1, order="F")
+    for start in range(0, flat.size, 1 << 20):
+        part = slice(start, start + (1 << 20))
+        target[part] = (flat[part].astype(wide) * slope + intercept).astype(dtype)
+    return result
 
 
 def _refuse_or_replace_nan(array: np.ndarray, path: Path, policy: NanPolicy) -> np.ndarray:

@@ -178,8 +178,8 @@ class Predictor:
         """
         volumes = load_channels(image)
         self.check_scan(volumes)
-        if attention and not any(model.has_attention for model in self.models):
-            raise UsageError("attention: none of the networks has attention gates")
+        if attention:
+            self.check_attention()
         started = time.perf_counter()
         notes = [*self._intensity_warnings(volumes)]
         run = functools.partial(self._predict, volumes, probabilities, attention, progress)
@@ -240,6 +240,15 @@ class Predictor:
                     f"{where}: a single slice, but {model.name} is a 3D model (windows of "
                     f"{' x '.join(map(str, model.patch_size))} voxels); give the whole scan, or use a 2D model"
                 )
+
+    def check_attention(self) -> None:
+        """Refuse to give attention maps where there are none.
+
+        Raises:
+            UsageError: no network has attention gates.
+        """
+        if not any(model.has_attention for model in self.models):
+            raise UsageError("attention: none of the networks has attention gates")
 
     def estimate(self, volumes: Sequence[Volume]) -> str:
         """What predicting a scan will take, in one line: size, memory beyond the network's own, windows."""

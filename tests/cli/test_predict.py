@@ -1,0 +1,303 @@
+"""``lungkit-predict`` as a user calls it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_cases import random_network, save_model, threshold_network
+
+from lungkit.cli import predict as command
+from lungkit.cli.predict import main
+from lungkit.data import read_volume, write_nifti
+from lungkit.errors import UsageError
+
+AFFINE = np.array([[-0.8, 0, 0, 20], [0, 0.8, 0, -7], [0, 0, 2.5, 3], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return save_model(tmp_path / "model", threshold_network(0.1))
+
+
+@pytest.fixture
+def scans(tmp_path) -> Path:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for number, name in enumerate("abc"):
+        array = np.full((20, 18, 10), -800, np.int16)
+        array[4 : 8 + number, 4:8, 2:6] = 200
+        write_nifti(folder / f"{name}.nii.gz", array, AFFINE)
+    return folder
+
+
+def predict(*arguments: object) -> int:
+    return main([str(argument) for argument in (*arguments, "--device", "cpu", "--precision", "fp32")])
+
+
+def test_a_folder_becomes_masks_reports_and_pictures(tmp_path, scans, model, caplog):
+    out = tmp_path / "out"
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    for name in "abc":
+        scan, mask = read_volume(scans / f"{name}.nii.gz"), read_volume(out / f"{name}.nii.gz")
+        assert mask.array.dtype == np.uint8 and (mask.array == (scan.array > 100)).all()
+        np.testing.assert_allclose(mask.affine, scan.affine, atol=1e-5)
+        assert (out / "previews" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "reports" / "a.json").read_text())
+    assert report["classes"]["tumour"]["volume_ml"] == pytest.approx(64 * 0.8 * 0.8 * 2.5 / 1000, abs=1e-4)
+    assert report["models"][0]["sha256"] and report["lungkit"] and report["seconds"] > 0
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(row["scan"], row["status"]) for row in rows] == [("a", "ok"), ("b", "ok"), ("c", "ok")]
+    assert str(tmp_path) not in json.dumps(report)
+
+
+def test_a_scan_becomes_the_mask_that_is_named(tmp_path, scans, model):
+    mask = tmp_path / "mask.nii.gz"
+    assert predict("-i", scans / "b.nii.gz", "-o", mask, "--model", model) == 0
+    assert (read_volume(mask).array == (read_volume(scans / "b.nii.gz").array > 100)).all()
+    assert (tmp_path / "mask.json").is_file() and (tmp_path / "mask.png").is_file()
+    before = mask.read_bytes()
+    assert predict("-i", scans / "a.nii.gz", "-o", mask, "--model", model) == 2
+    assert mask.read_bytes() == before
+    assert predict("-i", scans / "a.nii.gz", "-o", mask, "--model", model, "--overwrite") == 0
+    assert mask.read_bytes() != before
+
+
+def test_one_bad_scan_is_named_and_the_others_are_predicted(tmp_path, scans, model, caplog):
+    whole = (scans / "b.nii.gz").read_bytes()
+    (scans / "b.nii.gz").write_bytes(whole[:-30])
+    out = tmp_path / "out"
+    assert predict("-i", scans, "-o", out, "--model", model) == 3
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
+    rows = {row["scan"]: row for row in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+    assert rows["b"]["status"] == "failed" and "b.nii.gz" in rows["b"]["error"]
+    (scans / "b.nii.gz").write_bytes(whole)
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    assert (out / "b.nii.gz").is_file()
+
+
+def test_the_same_command_again_does_what_is_missing_or_changed(tmp_path, scans, model, monkeypatch):
+    out = tmp_path / "out"
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    seen = []
+    from lungkit.inference import Predictor
+
+    call = Predictor.__call__
+    monkeypatch.setattr(
+        Predictor, "__call__", lambda self, v, **o: (seen.append(v[0].path.name), call(self, v, **o))[1]
+    )
+    assert predict("-i", scans, "-o", out, "--model", model) == 0 and seen == []
+    (out / "a.nii.gz").write_bytes(b"damaged")
+    write_nifti(scans / "c.nii.gz", np.full((20, 18, 10), 300, np.int16), AFFINE)
+    assert predict("-i", scans, "-o", out, "--model", model) == 0 and seen == ["a.nii.gz", "c.nii.gz"]
+    assert read_volume(out / "c.nii.gz").array.all()
+
+
+def test_predictions_of_another_model_are_not_mixed_in(tmp_path, scans, model):
+    out, other = tmp_path / "out", save_model(tmp_path / "other", random_network())
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    assert predict("-i", scans, "-o", out, "--model", other) == 2
+    assert predict("-i", scans, "-o", out, "--model", other, "--overwrite") == 0
+
+
+def test_shares_meet_in_one_folder(tmp_path, scans, model, monkeypatch):
+    out = tmp_path / "out"
+    assert predict("-i", scans, "-o", out, "--model", model, "--shard", "0/2") == 0
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
+    assert main(["merge", str(out)]) == 3  # the other share is missing
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    assert main(["merge", str(out)]) == 0
+    assert len((out / "results.jsonl").read_text().splitlines()) == 3 and (out / "results.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "expected"),
+    [
+        ("2/5", {}, (2, 5)),
+        (None, {}, (0, 1)),
+        (None, {"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+        (
+            None,
+            {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"},
+            (2, 4),
+        ),
+        ("0/1", {"RANK": "1", "WORLD_SIZE": "4"}, (0, 1)),
+    ],
+)
+def test_the_share_comes_from_the_option_else_from_the_scheduler(text, environment, expected):
+    assert command._shard(text, environment) == expected
+
+
+@pytest.mark.parametrize("text", ["2/2", "x/3", "3", "-1/2", "1/0"])
+def test_a_share_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match="--shard"):
+        command._shard(text, {})
+
+
+def test_everything_that_was_asked_for_is_written(tmp_path, scans):
+    out = tmp_path / "out"
+    folder = save_model(tmp_path / "gated", random_network())
+    arguments = (
+        "--probabilities",
+        "--attention",
+        "--no-preview",
+        "--tta",
+        "--overlap",
+        0.25,
+        "--batch-size",
+        2,
+    )
+    assert predict("-i", scans / "a.nii.gz", "-o", out, "--model", folder, folder, *arguments) == 0
+    probability = read_volume(out / "probabilities" / "a_tumour.nii.gz").array
+    mask = read_volume(out / "a.nii.gz").array
+    assert probability.dtype == np.float32 and ((probability > 0.5) == (mask == 1)).all()
+    assert read_volume(out / "attention" / "a.nii.gz").array.shape == mask.shape
+    assert not (out / "previews").exists()
+
+
+def test_postprocessing_is_asked_for_by_option(tmp_path, scans, model):
+    out = tmp_path / "out"
+    assert predict("-i", scans / "a.nii.gz", "-o", out, "--model", model, "--smallest-lesion-ml", 1) == 0
+    assert not read_volume(out / "a.nii.gz").array.any()
+    report = json.loads((out / "reports" / "a.json").read_text())
+    assert report["postprocessing"]["smallest_lesion_ml"] == 1
+
+
+def bad_inputs(tmp_path: Path) -> dict[str, tuple[Path, int, str]]:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    write_nifti(folder / "slice.nii.gz", np.zeros((16, 16, 1), np.int16), np.eye(4))
+    write_nifti(folder / "two_0000.nii.gz", np.zeros((16, 16, 9), np.int16), np.eye(4))
+    write_nifti(folder / "two_0001.nii.gz", np.zeros((16, 16, 9), np.int16), np.eye(4))
+    (folder / "text.nii.gz").write_text("no scan")
+    (folder / "scan.docx").write_text("no scan")
+    (folder / "empty").mkdir()
+    return {
+        "slice": (folder / "slice.nii.gz", 3, "a single slice"),
+        "text": (folder / "text.nii.gz", 3, "text.nii.gz"),
+        "docx": (folder / "scan.docx", 3, "not a NIfTI file"),
+        "empty": (folder / "empty", 3, "no scan found"),
+        "absent": (folder / "absent", 3, "no such file or folder"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["slice", "text", "docx", "empty", "absent"])
+def test_bad_input_is_named(tmp_path, model, capsys, kind):
+    path, code, message = bad_inputs(tmp_path)[kind]
+    assert predict("-i", path, "-o", tmp_path / "out", "--model", model) == code
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_a_scan_of_another_number_of_channels_is_named(tmp_path, model, capsys):
+    bad_inputs(tmp_path)
+    for extra in ("slice.nii.gz", "text.nii.gz"):
+        (tmp_path / "bad" / extra).unlink()
+    assert predict("-i", tmp_path / "bad", "-o", tmp_path / "out", "--model", model) == 3
+    assert "2 channels, but model takes 1 (CT)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--model", "{tmp}/nothing"), 4, "no such folder"),
+        (("--model", "{model}", "--format", "dicom-seg"), 2, "refers to the images of a DICOM series"),
+        (("--model", "{model}", "--series", "1.2"), 2, "chooses among DICOM series"),
+        (("--model", "{model}", "--attention"), 2, "none of the networks has attention gates"),
+        (("--model", "{model}", "--overlap", "1.5"), 2, "overlap must be"),
+        (("--model", "{model}", "--threshold", "7"), 2, "threshold is 7"),
+        (("--model", "{model}", "--max-voxels", "10"), 3, "max_voxels"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(tmp_path, scans, model, capsys, arguments, code, message):
+    given = [argument.format(tmp=tmp_path, model=model) for argument in arguments]
+    assert predict("-i", scans, "-o", tmp_path / "out", *given) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_mask_for_many_scans_is_refused(tmp_path, scans, model):
+    assert predict("-i", scans, "-o", tmp_path / "mask.nii.gz", "--model", model) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders have no mode bits on Windows")
+def test_an_output_that_cannot_be_written_is_named(tmp_path, scans, model, capsys):
+    (tmp_path / "file").touch()
+    assert predict("-i", scans, "-o", tmp_path / "file" / "out", "--model", model) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_ends_the_run(
+    tmp_path, scans, model, monkeypatch, capsys
+):
+    def full(path, *_, **__):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    from lungkit import _atomic
+
+    monkeypatch.setattr(_atomic, "_flush", full)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "prediction.json").write_text("{}")
+    monkeypatch.setattr("lungkit.pipeline.claim", lambda *_, **__: None)
+    assert predict("-i", scans, "-o", out, "--model", model) == 5
+    assert "disk" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["prediction.json"]
+
+
+def test_ctrl_c_keeps_what_was_predicted(tmp_path, scans, model, monkeypatch):
+    from lungkit.inference import Predictor
+
+    call = Predictor.__call__
+
+    def interrupted(self, volumes, **options):
+        if volumes[0].path.name == "b.nii.gz":
+            raise KeyboardInterrupt
+        return call(self, volumes, **options)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Predictor, "__call__", interrupted)
+        assert predict("-i", scans, "-o", out, "--model", model) == 75
+    assert [path.name for path in out.glob("*.nii.gz")] == ["a.nii.gz"]
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    assert len(list(out.glob("*.nii.gz"))) == 3
+
+
+def test_the_installed_command_explains_itself():
+    found = subprocess.run(
+        [sys.executable, "-c", "from lungkit.cli.predict import main; main(['--help'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "lungkit-predict merge" in found.stdout and "Exit codes" in found.stdout
+
+
+def test_a_run_of_lungkit_train_predicts_without_further_options(tmp_path, scans):
+    from lungkit.training import DataConfig, EngineConfig, ModelConfig, TrainConfig, Trainer
+
+    torch.manual_seed(0)
+    run = Trainer(
+        TrainConfig(
+            data=DataConfig(phantom_cases=10, cache=str(tmp_path / "cache"), patch_size=(32, 32)),
+            model=ModelConfig(name="attention-unet", features=(4, 8)),
+            engine=EngineConfig(accelerator="cpu", precision="fp32"),
+            epochs=1,
+            steps_per_epoch=2,
+            batch_size=2,
+            runs=str(tmp_path / "runs"),
+        )
+    ).fit()
+    assert main(["-i", str(scans), "-o", str(tmp_path / "out"), "--model", str(run.run_folder)]) == 0
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
