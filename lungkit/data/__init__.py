@@ -9,6 +9,17 @@ _MODULES = {
     "augment": ("AugmentConfig", "Augmenter"),
     "cache": ("CachedCase", "CaseCache"),
     "dataset": ("Case", "Dataset", "read_case"),
+    "dicom": (
+        "DicomScan",
+        "SeriesInfo",
+        "find_series",
+        "read_dicom_label",
+        "read_dicom_seg",
+        "read_rtstruct",
+        "read_series",
+        "write_dicom_seg",
+        "write_rtstruct",
+    ),
     "fingerprint": ("Fingerprint", "fingerprint_dataset"),
     "geometry": ("Geometry", "restore_label"),
     "layouts": ("open_dataset",),
@@ -25,6 +36,17 @@ if TYPE_CHECKING:
     from lungkit.data.augment import AugmentConfig, Augmenter
     from lungkit.data.cache import CachedCase, CaseCache
     from lungkit.data.dataset import Case, Dataset, read_case
+    from lungkit.data.dicom import (
+        DicomScan,
+        SeriesInfo,
+        find_series,
+        read_dicom_label,
+        read_dicom_seg,
+        read_rtstruct,
+        read_series,
+        write_dicom_seg,
+        write_rtstruct,
+    )
     from lungkit.data.fingerprint import Fingerprint, fingerprint_dataset
     from lungkit.data.geometry import Geometry, restore_label
     from lungkit.data.layouts import open_dataset
@@ -48,6 +70,7 @@ __all__ = [
     "Case",
     "CaseCache",
     "Dataset",
+    "DicomScan",
     "Fingerprint",
     "Geometry",
     "NanPolicy",
@@ -56,8 +79,10 @@ __all__ = [
     "Phantom",
     "PreprocessedImage",
     "Preprocessing",
+    "SeriesInfo",
     "Split",
     "Volume",
+    "find_series",
     "fingerprint_dataset",
     "make_or_load_splits",
     "make_phantom",
@@ -65,11 +90,17 @@ __all__ = [
     "plan_preprocessing",
     "preprocess_image",
     "read_case",
+    "read_dicom_label",
+    "read_dicom_seg",
+    "read_rtstruct",
+    "read_series",
     "read_volume",
     "restore_label",
     "save_augmentation_preview",
+    "write_dicom_seg",
     "write_nifti",
     "write_phantom_dataset",
+    "write_rtstruct",
     "write_splits",
 ]
 
