@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import logging
@@ -19,13 +18,13 @@ import lungkit
 from lungkit._atomic import write_json_atomic, write_text_atomic
 from lungkit.checkpoint import LAST
 from lungkit.data import open_dataset
-from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.errors import UsageError
 from lungkit.experiments.arms import PAPER_FIGURES, Arm, budget_differences, check_arms
-from lungkit.experiments.results import ComparisonRow, compare_tables, format_comparison, merge_runs
-from lungkit.experiments.runs import LoadedRun, check_same_labels, finished_run, train_or_resume
+from lungkit.experiments.figures import draw_comparison
+from lungkit.experiments.results import ComparisonRow, compare_tables, format_comparison
+from lungkit.experiments.runs import LoadedRun, check_same_labels, epoch_rows, finished_run, train_or_resume
 from lungkit.metrics import CaseTable, MetricGroup, MetricOptions
-from lungkit.report import choose_slice, save_curves, save_distributions, save_overlays, write_case_table
+from lungkit.report import write_case_table
 from lungkit.training.config_io import config_to_dict
 from lungkit.training.planning import open_folds
 
@@ -201,7 +200,7 @@ def _measure_and_write(
             "definitions": experiment.options.definitions(),
         },
     )
-    _draw(experiment, runs, tables, output)
+    draw_comparison(output, runs, tables, experiment.metrics)
     return rows
 
 
@@ -270,86 +269,6 @@ def _notes(
 def _training_seconds(run: Path) -> float:
     return sum(
         float(row[column] or 0)
-        for row in _curve_rows(run)
+        for row in epoch_rows(run)
         for column in ("seconds_waiting_for_data", "seconds_computing")
-    )
-
-
-def _curve_rows(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _draw(
-    experiment: Experiment,
-    runs: Mapping[str, Sequence[LoadedRun]],
-    tables: Mapping[str, Sequence[CaseTable]],
-    output: Path,
-) -> None:
-    first = {name: found[0] for name, found in tables.items()}
-    merged = {name: merge_runs(found) for name, found in tables.items()}
-    save_distributions(output / "distributions.png", merged, experiment.metrics)
-    curves = {name: _curve_rows(loaded[0].path) for name, loaded in runs.items()}
-    shown = ("epoch", "train_loss", "val_dice", "learning_rate")
-    save_curves(
-        output / "curves.png",
-        {name: [{column: row[column] for column in shown} for row in rows] for name, rows in curves.items()},
-    )
-    overlays = output / "overlays"
-    overlays.mkdir(exist_ok=True)
-    for old in overlays.glob("*.png"):
-        old.unlink()
-    for rank, case_id in representative_cases(first).items():
-        _draw_case(
-            overlays / f"{rank}-{case_id}.png", rank, case_id, {n: r[0] for n, r in runs.items()}, first
-        )
-
-
-def representative_cases(tables: Mapping[str, CaseTable]) -> dict[str, str]:
-    """Worst, median and best case by the mean Dice of all arms, so that the choice favours none; ties by name.
-
-    Example:
-        >>> first, second = CaseTable(), CaseTable()
-        >>> for case, dice in {"a": 0.9, "b": 0.2, "c": 0.7}.items():
-        ...     first.add_row(case, "tumour", {"dice": dice})
-        ...     second.add_row(case, "tumour", {"dice": dice - 0.1})
-        >>> representative_cases({"A": first, "B": second})
-        {'worst': 'b', 'median': 'c', 'best': 'a'}
-    """
-    dice: dict[str, list[float]] = {}
-    for table in tables.values():
-        for row in table.of_label(table.labels[0]):
-            dice.setdefault(row.case_id, []).append(row.values["dice"])
-    ranked = sorted(
-        (float(np.mean(values)), case_id) for case_id, values in dice.items() if not np.isnan(values).any()
-    )
-    if not ranked:
-        return {}
-    return {"worst": ranked[0][1], "median": ranked[len(ranked) // 2][1], "best": ranked[-1][1]}
-
-
-def _draw_case(
-    path: Path, rank: str, case_id: str, runs: Mapping[str, LoadedRun], tables: Mapping[str, CaseTable]
-) -> None:
-    some = next(iter(runs.values()))
-    case = some.case(case_id)
-    truth = np.asarray(case.label)
-    predictions = {name: run.predict(run.case(case_id)) for name, run in runs.items()}
-    slice_index = choose_slice(truth, next(iter(predictions.values())), ignore_index=IGNORE_INDEX)
-    maps = {name: run.attention(run.case(case_id), slice_index) for name, run in runs.items()}
-    dice = {
-        name: next(row.values["dice"] for row in table.rows if row.case_id == case_id)
-        for name, table in tables.items()
-    }
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in dice.items())
-    save_overlays(
-        path,
-        case.image_float(),
-        truth,
-        predictions,
-        {name: alpha for name, alpha in maps.items() if alpha is not None},
-        slice_index=slice_index,
-        spacing_mm=case.spacing_mm,
-        ignore_index=IGNORE_INDEX,
-        title=f"{rank} held-out case {case_id} (Dice: {shown})",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import re
@@ -88,6 +89,12 @@ def check_same_labels(test: Dataset, label_map: Mapping[int, int], labels: objec
     """
     if test.label_map != dict(label_map):
         raise DataError(f"{test.root}: its labels {test.labels} are not those of the run, {labels}")
+
+
+def epoch_rows(run: Path) -> list[dict[str, str]]:
+    """What a run measured, a row an epoch."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @dataclass

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from lungkit.errors import UsageError
-from lungkit.experiments.compare import representative_cases
+from lungkit.experiments.figures import representative_cases
 from lungkit.experiments.results import compare_tables, format_comparison, merge_runs
 from lungkit.metrics import CaseTable
 
