@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lungkit
-from lungkit._atomic import atomic_folder
+from lungkit._atomic import atomic_folder, write_text_atomic
 from lungkit.errors import CheckpointError, ResourceError
 
 FORMAT = 1
@@ -77,6 +77,24 @@ def save_checkpoint(
     _flush(folder.parent)
     if displaced.name != PREVIOUS:
         shutil.rmtree(displaced, ignore_errors=True)
+
+
+def describe_checkpoint(folder: str | os.PathLike[str], **entries: Any) -> None:
+    """Add ``entries`` to the description of a checkpoint, or replace them; its weights are not touched.
+
+    The manifest is replaced at once: a reader sees the old or the new one, and either is whole.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        ResourceError: the disk is full; the checkpoint is as it was.
+    """
+    folder = Path(folder)
+    try:
+        manifest = {**_verified_manifest(folder), **entries}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not a usable checkpoint ({error})") from error
+    manifest["sha256"][_MANIFEST] = _digest_of(manifest)
+    write_text_atomic(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def recover_checkpoint(folder: str | os.PathLike[str]) -> None:

@@ -66,6 +66,21 @@ class Postprocessing:
         """Whether :func:`postprocess` does anything; the threshold acts before it."""
         return self.fill_holes or self.inside_lungs or self.smallest_lesion_ml > 0
 
+    def summary(self) -> str:
+        """What is done, in a few words.
+
+        Example:
+            >>> Postprocessing(threshold=0.4, smallest_lesion_ml=0.05).summary()
+            'threshold 0.4, lesions below 0.05 ml removed'
+        """
+        parts = {
+            f"threshold {self.threshold}": self.threshold is not None,
+            "holes filled": self.fill_holes,
+            "lesions outside the lungs removed": self.inside_lungs,
+            f"lesions below {self.smallest_lesion_ml:g} ml removed": self.smallest_lesion_ml > 0,
+        }
+        return ", ".join(part for part, done in parts.items() if done) or "none"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and checkpoints."""
         return asdict(self)

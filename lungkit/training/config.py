@@ -158,6 +158,8 @@ class TrainConfig:
         batch_size: patches per process and step; None is decided by the dataset.
         validate_every: epochs between validations; the last epoch is always validated.
         patience: validations without a better Dice after which training stops; None never stops early.
+        choose_postprocessing: after the last epoch try thresholds, filled holes and smallest lesions on the validation
+            cases, keep what raises their Dice, and store it with the best weights.
         seed: of weights, patches, augmentation and dropout.
         runs: folder of the runs.
         name: of the run folder; None is the dataset's name and the model's.
@@ -182,6 +184,7 @@ class TrainConfig:
     batch_size: int | None = None
     validate_every: int = 1
     patience: int | None = None
+    choose_postprocessing: bool = False
     seed: int = 0
     runs: str = "runs"
     name: str | None = None

@@ -20,8 +20,9 @@ from lungkit.errors import UsageError
 from lungkit.training.config import TrainConfig
 
 _NUMBER = re.compile(r"[-+]?(\d|\.\d)")
-# Where things lie does not change what a run computes: these may differ when it is continued.
-MOVABLE = ("data.root", "data.cache", "data.max_voxels")
+# Where things lie does not change the weights, nor does what follows the last epoch: these may differ when a run is
+# continued.
+MOVABLE = ("data.root", "data.cache", "data.max_voxels", "choose_postprocessing")
 # Short forms of options that are typed most.
 _SHORTHANDS = {
     "data": "data.root",

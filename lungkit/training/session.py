@@ -24,7 +24,7 @@ from lungkit.training.grids import Grid
 from lungkit.training.planning import Plan, Prepared, build_network
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
-from lungkit.training.validation import validate
+from lungkit.training.validation import Predict, predict, validate
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -178,6 +178,7 @@ class Session:
         *,
         current: bool = True,
         grid: Grid | None = None,
+        predict: Predict = predict,
         after_case: Callable[[], None] | None = None,
     ) -> CaseTable:
         """Metrics of ``cases`` with the averaged weights as they are now, or as :attr:`evaluated` holds them."""
@@ -192,6 +193,7 @@ class Session:
                 rank=self.fabric.global_rank,
                 world_size=self.fabric.world_size,
                 grid=grid,
+                predict=predict,
                 after_case=after_case,
             )
 
@@ -268,8 +270,11 @@ def _what_counts(config: TrainConfig) -> dict[str, Any]:
     """The configuration without what may differ when a run is continued."""
     content = config_to_dict(config)
     for name in MOVABLE:
-        part, _, field_name = name.partition(".")
-        del content[part][field_name]
+        *groups, option = name.split(".")
+        part = content
+        for group in groups:
+            part = part[group]
+        del part[option]
     return content
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,12 +27,13 @@ from lungkit.training.config_io import config_to_yaml, load_config
 from lungkit.training.engine import memory_errors, on_first_process, resolve_engine, start_engine
 from lungkit.training.grids import grid_of_scans
 from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
+from lungkit.training.postprocessing_choice import choose_for_run
 from lungkit.training.progress import Display
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.run_log import RunLog
 from lungkit.training.session import Session
 from lungkit.training.signals import stop_signals
-from lungkit.training.validation import METRICS, draw_overlays
+from lungkit.training.validation import METRICS, Predict, draw_overlays, predict
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -340,24 +342,27 @@ class Trainer:
         )
         session.evaluated.load_state_dict(best.weights)
         grid = grid_of_scans(prepared.dataset, prepared.preprocessing, max_voxels=self.config.data.max_voxels)
-        table = session.validate(
-            val,
-            current=False,
-            grid=grid,
-            after_case=lambda: self._stop_in_final_validation(session, folder),
-        )
+        after_case = partial(self._stop_in_final_validation, session, folder)
+        notes, extra = [grid.note], {"epoch": session.best_epoch, "grid": grid.note}
+        predicted: Predict = predict
+        if self.config.choose_postprocessing:
+            choice = choose_for_run(session, folder, val, after_case=after_case)
+            notes, extra["postprocessing"] = [*notes, choice.note], choice.options.to_dict()
+            predicted = choice.predict(prepared.preprocessing)
+        table = session.validate(val, current=False, grid=grid, predict=predicted, after_case=after_case)
 
         def write() -> None:
             self._draw_curves(session, folder, now=True)
-            extra = {"epoch": session.best_epoch, "grid": grid.note}
-            write_case_table(folder.path, table, name="validation", notes=[grid.note], extra=extra)
+            write_case_table(folder.path, table, name="validation", notes=notes, extra=extra)
             with fabric.autocast():
-                draw_overlays(folder.overlays, session.evaluated, val, session.plan, table, grid=grid)
+                draw_overlays(
+                    folder.overlays, session.evaluated, val, session.plan, table, grid=grid, predict=predicted
+                )
             _LOG.info(
                 "validation with the weights of epoch %d\n%s\n%s",
                 session.best_epoch,
                 format_case_table(table),
-                grid.note,
+                "\n".join(notes),
             )
 
         on_first_process(fabric, write)

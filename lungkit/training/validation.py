@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lungkit.data import CachedCase
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.inference import attention_map, predict_case
+from lungkit.inference.predict import stream_case
 from lungkit.metrics import CaseTable, evaluate_case
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet
 from lungkit.report import choose_slice, save_overlays
@@ -22,6 +23,9 @@ from lungkit.training.planning import Plan
 
 METRICS = ("dice", "iou", "ppv", "sensitivity")
 _PATCHES_PER_CALL = {2: 16, 3: 1}
+
+Predict = Callable[[nn.Module, CachedCase, Plan], np.ndarray]
+"""Label map of a cached case, uint8 (Z, Y, X)."""
 
 
 def predict(network: nn.Module, case: CachedCase, plan: Plan) -> np.ndarray:
@@ -36,6 +40,21 @@ def predict(network: nn.Module, case: CachedCase, plan: Plan) -> np.ndarray:
     )
 
 
+def stream_logits_of(network: nn.Module, case: CachedCase, plan: Plan) -> Iterator[tuple[int, int, Tensor]]:
+    """First and one-past-last row and the logits (K, rows, Y, X) behind :func:`predict`, float32."""
+    image = torch.from_numpy(case.image_float()).to(next(network.parameters()).device)
+    return stream_case(
+        network,
+        image,
+        plan.patch_size,
+        overlap=0.5,
+        batch_size=_PATCHES_PER_CALL[plan.dims],
+        whole_slices=plan.dims == 2,
+        context_slices=plan.context_slices,
+        progress=None,
+    )
+
+
 def validate(
     network: nn.Module,
     cases: Sequence[CachedCase],
@@ -45,12 +64,13 @@ def validate(
     rank: int = 0,
     world_size: int = 1,
     grid: Grid | None = None,
+    predict: Predict = predict,
     after_case: Callable[[], None] | None = None,
 ) -> CaseTable:
     """Dice, IoU, PPV and sensitivity of every case; with several processes each predicts its share.
 
-    ``grid`` is where they are measured, by default the cache's. ``after_case`` is called after each case and may
-    raise to give up.
+    ``grid`` is where they are measured, by default the cache's. ``predict`` makes the label maps. ``after_case`` is
+    called after each case and may raise to give up.
     """
     grid = grid or CacheGrid()
     labels = {name: index for index, name in enumerate(class_names)}
@@ -99,6 +119,7 @@ def draw_overlays(
     table: CaseTable,
     *,
     grid: Grid | None = None,
+    predict: Predict = predict,
 ) -> None:
     """A picture each of the worst, median and best case: CT, truth, prediction and, if there is one, attention map."""
     grid = grid or CacheGrid()
