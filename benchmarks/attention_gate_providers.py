@@ -5,8 +5,9 @@ take part, since neither is the faster one everywhere: with the interpolation co
 write psi as multiply and sum, which fuses where a convolution to one channel would not.
 
 ``MONAI`` is its AttentionBlock in training mode at equal widths. It does more, because its users pay for more: g comes
-at x's size, its projection is made there, and there are three batch norms. ``lungkit module`` is what stands beside it:
-``lungkit.nn.AttentionGate`` with the projection of g, at g's own size.
+at x's size, its projection is made there, and there are three batch norms. Two stand beside it: ``lungkit, MONAI's
+form`` computes the same, with the fused tail after the norms, and ``lungkit module`` is ``lungkit.nn.AttentionGate``
+with the projection of g, at g's own size.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from harness import OURS, Case, Provider
 from torch import Tensor, nn
 
 from lungkit.losses import DiceCELoss
-from lungkit.nn import AttentionGate, AttentionUNet
+from lungkit.nn import AttentionGate, AttentionUNet, MonaiAttentionGate, MonaiAttentionUNet
 from lungkit.ops.attention_gate import attention_gate, reference
+
+MONAI_FORM = "lungkit, MONAI's form"
 
 Gate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -80,7 +83,7 @@ class AttentionGateCase(Case):
 
     @property
     def providers(self) -> tuple[str, ...]:
-        return (*GATES, "lungkit module", "MONAI")
+        return (*GATES, "lungkit module", MONAI_FORM, "MONAI")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +147,8 @@ class AttentionGateCase(Case):
     def _module(self, provider: str) -> tuple[nn.Module, tuple[int, ...]]:
         """The module and its gating signal: as wide as x in MONAI's network, twice as wide below x in ours."""
         dims, cx, ci = len(self.size), self.x_channels, self.inter_channels
+        if provider == MONAI_FORM:
+            return MonaiAttentionGate(dims, ci, cx, cx), (self.batch, cx, *self.size)
         if provider == "MONAI":
             from monai.networks.nets.attentionunet import AttentionBlock
 
@@ -168,7 +173,7 @@ class TrainingStepCase(Case):
 
     @property
     def providers(self) -> tuple[str, ...]:
-        return (OURS, "eager gates", "MONAI AttentionUnet")
+        return (OURS, "eager gates", MONAI_FORM, "MONAI AttentionUnet")
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self.device).manual_seed(0)
@@ -191,6 +196,8 @@ class TrainingStepCase(Case):
 
     def _network(self, provider: str) -> nn.Module:
         dims = len(self.size)
+        if provider == MONAI_FORM:
+            return MonaiAttentionUNet(dims, 1, 2, features=self.features)
         if provider == "MONAI AttentionUnet":
             from monai.networks.nets import AttentionUnet
 
