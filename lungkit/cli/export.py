@@ -1,0 +1,72 @@
+"""``lungkit-export``: write a trained network as a file that runs without lungkit."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import lungkit
+from lungkit.cli._common import run_command
+
+_LOG = logging.getLogger("lungkit")
+
+_EPILOG = """
+The file takes normalised patches and gives logits; preprocessing, labels, patch size and the model's digest are JSON in
+its metadata (lungkit.json). It is read back and compared with the network before it gets its name.
+Examples:
+  lungkit-export --model runs/NAME -o model.pt2      torch.export program: torch.export.load("model.pt2")
+  lungkit-export --model runs/NAME -o model.onnx     ONNX; needs pip install 'lungkit[onnx]'
+Exit codes: 0 ok, 1 the file would differ from the network, 2 usage, 4 checkpoint, 5 disk full.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="lungkit-export",
+        description="Write a trained network as a torch.export program or as ONNX, checked and self-describing.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="run folder of lungkit-train (its best weights) or one checkpoint folder",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="ends with .pt2 or .onnx"
+    )
+    parser.add_argument("--format", choices=("torch", "onnx"), help="(default: as the name of the file says)")
+    parser.add_argument(
+        "--native-gate",
+        action="store_true",
+        help="keep the fused attention gate in a .pt2, which then loads only after import lungkit.ops "
+        "(default: plain PyTorch operations of the same weights)",
+    )
+    parser.add_argument("--version", action="version", version=lungkit.__version__)
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lungkit.inference.export import export_model
+    from lungkit.inference.trained_model import TrainedModel
+
+    model = TrainedModel.load(options.model)
+    export = export_model(model, options.output, format=options.format, native_gate=options.native_gate)
+    tensor = export.metadata["input"]
+    _LOG.info(
+        "%s: %.1f MiB, image (%s), free sizes in multiples of %s; logits differ from the network's by %.1g of the "
+        "largest",
+        export.path,
+        export.path.stat().st_size / 2**20,
+        ", ".join(map(str, tensor["shape"])),
+        " x ".join(map(str, tensor["multiple_of"])),
+        export.difference,
+    )
+    return 0
