@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from lungkit.errors import UsageError
@@ -25,23 +25,33 @@ def require(module: str) -> Any:
         raise UsageError(f"DICOM needs {package} ({error}): pip install 'lungkit[dicom]'") from error
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back warnings and log records of pydicom and highdicom: they quote values, names of patients included."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
-    # Child loggers hand their records to the handlers of all ancestors, so a level on the parent is not enough.
-    loggers += [
-        logger
-        for name, logger in list(logging.Logger.manager.loggerDict.items())
-        if isinstance(logger, logging.Logger) and name.startswith(("pydicom.", "highdicom."))
-    ]
-    before = [logger.disabled for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.disabled = True
-            yield
-        finally:
-            for logger, disabled in zip(loggers, before, strict=True):
-                logger.disabled = disabled
+class _Quiet:
+    """Counts those inside, so that threads which read at the same time do not restore what others still need."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._undo.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            # A child logger hands its records to the handlers of all ancestors: the parent's level does not hold it.
+            for name, logger in list(logging.Logger.manager.loggerDict.items()):
+                if name.partition(".")[0] in ("pydicom", "highdicom") and isinstance(logger, logging.Logger):
+                    self._undo.callback(setattr, logger, "disabled", logger.disabled)
+                    logger.disabled = True
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+
+quiet = _Quiet()
+"""``with quiet:`` holds back warnings and log records of pydicom and highdicom: they quote values, names included."""

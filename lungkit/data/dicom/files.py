@@ -11,6 +11,7 @@ from lungkit.errors import DataError
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
+_FILE_META = (0x00020002, 0x00020010)  # MediaStorageSOPClassUID, TransferSyntaxUID
 _DICOMDIR = "1.2.840.10008.1.3.10"
 
 # Names that DICOM files go by; some archives give them none, or end the name with a part of a UID.
@@ -68,6 +69,16 @@ def read_header(path: Path) -> Any:
         DataError: it cannot be read, or lacks what says which object and which series it is.
     """
     header = read_dataset(path, pixels=False, keywords=(*_IMAGE.split(), *PATIENT_AND_STUDY))
+    with quiet:
+        for tag in list(header.keys()):
+            if not _is_sound(header, tag):
+                keyword = require("pydicom.datadict").keyword_for_tag(tag)
+                if keyword not in PATIENT_AND_STUDY:
+                    raise DataError(
+                        f"{path.name}: {keyword} holds what DICOM does not allow there; the file is damaged or badly "
+                        "written: export it again"
+                    )
+                del header[tag]  # no need to refuse a scan for a weight that is not a number
     if header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
         for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"):
             if not header.get(keyword):
@@ -78,6 +89,22 @@ def read_header(path: Path) -> Any:
     return header
 
 
+def _is_sound(dataset: Any, tag: Any) -> bool:
+    """Whether the element can be decoded and, for numbers and UIDs, is of the type and count that DICOM defines."""
+    dictionary = require("pydicom.datadict")
+    try:
+        element = dataset[tag]  # converts the value
+        defined = dictionary.dictionary_VR(tag)
+        if defined in ("IS", "DS", "US", "UI"):
+            if element.VR == "IS" and element.VM == 1:
+                int(element.value)  # pydicom hands other text through
+            single = dictionary.dictionary_VM(tag) == "1"
+            return bool(defined == element.VR and (element.VM <= 1 or not single))
+    except Exception:  # pydicom raises many kinds for a damaged value
+        return False
+    return True
+
+
 def read_dataset(path: Path, *, pixels: bool = True, keywords: Sequence[str] | None = None) -> Any:
     """A file as a pydicom ``Dataset``, all of it or the attributes in ``keywords``, with or without pixels.
 
@@ -86,12 +113,16 @@ def read_dataset(path: Path, *, pixels: bool = True, keywords: Sequence[str] | N
     """
     pydicom = require("pydicom")
     try:
-        with quiet():
-            return pydicom.dcmread(
+        with quiet:
+            dataset = pydicom.dcmread(
                 path,
                 stop_before_pixels=not pixels,
                 specific_tags=None if keywords is None else list(keywords),
             )
+            meta = dataset.file_meta
+            if not all(_is_sound(meta, tag) for tag in _FILE_META if tag in meta):
+                raise ValueError("file meta information")
+            return dataset
     except FileNotFoundError:
         raise DataError(f"{path.name}: no such file") from None
     except MemoryError:

@@ -129,7 +129,7 @@ def source_header(scan: DicomScan) -> Any:
     from pydicom.valuerep import DA, TM
 
     header = scan.headers[0].copy()
-    with quiet():
+    with quiet:
         for keyword in ("PatientName", "PatientID", "StudyID", "AccessionNumber", "ReferringPhysicianName"):
             if header.get(keyword) is None:
                 setattr(header, keyword, "")

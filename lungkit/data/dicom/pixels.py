@@ -9,7 +9,7 @@ import numpy as np
 
 from lungkit.data.dicom._packages import quiet, require
 from lungkit.data.dicom.files import read_dataset
-from lungkit.errors import DataError
+from lungkit.errors import DataError, UsageError
 
 
 def read_slice(path: Path, header: Any) -> np.ndarray:
@@ -20,26 +20,29 @@ def read_slice(path: Path, header: Any) -> np.ndarray:
             than ``header`` describes.
     """
     dataset = read_dataset(path)
-    if dataset.get("SOPInstanceUID") != header.SOPInstanceUID:
-        raise DataError(f"{path.name}: changed while the series was read; read it again")
+    if (
+        "SOPInstanceUID" not in dataset
+    ):  # pydicom gives up on the whole object where compressed pixels end early
+        raise DataError(f"{path.name}: truncated within the pixels; export or copy it again")
     syntax = dataset.file_meta.get("TransferSyntaxUID")
-    if syntax is None:
-        raise DataError(f"{path.name}: TransferSyntaxUID is missing; export the file again")
-    if "PixelData" not in dataset:
-        raise DataError(f"{path.name}: no pixel data; the file is truncated: export or copy it again")
-    if syntax.is_compressed and syntax.is_encapsulated:
-        _require_decoder(syntax, path)
-    else:
-        _check_length(dataset, path)
     try:
-        with quiet():
+        with quiet:
+            if dataset.SOPInstanceUID != header.SOPInstanceUID:
+                raise DataError(f"{path.name}: changed while the series was read; read it again")
+            if "PixelData" not in dataset:
+                raise DataError(f"{path.name}: no pixel data; the file is truncated: export or copy it again")
+            if syntax is not None and syntax.is_encapsulated:
+                _require_decoder(syntax, path)
+            else:
+                _check_length(dataset, path)
             stored = np.asarray(dataset.pixel_array)
-    except MemoryError:
+    except (DataError, UsageError, MemoryError):
         raise
     except Exception as error:  # each decoder has its own kinds
+        how = "unknown" if syntax is None else syntax.name
         raise DataError(
-            f"{path.name}: the pixels cannot be decoded ({type(error).__name__}, {syntax.name}); the file is truncated "
-            "or damaged: export or copy it again"
+            f"{path.name}: the pixels cannot be decoded ({type(error).__name__}, transfer syntax {how}); the file is "
+            "truncated or damaged: export or copy it again"
         ) from None
     if stored.shape != (header.Rows, header.Columns) or stored.dtype.kind not in "iu":
         raise DataError(

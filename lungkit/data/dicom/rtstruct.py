@@ -138,11 +138,11 @@ def write_rtstruct(
     """
     pydicom = require("pydicom")
     mask = check_mask(mask, scan, labels)
-    with quiet():
+    with quiet:
         dataset = _structure_set(pydicom, scan, description, series_number)
         for number, name in enumerate(sorted(labels, key=lambda name: labels[name]), start=1):
             _add_structure(pydicom.Dataset, dataset, scan, number, name, mask == labels[name])
-    with atomic_path(path) as temporary, quiet():
+    with atomic_path(path) as temporary, quiet:
         dataset.save_as(temporary, enforce_file_format=True)
 
 

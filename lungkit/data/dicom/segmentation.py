@@ -73,7 +73,7 @@ def write_dicom_seg(
         numbers[labels[name]] = number
     identification = {"name": algorithm[:64], "version": version or lungkit.__version__}
     try:
-        with quiet():
+        with quiet:
             segmentation = hd.seg.Segmentation(
                 source_images=[source_header(scan), *scan.headers[1:]],
                 pixel_array=numbers[mask.T],
@@ -99,7 +99,7 @@ def write_dicom_seg(
             f"{scan.series.files[0].name}: no segmentation can be made from this source ({type(error).__name__}): a "
             "patient, study or image attribute is missing or not allowed; correct it or export the series again"
         ) from None
-    with atomic_path(path) as temporary, quiet():
+    with atomic_path(path) as temporary, quiet:
         segmentation.save_as(temporary)
 
 
@@ -238,7 +238,7 @@ def _place(frame: Any, shared: Any, dataset: Any, scan: DicomScan, path: Path) -
 def _pixels(dataset: Any, index: int, path: Path) -> np.ndarray:
     decode = require("pydicom.pixels").pixel_array
     try:
-        with quiet():
+        with quiet:
             return np.asarray(decode(dataset, index=index))
     except Exception as error:  # each decoder has its own kinds
         raise DataError(

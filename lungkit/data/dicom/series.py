@@ -26,6 +26,11 @@ from lungkit.errors import DataError, ResourceError
 
 _LOG = logging.getLogger("lungkit")
 
+_NEEDED = (
+    "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation", "RescaleSlope",
+    "RescaleIntercept",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SeriesInfo:
@@ -187,10 +192,14 @@ def _check_images(headers: Sequence[Any], names: Sequence[str]) -> tuple[float, 
         rescale.setdefault((float(header.RescaleSlope), float(header.RescaleIntercept)), name)
         sizes.setdefault((int(header.Columns), int(header.Rows)), name)
         frames.setdefault(str(header.get("FrameOfReferenceUID") or ""), name)
+    if len(frames) > 1:
+        raise DataError(
+            f"slices differ in frame of reference: {some(frames.values())}; move what does not belong to the scan out "
+            "of the folder"
+        )
     for what, values in (
         ("rescale slope and intercept", rescale),
         ("columns and rows", sizes),
-        ("frame of reference", frames),
     ):
         if len(values) > 1:
             listed = some((f"{value} in {name}" for value, name in values.items()), most=3)
@@ -208,7 +217,7 @@ def _check_image(header: Any, name: str) -> None:
         )
     if header.SOPClassUID != CT_IMAGE or header.get("Modality") != "CT":
         raise DataError(f"{name}: {header.SOPClassUID.name} among CT slices; move it out of the folder")
-    for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "RescaleSlope", "RescaleIntercept"):
+    for keyword in _NEEDED:
         try:
             known = header.get(keyword) is not None and np.isfinite(float(header[keyword].value))
         except (TypeError, ValueError):
@@ -216,10 +225,7 @@ def _check_image(header: Any, name: str) -> None:
         if not known:
             raise DataError(f"{name}: {keyword} is missing or not a number; export the series again")
     problem = None
-    if (
-        header.get("PhotometricInterpretation") != "MONOCHROME2"
-        or int(header.get("SamplesPerPixel") or 1) != 1
-    ):
+    if header.get("PhotometricInterpretation") != "MONOCHROME2" or int(header.SamplesPerPixel) != 1:
         problem = f"pixels are {header.get('PhotometricInterpretation')}, expected MONOCHROME2"
     elif int(header.get("NumberOfFrames") or 1) != 1:
         problem = f"{header.NumberOfFrames} frames in a file, expected one"
