@@ -31,7 +31,7 @@ _AIR_HU = -400.0
 _FREE_AIR_HU = -955.0
 _FREE_AIR_SHARE = 0.3
 _AIRWAY_THRESHOLDS_HU = range(-960, -680, 40)
-_AIRWAY_MEAN_HU = -880.0
+_AIRWAY_DARK_HU, _AIRWAY_DARK = -940.0, 0.4
 _AIRWAY_ML = (0.3, 150.0)
 _AIRWAY_WALLED = 0.7
 _AIRWAY_WALL_MM = 2.5
@@ -92,7 +92,7 @@ def lung_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
 def near_lungs(
     lungs: np.ndarray, spacing_mm: Sequence[float], distance_mm: float, box: tuple[slice, ...]
 ) -> np.ndarray:
-    """Whether the voxels of ``box`` lie in the lungs or within ``distance_mm`` of them, to about 2 mm.
+    """Whether the voxels of ``box`` lie within ``distance_mm`` of the lungs, or in them; some lie up to 2 mm beyond.
 
     Args:
         lungs: bool (Z, Y, X).
@@ -107,7 +107,7 @@ def near_lungs(
         >>> lungs = np.zeros((1, 1, 12), bool)
         >>> lungs[..., :4] = True
         >>> near_lungs(lungs, (1.0, 1.0, 1.0), 3.0, (slice(0, 1), slice(0, 1), slice(0, 10))).tolist()
-        [[[True, True, True, True, True, True, False, False, False, False]]]
+        [[[True, True, True, True, True, True, True, True, False, False]]]
     """
     factors = _factors(spacing_mm)
     starts = [np.arange(0, length, factor) for length, factor in zip(lungs.shape, factors, strict=True)]
@@ -116,7 +116,9 @@ def near_lungs(
         plane = lungs[first : first + factors[0]].any(axis=0)
         plane = np.logical_or.reduceat(np.logical_or.reduceat(plane, starts[1], axis=0), starts[2], axis=1)
         target[:] = plane
-    region = near(reduced, _times(spacing_mm, factors), distance_mm)
+    # Voxels may be nearer to each other than the middles of their blocks.
+    nearer = max((factor - 1) * size for factor, size in zip(factors, spacing_mm, strict=True))
+    region = near(reduced, _times(spacing_mm, factors), distance_mm + nearer)
     blocks = [np.arange(side.start, side.stop) // factor for side, factor in zip(box, factors, strict=True)]
     return region[np.ix_(*blocks)]
 
@@ -233,9 +235,9 @@ def _walled_air(reduced: np.ndarray, inside: np.ndarray, spacing: Sequence[float
         sizes = np.bincount(numbers)
         if len(sizes) < 2:
             continue
-        means = np.bincount(numbers, reduced[pieces > 0]) / np.maximum(sizes, 1)
-        dark = (sizes >= smallest) & (sizes <= largest) & (means < _AIRWAY_MEAN_HU)
-        found |= (dark & (_walled_share(pieces, dark, tissue) >= _AIRWAY_WALLED))[pieces]
+        dark = np.bincount(numbers, reduced[pieces > 0] < _AIRWAY_DARK_HU)
+        airy = (sizes >= smallest) & (sizes <= largest) & (dark >= _AIRWAY_DARK * sizes)
+        found |= (airy & (_walled_share(pieces, airy, tissue) >= _AIRWAY_WALLED))[pieces]
     return found
 
 
