@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lungkit.data.dicom._packages import quiet, require
-from lungkit.errors import DataError
+from lungkit.errors import DataError, LungkitError
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
@@ -134,6 +135,21 @@ def read_dataset(path: Path, *, pixels: bool = True, keywords: Sequence[str] | N
     except Exception as error:  # pydicom raises many kinds for a damaged file
         raise DataError(
             f"{path.name}: not a readable DICOM file ({type(error).__name__}); export or copy it again"
+        ) from None
+
+
+@contextlib.contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Turn whatever pydicom raises over a damaged or missing value into a DataError that names the file."""
+    try:
+        with quiet:
+            yield
+    except (LungkitError, MemoryError):
+        raise
+    except Exception as error:  # pydicom raises many kinds
+        raise DataError(
+            f"{path.name}: an attribute is missing or unusable ({type(error).__name__}); the file is damaged or badly "
+            "written: export it again"
         ) from None
 
 

@@ -16,7 +16,7 @@ import lungkit
 from lungkit._atomic import atomic_path
 from lungkit.data.dicom._packages import quiet, require
 from lungkit.data.dicom.contours import fill_polygons, trace_polygons
-from lungkit.data.dicom.files import PATIENT_AND_STUDY, read_dataset, some
+from lungkit.data.dicom.files import PATIENT_AND_STUDY, decoding, read_dataset, some
 from lungkit.data.dicom.labels import (
     LabelBuilder,
     check_frame_of_reference,
@@ -72,35 +72,27 @@ def read_rtstruct(
     """
     path = Path(path)
     dataset = read_dataset(path)
-    if dataset.get("SOPClassUID") != STRUCTURE_SET:
-        raise DataError(f"{path.name}: not an RT Structure Set; name an RTSTRUCT object")
-    try:
-        names = {int(item.ROINumber): str(item.ROIName or "") for item in dataset.StructureSetROISequence}
-        frames = {
-            int(item.ROINumber): item.get("ReferencedFrameOfReferenceUID")
-            for item in dataset.StructureSetROISequence
-        }
+    builder = LabelBuilder(path, scan, "roi")
+    with decoding(path):
+        if dataset.get("SOPClassUID") != STRUCTURE_SET:
+            raise DataError(f"{path.name}: not an RT Structure Set; name an RTSTRUCT object")
+        structures = list(dataset.StructureSetROISequence)
         drawn = {
             int(item.ReferencedROINumber): list(item.get("ContourSequence") or ())
             for item in dataset.get("ROIContourSequence") or ()
         }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path.name}: a tag of the structures is missing or unusable ({type(error).__name__}); export it again"
-        ) from None
-    wanted = choose_names(list(names.values()), roi, path, "structure")
-    builder = LabelBuilder(path, scan, "roi")
-    for number, name in names.items():
-        if name not in wanted:
-            continue
-        contours = drawn.get(number, [])
-        if roi is None and contours and not any(_is_closed(contour) for contour in contours):
-            continue  # points and lines, such as an isocentre, enclose nothing
-        builder.value(name)
-        if contours:
-            check_frame_of_reference(frames[number], scan, path)
-            where = f"{path.name}, structure {name!r}"
-            _fill(builder, name, _contours(contours, scan, where), where)
+        wanted = choose_names([str(item.ROIName or "") for item in structures], roi, path, "structure")
+        for item in structures:
+            name, contours = str(item.ROIName or ""), drawn.get(int(item.ROINumber), [])
+            if name not in wanted:
+                continue
+            if roi is None and contours and not any(_is_closed(contour) for contour in contours):
+                continue  # points and lines, such as an isocentre, enclose nothing
+            builder.value(name)
+            if contours:
+                check_frame_of_reference(item.get("ReferencedFrameOfReferenceUID"), scan, path)
+                where = f"{path.name}, structure {name!r}"
+                _fill(builder, name, _contours(contours, scan, where), where)
     if not builder.labels:
         raise DataError(f"{path.name}: no structure with closed contours; name another file")
     return builder.finish()
@@ -217,9 +209,11 @@ def _fill(builder: LabelBuilder, name: str, contours: list[_Contour], where: str
         builder.add(index, fill_polygons(near, (rows, columns)), name)
     if left_out:
         _LOG.warning("%s: %d contours lie between slices and were left out", where, left_out)
-    gaps = max(by_slice, default=0) - min(by_slice, default=0) + 1 - len(by_slice)
-    if by_slice and gaps:
-        _LOG.warning("%s: %d slices between its contours have none and stay empty", where, gaps)
+    steps = np.diff(sorted(by_slice))
+    if len(steps) > 1 and np.median(steps) > 1:
+        _LOG.warning(
+            "%s: contours on every %g slices only; the slices between stay empty", where, np.median(steps)
+        )
 
 
 def _structure_set(pydicom: Any, scan: DicomScan, description: str, series_number: int) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import lungkit
 from lungkit._atomic import atomic_path
 from lungkit.data.dicom._packages import quiet, require
-from lungkit.data.dicom.files import read_dataset
+from lungkit.data.dicom.files import decoding, read_dataset
 from lungkit.data.dicom.labels import (
     LabelBuilder,
     check_frame_of_reference,
@@ -126,25 +126,26 @@ def read_dicom_seg(
     """
     path = Path(path)
     dataset = read_dataset(path)
-    if dataset.get("SOPClassUID") not in (SEGMENTATION, LABEL_MAP):
-        raise DataError(f"{path.name}: not a DICOM segmentation; name a SEG object")
-    if dataset.get("SegmentationType") not in ("BINARY", "LABELMAP"):
-        raise DataError(
-            f"{path.name}: {dataset.get('SegmentationType')} segmentation; threshold it to BINARY first"
-        )
-    check_frame_of_reference(dataset.get("FrameOfReferenceUID"), scan, path)
-    try:
+    with decoding(path):
+        if dataset.get("SOPClassUID") not in (SEGMENTATION, LABEL_MAP):
+            raise DataError(f"{path.name}: not a DICOM segmentation; name a SEG object")
+        kind = dataset.get("SegmentationType")
+        if kind not in ("BINARY", "LABELMAP"):
+            raise DataError(
+                f"{path.name}: {kind} segmentation is not supported; threshold it to BINARY first"
+            )
+        check_frame_of_reference(dataset.get("FrameOfReferenceUID"), scan, path)
         segments = {int(item.SegmentNumber): str(item.SegmentLabel) for item in dataset.SegmentSequence}
         frames = list(dataset.PerFrameFunctionalGroupsSequence)
         shared = (dataset.get("SharedFunctionalGroupsSequence") or [None])[0]
+        if int(dataset.NumberOfFrames) != len(frames):
+            raise DataError(
+                f"{path.name}: {dataset.NumberOfFrames} frames, {len(frames)} described; export it again"
+            )
         places = [_place(frame, shared, dataset, scan, path) for frame in frames]
-        referenced = [_segment_of(frame, shared) for frame in frames]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path.name}: a tag of segments or frames is missing or unusable ({type(error).__name__}); export it again"
-        ) from None
-    if dataset.SegmentationType == "LABELMAP":
-        segments.pop(0, None)
+        referenced = [None if kind == "LABELMAP" else _segment_of(frame, shared) for frame in frames]
+    if kind == "LABELMAP":
+        segments.pop(0, None)  # background
     wanted = choose_names(list(segments.values()), segment, path, "segment")
     builder = LabelBuilder(path, scan, "segment")
     for name in segments.values():
@@ -154,11 +155,11 @@ def read_dicom_seg(
         if number is not None and segments.get(number) not in wanted:
             continue
         pixels = _pixels(dataset, index, path)
-        found = np.unique(pixels).tolist() if number is None else [number]
-        for one in found:
+        present = np.unique(pixels).tolist() if number is None else [number]
+        for one in present:
             if segments.get(one) in wanted:
-                inside = np.zeros(builder.array.shape[1::-1], bool)
                 part = pixels != 0 if number is not None else pixels == one
+                inside = np.zeros(builder.array.shape[1::-1], bool)
                 inside[y : y + part.shape[0], x : x + part.shape[1]] = part
                 builder.add(z, inside, segments[one])
     return builder.finish()
@@ -203,12 +204,8 @@ def _functional(frame: Any, shared: Any, name: str) -> Any:
     raise KeyError(name)
 
 
-def _segment_of(frame: Any, shared: Any) -> int | None:
-    """Segment number of a frame, None where the pixels hold it (label map)."""
-    try:
-        return int(_functional(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
-    except KeyError:
-        return None
+def _segment_of(frame: Any, shared: Any) -> int:
+    return int(_functional(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
 
 
 def _place(frame: Any, shared: Any, dataset: Any, scan: DicomScan, path: Path) -> tuple[int, int, int]:
