@@ -197,7 +197,7 @@ std::vector<Chunk> backward_chunks(const GateArguments& a, int64_t most) {
 }
 
 std::tuple<Tensor, Tensor> attention_gate_cpu(const Tensor& x, const Tensor& phi, const Tensor& w_x,
-                                              const Tensor& w_psi, const Tensor& b_psi) {
+                                              const Tensor& w_psi, const Tensor& b_psi, bool) {
   const GateArguments a = check_attention_gate(x, phi, w_x, w_psi, b_psi);
   Tensor out = new_features(a.x);
   Tensor alpha = new_map(a.x);
@@ -262,7 +262,7 @@ void write_weight_gradients(const Partials& partials, int64_t groups, const Gate
 Gradients attention_gate_backward_cpu(std::optional<Tensor> grad_out, std::optional<Tensor> grad_alpha,
                                       const Tensor& x, const Tensor& phi, const Tensor& w_x,
                                       const Tensor& w_psi, const Tensor& b_psi, bool needs_x, bool needs_phi,
-                                      bool needs_w_x, bool needs_psi) {
+                                      bool needs_w_x, bool needs_psi, bool) {
   const GateArguments a = check_attention_gate(x, phi, w_x, w_psi, b_psi);
   const int64_t channels = a.x_layout.channels, inner = a.phi_layout.channels;
   const auto wanted = [&](bool needed, std::vector<int64_t> shape) {

@@ -33,9 +33,9 @@ int size_class(const GateArguments& a) {
 }
 
 template <class Body>
-void dispatch_stored(ScalarType type, Body&& body) {
+void dispatch_stored(ScalarType type, bool allow_tf32, Body&& body) {
   switch (type) {
-    case ScalarType::Float: return body(float{});
+    case ScalarType::Float: return allow_tf32 ? body(Tf32{}) : body(float{});
     case ScalarType::Half: return body(Half{});
     case ScalarType::BFloat16: return body(BFloat16{});
     default:
@@ -81,7 +81,7 @@ void allow_shared_memory(Kernel kernel, size_t bytes) {
 }
 
 std::tuple<Tensor, Tensor> attention_gate_cuda(const Tensor& x, const Tensor& phi, const Tensor& w_x,
-                                               const Tensor& w_psi, const Tensor& b_psi) {
+                                               const Tensor& w_psi, const Tensor& b_psi, bool allow_tf32) {
   const GateArguments a = check_attention_gate(x, phi, w_x, w_psi, b_psi);
   LUNGKIT_CHECK(on_device(x), "attention_gate: x must be on the GPU");
   const DeviceGuard guard(x);
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> attention_gate_cuda(const Tensor& x, const Tensor& ph
   if (alpha.numel() == 0) return {out, alpha};
   size_class(a);
   const GateWeights weights{as_float(w_x), as_float(w_psi), as_float(b_psi)};
-  dispatch_stored(a.x.scalar_type(), [&](auto zero) {
+  dispatch_stored(a.x.scalar_type(), allow_tf32, [&](auto zero) {
     using Stored = decltype(zero);
     const GateInputs<Stored> in = inputs_of<Stored>(a, weights);
     const size_t bytes = GateForwardShared<Stored>::bytes(in.x_channels(), in.inner());
@@ -145,7 +145,7 @@ void launch_backward(const GateArguments& a, const GateWeights& weights, const G
 Gradients attention_gate_backward_cuda(std::optional<Tensor> grad_out, std::optional<Tensor> grad_alpha,
                                        const Tensor& x, const Tensor& phi, const Tensor& w_x,
                                        const Tensor& w_psi, const Tensor& b_psi, bool needs_x, bool needs_phi,
-                                       bool needs_w_x, bool needs_psi) {
+                                       bool needs_w_x, bool needs_psi, bool allow_tf32) {
   const GateArguments a = check_attention_gate(x, phi, w_x, w_psi, b_psi);
   LUNGKIT_CHECK(on_device(x), "attention_gate: x must be on the GPU");
   const DeviceGuard guard(x);
@@ -169,7 +169,7 @@ Gradients attention_gate_backward_cuda(std::optional<Tensor> grad_out, std::opti
   const int64_t width = inner * channels + inner + 1;
   const bool sums = needs_w_x || needs_psi;
   const Tensor partial = torch::stable::new_empty(weights.w_x, {sums ? blocks * width : 0});
-  dispatch_stored(a.x.scalar_type(), [&](auto zero) {
+  dispatch_stored(a.x.scalar_type(), allow_tf32, [&](auto zero) {
     using Stored = decltype(zero);
     const auto data = [](const Tensor& tensor) { return static_cast<Stored*>(tensor.mutable_data_ptr()); };
     const GateGradients<Stored> out{

@@ -35,6 +35,15 @@ __host__ __device__ constexpr int weight_stride(int channels) {
   return padded16(channels) + 16 / static_cast<int>(sizeof(Stored));
 }
 
+// float32 in memory, whose products go through the tensor cores: operands lose 13 bits of their mantissa
+// there.
+struct Tf32 {
+  Tf32() = default;
+  __host__ __device__ explicit Tf32(float x) : value(x) {}
+  __host__ __device__ operator float() const { return value; }
+  float value;
+};
+
 template <class Stored>
 struct Features {
   Stored* data;  // of the image
@@ -178,11 +187,25 @@ __device__ void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)
   }
 }
 
+__device__ inline uint32_t rounded_to_tf32(Tf32 x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x.value));
+  return bits;
+}
+
+// sum += A B for one 16 x 8 block of A and one 8 x 8 block of B.
+__device__ inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 #endif
 
 // sum[n] += A B_n for the `blocks` 16 x 8 blocks B_n of B, `next` columns apart, over `depth`, a multiple
-// of 16. One call of a whole warp. Half types go through the tensor cores where there are any; everything
-// else, and the emulator, multiplies element by element in float.
+// of 16. One call of a whole warp. Half types and Tf32 go through the tensor cores where there are any;
+// everything else, and the emulator, multiplies element by element in float.
 template <int blocks, class Stored>
 __device__ void multiply_add(float (&sum)[blocks][4], SharedMatrix<Stored> a, SharedMatrix<Stored> b,
                              int next, int depth) {
@@ -200,6 +223,22 @@ __device__ void multiply_add(float (&sum)[blocks][4], SharedMatrix<Stored> a, Sh
         const Stored* right = b.data + (k + 2 * t) * b.row + (n * next + g) * b.column;
         const uint32_t pairs[2] = {pair_of(right, b.row), pair_of(right + 8 * b.row, b.row)};
         mma<Stored>(sum[n], left, pairs);
+      }
+    }
+    return;
+  }
+  if constexpr (std::is_same_v<Stored, Tf32>) {
+#pragma unroll 1
+    for (int k = 0; k < depth; k += 8) {
+      const Tf32* from = a.data + g * a.row + (k + t) * a.column;
+      const uint32_t left[4] = {rounded_to_tf32(from[0]), rounded_to_tf32(from[8 * a.row]),
+                                rounded_to_tf32(from[4 * a.column]),
+                                rounded_to_tf32(from[8 * a.row + 4 * a.column])};
+#pragma unroll
+      for (int n = 0; n < blocks; ++n) {
+        const Tf32* right = b.data + (k + t) * b.row + (n * next + g) * b.column;
+        const uint32_t pair[2] = {rounded_to_tf32(right[0]), rounded_to_tf32(right[4 * b.row])};
+        mma_tf32(sum[n], left, pair);
       }
     }
     return;

@@ -4,16 +4,18 @@ Which path computes it:
 
 - On the CPU the native kernels, for every shape and dtype.
 - On CUDA the native kernels where a tile of voxels and the sums of the weights' gradients fit on the chip: up to 128
-  channels of x and 64 inner ones for the half types, 64 and 32 for float32. Their products are mma for the half types
-  and full float32 for float32, whatever torch's setting of TF32.
-- Wider levels have few voxels, and their product is large enough for the library (which follows that setting): there
-  CUDA takes the library's product and the fused tail of :mod:`lungkit.ops.gate_tail`, as it does for float64.
+  channels of x and 64 inner ones for the half types, 64 and 32 for float32. Tensor cores multiply the half types, and
+  float32 where ``torch.backends.cuda.matmul.allow_tf32`` is set (or ``torch.set_float32_matmul_precision("high")``);
+  otherwise its products are full float32.
+- Wider levels have few voxels, and their product is large enough for the library: there CUDA takes the library's
+  product and the fused tail of :mod:`lungkit.ops.gate_tail`, as it does for float64.
 - Everywhere else, and where no native library is built, the twin in plain PyTorch.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -68,6 +70,8 @@ def attention_gate(
     _check_arguments(x, phi, w_x, w_psi, b_psi)
     if x.is_cuda and not _fits_cuda_kernel(x, phi):
         return _product_and_tail(x, phi, w_x, w_psi, b_psi)
+    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return torch.ops.lungkit.attention_gate(x, phi, w_x, w_psi, b_psi, allow_tf32=True)
     return torch.ops.lungkit.attention_gate(x, phi, w_x, w_psi, b_psi)
 
 
@@ -137,6 +141,7 @@ def _reference_backward(
     needs_phi: bool,
     needs_w_x: bool,
     needs_psi: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Twin of the backward op. Written out: autograd does not reach below the dispatcher."""
     q, alpha = _attend(x, phi, w_x, w_psi, b_psi)
@@ -210,20 +215,29 @@ def _check_types(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tens
             raise UsageError(f"x and {name} must be on the same device, got {x.device} and {tensor.device}")
 
 
+def _twin(
+    x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor, allow_tf32: bool = False
+) -> tuple[Tensor, Tensor]:
+    return reference(x, phi, w_x, w_psi, b_psi)
+
+
 define_op(
-    "attention_gate(Tensor x, Tensor phi, Tensor w_x, Tensor w_psi, Tensor b_psi) -> (Tensor out, Tensor alpha)",
-    reference,
+    "attention_gate(Tensor x, Tensor phi, Tensor w_x, Tensor w_psi, Tensor b_psi, bool allow_tf32=False)"
+    " -> (Tensor out, Tensor alpha)",
+    _twin,
 )
 define_op(
     "attention_gate_backward(Tensor? grad_out, Tensor? grad_alpha, Tensor x, Tensor phi, Tensor w_x, Tensor w_psi,"
-    " Tensor b_psi, bool needs_x, bool needs_phi, bool needs_w_x, bool needs_psi)"
+    " Tensor b_psi, bool needs_x, bool needs_phi, bool needs_w_x, bool needs_psi, bool allow_tf32=False)"
     " -> (Tensor grad_x, Tensor grad_phi, Tensor grad_w_x, Tensor grad_w_psi, Tensor grad_b_psi)",
     _reference_backward,
 )
 
 
 @torch.library.register_fake("lungkit::attention_gate")
-def _fake(x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor, allow_tf32: bool = False
+) -> tuple[Tensor, Tensor]:
     _check_arguments(x, phi, w_x, w_psi, b_psi)
     return new_features(x), x.new_empty((x.shape[0], 1, *x.shape[2:]))
 
@@ -241,6 +255,7 @@ def _fake_backward(
     needs_phi: bool,
     needs_w_x: bool,
     needs_psi: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     none = w_x.new_empty
     return (
@@ -252,19 +267,27 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_alpha: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad  # of the arguments as they were given: five or six
     if grad_out is None and grad_alpha is None:
-        return (None,) * 5
-    needs = ctx.needs_input_grad
+        return (None,) * len(needs)
     gradients = torch.ops.lungkit.attention_gate_backward(
-        grad_out, grad_alpha, *ctx.saved_tensors, needs[0], needs[1], needs[2], needs[3] or needs[4]
+        grad_out,
+        grad_alpha,
+        *ctx.saved_tensors,
+        needs[0],
+        needs[1],
+        needs[2],
+        needs[3] or needs[4],
+        *ctx.options,
     )
-    return tuple(grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
+    return tuple(grad if needed else None for grad, needed in zip_longest(gradients, needs))
 
 
 torch.library.register_autograd("lungkit::attention_gate", _backward, setup_context=_setup_context)

@@ -218,6 +218,15 @@ def test_each_gradient_alone_is_that_of_all_together(needed):
     assert torch.equal(found, together)
 
 
+def test_the_cpu_multiplies_alike_whatever_is_allowed():
+    results = []
+    for allowed in ((), (True,)):
+        inputs = leaves(SMALL)
+        out, alpha = OPS.attention_gate(*inputs, *allowed)
+        results.append((out, alpha, *torch.autograd.grad(out.sum() + alpha.sum(), inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_gradients_not_asked_for_are_not_made():
     inputs = random_inputs(SMALL, torch.float32)
     found = OPS.attention_gate_backward(*random_gradients(inputs[0]), *inputs, False, False, True, False)

@@ -42,6 +42,22 @@ def test_emulated_kernels_of_many_channels_equal_the_twin(emulated, case):
     assert_matches_twin(emulated, inputs, random_gradients(inputs[0]))
 
 
+@pytest.mark.parametrize("case", [SMALL, Case((3, 4, 5), (2, 2, 3), 33, 17)], ids=str)
+def test_emulated_kernels_where_tf32_is_allowed_equal_the_twin(emulated, case):
+    """The path through memory of the TF32 kernels; the emulator multiplies in float32."""
+    inputs = random_inputs(case, torch.float32)
+    grads = random_gradients(inputs[0])
+    allowed = (
+        *emulated.attention_gate(*inputs, True),
+        *emulated.attention_gate_backward(*grads, *inputs, True, True, True, True, True),
+    )
+    plain = (
+        *emulated.attention_gate(*inputs),
+        *emulated.attention_gate_backward(*grads, *inputs, True, True, True, True),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(allowed, plain, strict=True))
+
+
 @pytest.mark.parametrize("dtype", CUDA_DTYPES)
 def test_emulated_kernels_read_channels_last(emulated, dtype):
     inputs = random_inputs(SMALL, dtype, channels_last=True)
@@ -154,3 +170,22 @@ def test_cuda_forward_and_backward_are_captured_in_a_graph():
         captured = run()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("case", [SMALL, LARGE_CASES[0], Case((2, 2, 9), (1, 1, 5), 64, 32)], ids=str)
+def test_cuda_multiplies_in_tf32_only_where_torch_allows_it(monkeypatch, case, allowed):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    inputs = [tensor.cuda().requires_grad_() for tensor in random_inputs(case, torch.float32)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, expected = (
+        (*results, *torch.autograd.grad(results[0].sum() + results[1].sum(), leaves))
+        for leaves, gate in ((inputs, attention_gate), (exact, reference))
+        for results in [gate(*leaves)]
+    )
+    largest = max(
+        float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    )
+    assert largest < (2e-2 if allowed else 1e-4)
+    assert not allowed or largest > 1e-5  # the mantissa of TF32 has 10 bits
