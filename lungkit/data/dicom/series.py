@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class DicomScan:
 
     volume: Volume
     series: SeriesInfo
-    headers: tuple[Any, ...]
+    headers: tuple[Any, ...] = field(repr=False)  # a scan that is logged must not tell the patient's name
 
 
 def find_series(folder: str | os.PathLike[str]) -> list[SeriesInfo]:

@@ -1,0 +1,327 @@
+"""Reading one CT series out of a folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dicom_cases import OBLIQUE, PATIENT_ID, PATIENT_NAME, files, make_hu, write_ct
+
+from lungkit.data import find_series, read_series, read_volume
+from lungkit.errors import DataError, UsageError
+
+RLE, JPEG_LS = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.80"
+JPEG_LOSSLESS, JPEG_2000 = "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90"
+ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
+RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
+
+
+def change(slice_index: int | None = None, **values: Any) -> Callable[[Any, int], None]:
+    """An edit that sets attributes of one slice, or of all; None removes the attribute."""
+
+    def edit(dataset: Any, k: int) -> None:
+        if slice_index in (None, k):
+            for keyword, value in values.items():
+                if value is None:
+                    delattr(dataset, keyword)
+                else:
+                    setattr(dataset, keyword, value)
+
+    return edit
+
+
+def test_slices_come_in_order_of_position_whatever_the_files_are_called(tmp_path: Path) -> None:
+    hu = write_ct(tmp_path / "ct")
+    scan = read_series(tmp_path / "ct")
+    np.testing.assert_array_equal(scan.volume.array, hu)
+    assert scan.volume.array.dtype == np.int16
+    assert [header.InstanceNumber for header in scan.headers] == [1, 2, 3, 4, 5, 6]
+    assert scan.volume.path == tmp_path / "ct"
+
+
+def test_affine_is_in_ras_with_column_spacing_along_x(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct")
+    expected = [[-0.9, 0, 0, 50], [0, -0.7, 0, 60], [0, 0, 2.5, 100], [0, 0, 0, 1]]
+    np.testing.assert_allclose(read_series(tmp_path / "ct").volume.affine, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("orientation", [OBLIQUE, (0, 1, 0, 0, 0, -1), (1, 0, 0, 0, -1, 0)])
+def test_geometry_equals_simpleitk(tmp_path: Path, orientation: tuple[float, ...]) -> None:
+    import SimpleITK as sitk
+
+    write_ct(tmp_path / "ct", orientation=orientation)
+    volume = read_series(tmp_path / "ct").volume
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "ct")))
+    image = reader.Execute()
+    np.testing.assert_array_equal(sitk.GetArrayViewFromImage(image).T, volume.array)
+    for voxel in ((0, 0, 0), (11, 0, 0), (0, 9, 0), (3, 4, 5)):
+        lps = image.TransformIndexToPhysicalPoint(voxel)
+        ras = (volume.affine @ (*voxel, 1))[:3]
+        np.testing.assert_allclose(ras, (-lps[0], -lps[1], lps[2]), atol=1e-6)
+
+
+def test_real_series_equals_its_nifti(real_data: Path) -> None:
+    scan = read_series(real_data / "dicom_pat4")
+    expected = read_volume(real_data / "nsclc_ct" / "imagesTr" / "nsclc_pat4_0000.nii.gz")
+    np.testing.assert_array_equal(scan.volume.array, expected.array)
+    np.testing.assert_allclose(scan.volume.affine, expected.affine, atol=1e-6)
+    assert scan.series.slices == 56
+
+
+@pytest.mark.parametrize("syntax", [RLE, JPEG_LS])
+def test_lossless_compression_changes_no_voxel(tmp_path: Path, syntax: str) -> None:
+    hu = write_ct(tmp_path / "ct", compress=syntax)
+    np.testing.assert_array_equal(read_series(tmp_path / "ct").volume.array, hu)
+
+
+def test_jpeg_2000_is_read(tmp_path: Path) -> None:
+    import io
+
+    from PIL import Image
+    from pydicom.encaps import encapsulate
+
+    def encode(dataset: Any, k: int) -> None:
+        pixels = np.frombuffer(dataset.PixelData, "<u2").reshape(dataset.Rows, dataset.Columns)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="JPEG2000", no_jp2=True, irreversible=False)
+        dataset.PixelData = encapsulate([buffer.getvalue()])
+        dataset["PixelData"].VR = "OB"
+        dataset.file_meta.TransferSyntaxUID = JPEG_2000
+
+    hu = write_ct(tmp_path / "ct", edit=encode)
+    np.testing.assert_array_equal(read_series(tmp_path / "ct").volume.array, hu)
+
+
+def test_signed_12_bit_values_keep_their_sign_and_lose_overlay_bits(tmp_path: Path) -> None:
+    hu = make_hu()
+
+    def edit(dataset: Any, k: int) -> None:
+        dataset.PixelRepresentation, dataset.BitsStored, dataset.HighBit, dataset.RescaleIntercept = (
+            1,
+            12,
+            11,
+            0,
+        )
+        twelve = (hu[:, :, k].T.astype(np.int32) & 0x0FFF) | 0x5000
+        dataset.PixelData = twelve.astype("<u2").tobytes()
+
+    write_ct(tmp_path / "ct", hu, edit=edit)
+    np.testing.assert_array_equal(read_series(tmp_path / "ct").volume.array, hu)
+
+
+def test_fractional_slope_gives_float32(tmp_path: Path) -> None:
+    hu = write_ct(tmp_path / "ct", edit=change(RescaleSlope=0.5))
+    array = read_series(tmp_path / "ct").volume.array
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, (hu.astype(np.float32) + 1024) / 2 - 1024)
+
+
+def test_values_beyond_int16_give_int32(tmp_path: Path) -> None:
+    hu = np.full((4, 3, 3), 100, np.int32)
+    hu[1, 1, 1] = 40000
+    write_ct(tmp_path / "ct", hu)
+    array = read_series(tmp_path / "ct").volume.array
+    assert array.dtype == np.int32
+    np.testing.assert_array_equal(array, hu)
+
+
+def test_peak_memory_is_the_volume_and_little_more(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct", np.zeros((256, 256, 24), np.int16))
+    read_series(tmp_path / "ct")  # imports
+    tracemalloc.start()
+    scan = read_series(tmp_path / "ct")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    one_slice = scan.volume.array.nbytes / 24
+    assert peak < scan.volume.array.nbytes + 10 * one_slice  # file, stored, int32, headers
+
+
+def test_a_folder_of_two_series_lists_them_and_takes_the_one_that_is_named(tmp_path: Path) -> None:
+    first = write_ct(tmp_path / "ct")
+    second = write_ct(tmp_path / "ct", make_hu(seed=1), series=2)
+    with pytest.raises(
+        DataError, match=r"--series UID.*1: 1.2.3.1 \(CT, Chest 1, 6 slices\); 2: 1.2.3.2 \(CT"
+    ):
+        read_series(tmp_path / "ct")
+    np.testing.assert_array_equal(read_series(tmp_path / "ct", series=2).volume.array, second)
+    np.testing.assert_array_equal(read_series(tmp_path / "ct", series="1.2.3.1").volume.array, first)
+    with pytest.raises(DataError, match=r"'1\.2' fits several"):
+        read_series(tmp_path / "ct", series="1.2")
+    with pytest.raises(DataError, match=r"no series '7'; the folder holds 1: 1\.2\.3\.1"):
+        read_series(tmp_path / "ct", series="7")
+
+
+def test_series_are_listed_with_what_tells_them_apart(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct")
+    write_ct(tmp_path / "ct", series=2, edit=change(Modality="PT", SOPClassUID="1.2.840.10008.5.1.4.1.1.128"))
+    ct, pet = find_series(tmp_path / "ct")
+    assert (ct.uid, ct.description, ct.modality, ct.slices, ct.size) == (
+        "1.2.3.1",
+        "Chest 1",
+        "CT",
+        6,
+        (12, 10),
+    )
+    assert (ct.is_ct, pet.modality, pet.is_ct) == (True, "PT", False)
+
+
+def test_pet_beside_the_ct_is_passed_over_and_refused_where_it_is_named(tmp_path: Path) -> None:
+    hu = write_ct(tmp_path / "ct")
+    write_ct(tmp_path / "ct", series=2, edit=change(Modality="PT", SOPClassUID="1.2.840.10008.5.1.4.1.1.128"))
+    np.testing.assert_array_equal(read_series(tmp_path / "ct").volume.array, hu)
+    with pytest.raises(DataError, match=r"series 1.2.3.2 is PT \(Positron Emission .*not CT"):
+        read_series(tmp_path / "ct", series=2)
+
+
+def test_localizers_contours_and_notes_are_passed_over(tmp_path: Path) -> None:
+    hu = write_ct(tmp_path / "ct")
+    write_ct(
+        tmp_path / "scout", make_hu((20, 4, 1)), edit=change(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    )
+    shutil.copy(files(tmp_path / "scout")[0], tmp_path / "ct" / "scout.dcm")
+    write_ct(tmp_path / "rt", make_hu((2, 2, 1)), edit=change(SOPClassUID=RTSTRUCT))
+    shutil.copy(files(tmp_path / "rt")[0], tmp_path / "ct" / "RS.dcm")
+    for name in ("README", "notes.txt", ".DS_Store"):
+        (tmp_path / "ct" / name).write_text("text")
+    np.testing.assert_array_equal(read_series(tmp_path / "ct").volume.array, hu)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"RescaleSlope": 2}, r"differ in rescale slope and intercept: .*1-004-002.dcm"),
+        ({"RescaleIntercept": -1000}, "differ in rescale slope and intercept"),
+        ({"Rows": 9}, r"differ in columns and rows: .*\(12, 9\) in 1-004-002.dcm"),
+        ({"FrameOfReferenceUID": "1.2.3.98"}, "differ in frame of reference"),
+        ({"Modality": "PT"}, "1-004-002.dcm: CT Image Storage among CT slices|1-004-002.dcm: .* PT"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "Secondary Capture Image Storage among CT slices"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "pixels are MONOCHROME1"),
+        ({"BitsStored": 17}, "17 bits stored of 16"),
+        ({"HighBit": 14}, "highest of 16 bits is bit 14"),
+        ({"RescaleType": "Z_EFF"}, r"Z_EFF \(RescaleType\), not HU"),
+        ({"RescaleSlope": None}, "RescaleSlope is missing"),
+        ({"PixelRepresentation": None}, "PixelRepresentation is missing"),
+        ({"SeriesInstanceUID": None}, "SeriesInstanceUID is missing"),
+        ({"PixelData": None}, "no pixel data"),
+    ],
+)
+def test_a_slice_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    write_ct(tmp_path / "ct", edit=change(2, **values))
+    with pytest.raises(DataError, match=message) as caught:
+        read_series(tmp_path / "ct")
+    assert "1-004-002.dcm" in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_enhanced_multi_frame_ct_is_refused_with_what_converts_it(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct", edit=change(SOPClassUID=ENHANCED_CT))
+    with pytest.raises(DataError, match=r"multi-frame.*emf2sf"):
+        read_series(tmp_path / "ct")
+
+
+def test_compression_without_a_decoder_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pydicom.pixels
+    from pydicom.encaps import encapsulate
+
+    def edit(dataset: Any, k: int) -> None:
+        dataset.file_meta.TransferSyntaxUID = JPEG_LOSSLESS
+        dataset.PixelData = encapsulate([b"\xff\xd8" * 20])
+        dataset["PixelData"].VR = "OB"
+
+    class Decoder:
+        is_available = False
+
+    write_ct(tmp_path / "ct", edit=edit)
+    monkeypatch.setattr(pydicom.pixels, "get_decoder", lambda syntax: Decoder())
+    with pytest.raises(DataError, match=r"compressed as JPEG Lossless.* no decoder .*gdcmconv --raw"):
+        read_series(tmp_path / "ct")
+
+
+@pytest.mark.parametrize("syntax", [None, RLE, JPEG_LS])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.4, 0.6, 0.8, 0.95])
+def test_a_truncated_file_is_refused_by_name(tmp_path: Path, syntax: str | None, kept: float) -> None:
+    write_ct(tmp_path / "ct", compress=syntax)
+    path = files(tmp_path / "ct")[2]
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(DataError, match=r"1-004-002\.dcm"):
+        read_series(tmp_path / "ct")
+
+
+def test_a_file_named_like_a_slice_that_is_none_is_refused(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct")
+    (tmp_path / "ct" / "IM0007.dcm").write_bytes(b"\0" * 400)
+    with pytest.raises(DataError, match=r"IM0007\.dcm: not a DICOM file"):
+        read_series(tmp_path / "ct")
+
+
+def test_folders_without_a_series_say_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing: no such folder"):
+        read_series(tmp_path / "missing")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match="no DICOM file among the 1 files"):
+        read_series(tmp_path)
+    write_ct(tmp_path / "pet", edit=change(Modality="PT"))
+    with pytest.raises(DataError, match=r"no CT series; the folder holds 1: 1\.2\.3\.1 \(PT"):
+        read_series(tmp_path / "pet")
+
+
+def test_too_many_voxels_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct", edit=change(PixelData=b""))
+    with pytest.raises(DataError, match="12 x 10 x 6 voxels, more than max_voxels = 719"):
+        read_series(tmp_path / "ct", max_voxels=719)
+
+
+def test_no_warning_log_or_message_quotes_the_patient(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_ct(tmp_path / "ct", edit=change(2, PatientBirthDate=PATIENT_NAME, StudyTime=PATIENT_ID))
+    caplog.clear()
+    random, said = np.random.default_rng(0), []
+    path = files(tmp_path / "ct")[2]
+    content = path.read_bytes()
+    with caplog.at_level(logging.DEBUG), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for position in random.integers(128, len(content) - 240, 150):
+            damaged = bytearray(content)
+            damaged[position] ^= 0x55
+            path.write_bytes(damaged)
+            try:
+                read_series(tmp_path / "ct")
+            except DataError as error:  # nothing else may come out
+                said.append(str(error))
+    assert len(said) > 50
+    everything = " ".join([*said, caplog.text, *(str(warning.message) for warning in caught)])
+    assert PATIENT_NAME not in everything
+    assert PATIENT_ID not in everything
+
+
+def test_a_scan_that_is_printed_does_not_tell_the_patient(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct")
+    scan = read_series(tmp_path / "ct")
+    assert scan.headers[0].PatientName == PATIENT_NAME
+    assert PATIENT_NAME not in repr(scan)
+
+
+def test_without_pydicom_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ct(tmp_path / "ct")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(UsageError, match=r"pip install 'lungkit\[dicom\]'"):
+        read_series(tmp_path / "ct")
