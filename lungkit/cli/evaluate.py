@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -119,7 +120,6 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if arguments.max_voxels < 1:
         raise UsageError(f"--max-voxels must be at least 1, got {arguments.max_voxels}")
-    folder = _new_folder(arguments.output)
     if arguments.label:
         scheme = evaluating.parse_labels(arguments.label)
     else:
@@ -128,15 +128,21 @@ def _run(arguments: argparse.Namespace) -> int:
     jobs = min(available_cpus() if arguments.jobs is None else arguments.jobs, len(found.pairs))
     if jobs > 1:
         torch.set_num_threads(1)  # each job has a core of its own
-    with _Bar(len(found.pairs)) as bar:
-        evaluation = evaluating.evaluate_pairs(
-            found.pairs,
-            scheme,
-            options=options,
-            jobs=jobs,
-            max_voxels=arguments.max_voxels,
-            progress=bar.update,
-        )
+    folder = _new_folder(arguments.output)
+    try:
+        with _Bar(len(found.pairs)) as bar:
+            evaluation = evaluating.evaluate_pairs(
+                found.pairs,
+                scheme,
+                options=options,
+                jobs=jobs,
+                max_voxels=arguments.max_voxels,
+                progress=bar.update,
+            )
+    except BaseException:
+        if arguments.output is None:
+            folder.rmdir()  # still empty, and made here
+        raise
     text = evaluating.write_evaluation(folder, evaluation, found, options, scheme)
     sys.stdout.write(text + "\n")
     _LOG.info("everything is in %s", folder)
@@ -158,14 +164,20 @@ def _exit_code(
 
 
 def _new_folder(asked: Path | None) -> Path:
-    """The folder asked for, which must be new or empty; or "evaluation", numbered from 2 on where it exists."""
+    """The folder asked for, which must be new or empty; or "evaluation", numbered where it exists, and made here."""
     if asked is not None:
         if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
             raise UsageError(f"--output {asked} exists and is not an empty folder; name a new one")
         return asked
-    number = 1
-    while (folder := Path("evaluation" if number == 1 else f"evaluation-{number}")).exists():
-        number += 1
+    for number in itertools.count(1):
+        folder = Path("evaluation" if number == 1 else f"evaluation-{number}")
+        try:
+            folder.mkdir()  # at once: another evaluation may start while this one measures
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be made ({error.strerror}); give --output") from error
+        break
     return folder
 
 

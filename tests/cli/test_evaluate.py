@@ -110,6 +110,20 @@ def test_default_folders_are_numbered(
     assert (tmp_path / "evaluation-2").is_dir()
 
 
+def test_default_folder_is_taken_before_measuring_and_given_back_where_that_fails(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(*_: object, **__: object) -> None:
+        assert (tmp_path / "evaluation").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate_pairs", interrupted)
+    assert main([*folders]) == 130
+    assert not (tmp_path / "evaluation").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
