@@ -87,6 +87,25 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Make ``folder`` and what leads to it; one that exists is left as it is.
+
+    Raises:
+        UsageError: it cannot be made.
+        ResourceError: the disk is full.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ResourceError(
+                f"{folder}: cannot be made, the disk or quota is full; free some space and run again"
+            ) from error
+        raise UsageError(
+            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
+        ) from error
+
+
 def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write ``content`` to ``path`` through :func:`atomic_path`."""
     with atomic_path(path) as temporary:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import lungkit
-from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit._atomic import make_folder, write_json_atomic, write_text_atomic
 from lungkit.checkpoint import LAST
 from lungkit.data import open_dataset
 from lungkit.errors import UsageError
@@ -156,12 +156,7 @@ def _claim(output: Path, description: dict[str, Any]) -> None:
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and is no experiment's folder; name a new one with --output")
-    try:
-        (output / "runs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{output}: cannot be made ({error.strerror}); name a folder that can be written"
-        ) from error
+    make_folder(output / "runs")
     write_json_atomic(path, description)
 
 

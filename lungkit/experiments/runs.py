@@ -22,8 +22,9 @@ from lungkit.data.geometry import orient, plan_geometry
 from lungkit.errors import CheckpointError, DataError
 from lungkit.experiments.arms import Arm
 from lungkit.inference import attention_map
+from lungkit.inference.trained_model import load_network
 from lungkit.metrics import CaseTable, MetricOptions, measure_case
-from lungkit.nn import AttentionUNet, MonaiAttentionUNet, build_model
+from lungkit.nn import AttentionUNet, MonaiAttentionUNet
 from lungkit.training.config_io import load_config
 from lungkit.training.planning import Prepared, cache_folder, prepare
 from lungkit.training.run_folder import RunFolder
@@ -120,12 +121,7 @@ class LoadedRun:
         config = load_config(folder.path / "config.yaml")
         prepared = prepare(config, known=folder.dataset())
         loaded = load_checkpoint(folder.checkpoints / checkpoint, with_trainer=False)
-        network = build_model(**loaded.description["model"])
-        try:
-            network.load_state_dict(loaded.weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"{loaded.folder}: the weights do not fit the network ({error})") from error
-        network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        network = load_network(loaded).to("cuda" if torch.cuda.is_available() else "cpu").eval()
         dataset, case_ids = prepared.dataset, prepared.split.val
         if test is not None:
             dataset = open_dataset(test)

@@ -54,7 +54,7 @@ class TrainedModel:
         try:
             return cls(
                 path=loaded.folder,
-                network=_network(loaded).eval(),
+                network=load_network(loaded).eval(),
                 preprocessing=Preprocessing.from_dict(description["preprocessing"]),
                 labels=_labels(description),
                 channels=tuple(str(name) for name in description["channels"]),
@@ -143,7 +143,13 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def _network(checkpoint: Checkpoint) -> nn.Module:
+def load_network(checkpoint: Checkpoint) -> nn.Module:
+    """The network of a checkpoint with its weights.
+
+    Raises:
+        CheckpointError: the weights are those of another network, or not finite.
+        UsageError: this version does not know the network.
+    """
     network = build_model(**checkpoint.description["model"])
     try:
         network.load_state_dict(checkpoint.weights)

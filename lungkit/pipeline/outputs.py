@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import lungkit
-from lungkit._atomic import write_json_atomic
+from lungkit._atomic import make_folder, write_json_atomic
 from lungkit.checkpoint import sha256_of
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.data.preprocessing import WINDOW_PRESETS_HU
@@ -114,24 +114,24 @@ def write_results(
     written: list[Path] = []
     for kind in layout.formats:
         path = layout.mask(name, kind)
-        _make_folder(path.parent)
+        make_folder(path.parent)
         _write_mask(path, kind, scan, prediction, predictor)
         written.append(path)
     for class_name, map_ in prediction.probabilities.items():
         written.append(layout.probability(name, class_name))
-        _make_folder(written[-1].parent)
+        make_folder(written[-1].parent)
         write_nifti(written[-1], map_, prediction.affine)
     if prediction.attention is not None:
         written.append(layout.attention(name))
-        _make_folder(written[-1].parent)
+        make_folder(written[-1].parent)
         write_nifti(written[-1], prediction.attention, prediction.affine)
     if layout.preview:
         written.append(layout.picture(name))
-        _make_folder(written[-1].parent)
+        make_folder(written[-1].parent)
         _draw(written[-1], name, scan, prediction, predictor)
     report = _report(name, scan, prediction, predictor)
     report["files"] = {str(path.relative_to(layout.folder)): sha256_of(path) for path in written}
-    _make_folder(layout.report(name).parent)
+    make_folder(layout.report(name).parent)
     write_json_atomic(layout.report(name), report)
     return report
 
@@ -190,12 +190,3 @@ def _draw(path: Path, name: str, scan: LoadedScan, prediction: Prediction, predi
         window=(low, max(high, low + 1)),
         title=name,
     )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
-        ) from error

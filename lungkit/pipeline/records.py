@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit._atomic import make_folder, write_json_atomic, write_text_atomic
 from lungkit.checkpoint import sha256_of
 from lungkit.errors import DataError, UsageError
 
@@ -89,12 +89,7 @@ def claim(folder: Path, plan: Mapping[str, Any], *, overwrite: bool = False) -> 
                 "name another folder, or replace them with --overwrite"
             )
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
-        ) from error
+    make_folder(folder)
     if (
         not overwrite
         and not path.is_file()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import lungkit
+from lungkit._atomic import make_folder
 from lungkit.data import DEFAULT_MAX_VOXELS, Volume, open_dataset, read_volume
 from lungkit.data.dataset import IGNORE_INDEX, map_labels, shorten
 from lungkit.data.geometry import orient, plan_geometry
@@ -286,12 +287,7 @@ def write_evaluation(
     ``metrics.json`` holds the definition of every metric, the versions and the cases that were not measured.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
-        ) from error
+    make_folder(folder)
     table = evaluation.table
     shown = [name for name in _headline(options) if name in table.metrics]
     extra = {
