@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lungkit
 from lungkit.cli._common import run_command
-from lungkit.errors import UsageError
+from lungkit.errors import Interrupted, UsageError
 
 _LOG = logging.getLogger("lungkit")
 
@@ -98,7 +98,11 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.runs:
         rows = compare_runs(experiment, _arms_of(options.runs), options.output, progress=_report)
     else:
-        rows = compare(experiment, options.output, progress=_report)
+        try:
+            rows = compare(experiment, options.output, progress=_report)
+        except Interrupted:
+            _LOG.info("the same command again goes on with the comparison")
+            raise
     sys.stdout.write(format_comparison(rows) + "\n")
     _LOG.info("everything is in %s", options.output)
     return 0

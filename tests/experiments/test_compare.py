@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lungkit.cli.compare import main
-from lungkit.errors import UsageError
+from lungkit.errors import Interrupted, UsageError
 from lungkit.experiments import Arm, paper_arms, runs
 from lungkit.experiments.arms import budget_differences, check_arms, parse_arm
 from lungkit.experiments.runs import LoadedRun, train_or_resume
@@ -152,6 +152,17 @@ def test_run_is_found_continued_or_started(
             (folder / "checkpoints" / "last").mkdir(parents=True)
     train_or_resume(Arm("UNet", TrainConfig()), tmp_path, 0, 0)
     assert FakeTrainer.made == expected
+
+
+def test_interruption_ends_with_75_and_says_how_to_go_on(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(self: object) -> None:
+        raise Interrupted("stopped and saved")
+
+    monkeypatch.setattr(runs.Trainer, "fit", stopped)
+    assert main(["-o", str(tmp_path / "out"), *options]) == 75
+    assert "the same command again" in capsys.readouterr().err
 
 
 def test_latest_of_repeated_runs_counts(tmp_path: Path) -> None:
