@@ -143,3 +143,11 @@ def source_header(scan: DicomScan) -> Any:
             if header.get(keyword) is None:
                 setattr(header, keyword, "")
     return header
+
+
+def choose_character_set(scan: DicomScan, texts: Sequence[str]) -> str | None:
+    """None (ASCII) or Latin-1 where the source has that and ``texts`` are ASCII, else UTF-8, which holds any other."""
+    found = scan.headers[0].get("SpecificCharacterSet") or "ISO_IR 6"
+    if all(text.isascii() for text in texts) and found in ("ISO_IR 6", "ISO_IR 100"):
+        return None if found == "ISO_IR 6" else "ISO_IR 100"
+    return "ISO_IR 192"

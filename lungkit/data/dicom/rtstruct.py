@@ -21,6 +21,7 @@ from lungkit.data.dicom.labels import (
     LabelBuilder,
     check_frame_of_reference,
     check_mask,
+    choose_character_set,
     choose_names,
     source_header,
 )
@@ -133,6 +134,8 @@ def write_rtstruct(
     mask = check_mask(mask, scan, labels)
     with quiet:
         dataset = _structure_set(pydicom, scan, description, series_number)
+        if (character_set := choose_character_set(scan, [*labels, description])) is not None:
+            dataset.SpecificCharacterSet = character_set
         for number, name in enumerate(sorted(labels, key=lambda name: labels[name]), start=1):
             _add_structure(pydicom.Dataset, dataset, scan, number, name, mask == labels[name])
     with atomic_path(path) as temporary, quiet:
@@ -223,8 +226,6 @@ def _structure_set(pydicom: Any, scan: DicomScan, description: str, series_numbe
     date, time = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
     source = source_header(scan)
     dataset = make()
-    if "SpecificCharacterSet" in source:
-        dataset.SpecificCharacterSet = source.SpecificCharacterSet
     for keyword in PATIENT_AND_STUDY:
         if keyword in source:
             dataset[keyword] = source[keyword]

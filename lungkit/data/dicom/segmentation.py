@@ -17,6 +17,7 @@ from lungkit.data.dicom.labels import (
     LabelBuilder,
     check_frame_of_reference,
     check_mask,
+    choose_character_set,
     choose_names,
     source_header,
 )
@@ -92,6 +93,7 @@ def write_dicom_seg(
                 content_label="SEGMENTATION",
                 content_description="Made by a research tool, not a medical device",
                 series_description=series_description,
+                specific_character_set=choose_character_set(scan, [*names, algorithm, series_description]),
             )
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         # The message may quote a patient attribute, so only its kind is passed on.
