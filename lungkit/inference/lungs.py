@@ -27,9 +27,10 @@ _LOG = logging.getLogger("lungkit")
 
 _WORKING_MM = 2.0
 _AIR_HU = -400.0
-# Between free air, about -1000 HU, and the darkest lung: emphysema is below -950 HU in small part only.
-_FREE_AIR_HU = -955.0
-_FREE_AIR_SHARE = 0.3
+# Air round the body is about -1000 HU, in a table some more. Emphysema is below -950 HU (Gevenois et al. 1996), but
+# hardly half of a lung.
+_FREE_AIR_HU = {0.25: -970.0, 0.5: -950.0}
+_DARKEST_LUNG_HU = -955.0
 _AIRWAY_THRESHOLDS_HU = range(-960, -680, 40)
 _AIRWAY_DARK_HU, _AIRWAY_DARK = -940.0, 0.4
 _AIRWAY_ML = (0.3, 150.0)
@@ -48,7 +49,7 @@ def lung_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
 
     Both lungs are one mask. Collapsed or consolidated lung and tumours wider than 16 mm that reach the pleura are not
     air and are left out where they lie against chest wall or mediastinum. Orientation in a slice does not matter. It
-    takes 1 byte a voxel for the result and some 100 MB for the grid of 2 mm, whatever the size of the scan.
+    takes 1 byte a voxel for the result, and 30 to 40 bytes a voxel of the grid of 2 mm, some 150 MB for a chest.
 
     Args:
         hu: (Z, Y, X) in HU, integer or float; may be cut off at any side.
@@ -199,7 +200,7 @@ def _outside(reduced: np.ndarray, air: np.ndarray) -> np.ndarray:
         rim = np.unique(np.concatenate([numbered[0], numbered[-1], numbered[:, 0], numbered[:, -1]]))
         for number in rim[rim > 0]:
             piece = numbered == number
-            if np.quantile(plane[piece], _FREE_AIR_SHARE) < _FREE_AIR_HU:
+            if (np.quantile(plane[piece], [*_FREE_AIR_HU]) < [*_FREE_AIR_HU.values()]).any():
                 target |= piece
     # A mattress may fill all that a small field of view shows beside the body, at the density of lung.
     upwards, downwards = range(1, len(air)), range(len(air) - 2, -1, -1)
@@ -215,8 +216,8 @@ def _outside(reduced: np.ndarray, air: np.ndarray) -> np.ndarray:
 
 def _beyond_table(air: np.ndarray, outside: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """What joins the outside in a slice once sheets too thin to be a chest wall are gone: the foam of a table."""
-    solid = ~near(air, spacing, _TABLE_SHEET_MM / 2)
-    thick = near(solid, spacing, _TABLE_SHEET_MM / 2) & ~air
+    half = max(_TABLE_SHEET_MM / 2, *spacing[1:])  # on a coarse grid too a sheet is at least a voxel thick
+    thick = near(~near(air, spacing, half), spacing, half) & ~air
     beyond = np.zeros(air.shape, bool)
     for is_thick, is_outside, target in zip(thick, outside, beyond, strict=True):
         pieces = _components(~is_thick, 4)
@@ -276,7 +277,7 @@ def _lungs(
         piece = pieces == number
         core = piece & within
         density = np.median(reduced[core if core.any() else piece])
-        if density > _FREE_AIR_HU and np.count_nonzero(piece & beyond_table) < 0.5 * sizes[number]:
+        if density > _DARKEST_LUNG_HU and np.count_nonzero(piece & beyond_table) < 0.5 * sizes[number]:
             lungs |= piece
     return lungs
 
