@@ -241,8 +241,8 @@ def _plan(predictor: Predictor, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "models": [model.to_dict() for model in predictor.models],
         "postprocessing": predictor.postprocessing.to_dict(),
-        "mirrored": predictor.mirror,
-        "overlap": predictor.overlap,
+        "mirrored": predictor.windowing.mirror,
+        "overlap": predictor.windowing.overlap,
         "precision": options.precision,
         "formats": sorted(set(options.format)),
         "probabilities": options.probabilities,

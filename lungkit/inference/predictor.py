@@ -7,31 +7,26 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.data.volume import Volume, read_volume, write_nifti
 from lungkit.errors import DataError, ResourceError, UsageError
 from lungkit.inference.postprocessing import Postprocessing, classes_from_probabilities, postprocess
-from lungkit.inference.precision import Precision, autocast, automatic_precision
-from lungkit.inference.predict import stream_case
-from lungkit.inference.rows import ResampledRows, Rows, ScanRows, StreamedRows, chunks
+from lungkit.inference.precision import Precision
+from lungkit.inference.probability_rows import CHUNK_VOXELS, Windowing, probability_rows
+from lungkit.inference.rows import chunks
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel
-from lungkit.inference.windows_plan import Tile, smaller_tiles, windows_of
-from lungkit.nn import AttentionUNet
+from lungkit.inference.windows_plan import Tile, windows_of
 
 _LOG = logging.getLogger("lungkit")
-
-_CHUNK_VOXELS = 1 << 22
-_VOXELS_PER_CALL = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 Image = Volume | str | os.PathLike[str] | Sequence[Volume | str | os.PathLike[str]]
 
@@ -106,15 +101,8 @@ class Predictor:
     ) -> None:
         self.models = tuple(models)
         _check_models(self.models)
-        if not 0 <= overlap < 1:
-            raise UsageError(f"overlap must be at least 0 and below 1, got {overlap}")
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        self.windowing = Windowing(overlap, mirror, batch_size, precision)
         self.device = _device(device)
-        if precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise UsageError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
-        self._asked_precision = precision
-        self.overlap, self.mirror, self.batch_size = overlap, mirror, batch_size
         self.postprocessing = self.models[0].postprocessing if postprocessing is None else postprocessing
         if self.postprocessing.inside_lungs and not self.in_hu:
             raise UsageError(
@@ -183,9 +171,9 @@ class Predictor:
         started = time.perf_counter()
         notes = [*self._intensity_warnings(volumes)]
         run = functools.partial(self._predict, volumes, probabilities, attention, progress)
-        for device, shrink in self._attempts():
+        for device, halvings in self._attempts():
             try:
-                mask, maps, alpha = run(device, shrink)
+                mask, maps, alpha = run(device, halvings)
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
@@ -206,7 +194,7 @@ class Predictor:
             labels=dict(self.labels),
             seconds=time.perf_counter() - started,
             device=device.type,
-            precision=self._precision(device),
+            precision=self.windowing.precision_on(device),
             warnings=tuple(dict.fromkeys(notes)),
             probabilities=maps,
             attention=alpha,
@@ -258,23 +246,23 @@ class Predictor:
         for model in self.models:
             geometry = model.geometry_of(volumes[0])
             tile = Tile.of(model)
-            total += windows_of(geometry.shape, tile, self.overlap)
+            total += windows_of(geometry.shape, tile, self.windowing.overlap)
             plane = math.prod(geometry.shape[1:])
             channels = len(model.labels) + 2 * len(model.channels) * (2 * model.context_slices + 1)
             slabs += 4 * tile.depth * plane * channels
         scan = sum(volume.array.nbytes for volume in volumes)
-        parts = {"scan": scan, "mask": voxels, "slabs": slabs + 16 * min(voxels, _CHUNK_VOXELS)}
+        parts = {"scan": scan, "mask": voxels, "slabs": slabs + 16 * min(voxels, CHUNK_VOXELS)}
         sizes = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in parts.items())
-        batch = self.batch_size or self._batch(Tile.of(self.models[0]), (height, width), self.device)
+        batch = self.windowing.batch_on(self.device, Tile.of(self.models[0]), (height, width))
         return (
             f"{depth} x {height} x {width} voxels; memory in MiB: {sizes}, and the network's own for {batch} at a time "
-            f"of {total} windows; {self.device.type}, {self._precision(self.device)}"
+            f"of {total} windows; {self.device.type}, {self.windowing.precision_on(self.device)}"
         )
 
     def _attempts(self) -> Iterator[tuple[torch.device, int]]:
         """Device and number of halvings of the tile, from the best to the last resort."""
-        for shrink in range(3):
-            yield self.device, shrink
+        for halvings in range(3):
+            yield self.device, halvings
         if self.device.type != "cpu":
             yield torch.device("cpu"), 0
 
@@ -285,15 +273,24 @@ class Predictor:
         attention: bool,
         progress: Progress | None,
         device: torch.device,
-        shrink: int,
+        halvings: int,
     ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
         """Class indices (X, Y, Z), probabilities by class and the attention map."""
         geometry = plan_geometry(volumes[0])
         extent = geometry.oriented_shape
         steps = _Steps(progress, len(self.models))
         streams = [
-            self._stream(model, volumes, extent, attention and model.has_attention, device, shrink, steps)
-            for model in self.models
+            probability_rows(
+                model,
+                volumes,
+                extent,
+                self.windowing,
+                device,
+                attention=attention and model.has_attention,
+                halvings=halvings,
+                progress=steps.of(index),
+            )
+            for index, model in enumerate(self.models)
         ]
         gated = sum(attention and model.has_attention for model in self.models)
         classes = len(self.labels)
@@ -305,7 +302,7 @@ class Predictor:
         mask, mask_rows = empty(np.uint8)
         maps = {name: empty(np.float32) for name in [*self.labels][1:]} if probabilities else {}
         alpha, alpha_rows = empty(np.float32) if gated else (None, None)
-        for first, last in chunks(extent[0], math.prod(extent[1:]) * classes, most_voxels=_CHUNK_VOXELS):
+        for first, last in chunks(extent[0], math.prod(extent[1:]) * classes, most_voxels=CHUNK_VOXELS):
             mean = torch.zeros((classes, last - first, *extent[1:]), device=device)
             seen = torch.zeros((last - first, *extent[1:]), device=device) if gated else None
             for stream in streams:
@@ -321,51 +318,6 @@ class Predictor:
                 alpha_rows[first:last] = seen.cpu().numpy()
         return mask, {name: array for name, (array, _) in maps.items()}, alpha
 
-    def _stream(
-        self,
-        model: TrainedModel,
-        volumes: Sequence[Volume],
-        extent: tuple[int, int, int],
-        attention: bool,
-        device: torch.device,
-        shrink: int,
-        steps: _Steps,
-    ) -> Rows:
-        """Probabilities (K, Z, Y, X) on the scan's grid, and the attention map as one channel more if asked for."""
-        geometry = model.geometry_of(volumes[0])
-        scan = ScanRows(volumes, model.preprocessing, geometry)
-        tile = smaller_tiles(Tile.of(model), geometry.shape, shrink)
-        network = model.network.to(device)
-        precision = self._precision(device)
-        classes = len(model.labels)
-
-        def logits_of(patches: Tensor) -> Tensor:
-            with autocast(device.type, precision):
-                if not attention:
-                    return _first(network(patches)).float()
-                logits, gates = cast(AttentionUNet, network)(patches, return_attention=True)
-                finest = max(gates, key=lambda gate: gate[0].numel()).float()
-                mode = "bilinear" if patches.dim() == 4 else "trilinear"
-                full = torch.nn.functional.interpolate(finest, size=patches.shape[2:], mode=mode)
-                return torch.cat([_first(logits).float(), full], 1)
-
-        parts = stream_case(
-            _mirrored(logits_of, model.dims) if self.mirror else logits_of,
-            scan,
-            tile.patch_size,
-            self.overlap,
-            self.batch_size or self._batch(tile, geometry.shape[1:], device),
-            tile.whole_slices,
-            model.context_slices,
-            steps.next(),
-            module=network,
-        )
-        probabilities = (
-            (first, last, _probabilities(logits, attention)) for first, last, logits in _in_pieces(parts)
-        )
-        rows = StreamedRows(probabilities, (classes + attention, *geometry.shape))
-        return rows if geometry.shape == extent else ResampledRows(rows, extent)
-
     def _finish(self, mask: np.ndarray, volumes: Sequence[Volume]) -> None:
         """Postprocess the class indices in ``mask`` and turn them into the values of the labels, in place."""
         geometry = plan_geometry(volumes[0])
@@ -378,16 +330,6 @@ class Predictor:
         if (values != np.arange(len(values))).any():
             for first, last in chunks(len(rows), math.prod(rows.shape[1:])):
                 rows[first:last] = values[rows[first:last]]
-
-    def _batch(self, tile: Tile, plane: Sequence[int], device: torch.device) -> int:
-        voxels = math.prod(plane) if tile.whole_slices else math.prod(tile.patch_size)
-        budget = _VOXELS_PER_CALL.get(device.type, _VOXELS_PER_CALL["cpu"])
-        return max(1, budget // (voxels * (2 if self.mirror else 1)))
-
-    def _precision(self, device: torch.device) -> Precision:
-        if self._asked_precision == "auto":
-            return automatic_precision(device.type)
-        return self._asked_precision
 
     def _intensity_warnings(self, volumes: Sequence[Volume]) -> Iterator[str]:
         low, high = float(volumes[0].array.min()), float(volumes[0].array.max())
@@ -409,23 +351,19 @@ class _Steps:
 
     def __init__(self, progress: Progress | None, models: int) -> None:
         self._progress = progress
-        self._counts: list[tuple[int, int]] = []
-        self._models = models
+        self._counts = [(0, 0)] * models
 
-    def next(self) -> Progress | None:
-        """Progress of the next model."""
-        if self._progress is None:
+    def of(self, index: int) -> Progress | None:
+        """Progress of one model."""
+        report = self._progress
+        if report is None:
             return None
-        index = len(self._counts)
-        self._counts.append((0, 0))
 
         def step(done: int, total: int) -> None:
             self._counts[index] = done, total
             known = [count for _, count in self._counts if count]
             # A model that has not begun is taken to be as large as the others.
-            everything = sum(known) * self._models // len(known)
-            if self._progress is not None:
-                self._progress(sum(done for done, _ in self._counts), everything)
+            report(sum(done for done, _ in self._counts), sum(known) * len(self._counts) // len(known))
 
         return step
 
@@ -453,39 +391,6 @@ def _read(path: Path) -> Volume:
 
         return read_series(path).volume
     return read_volume(path)
-
-
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _mirrored(network: Callable[[Tensor], Tensor], dims: int) -> Callable[[Tensor], Tensor]:
-    """Mean of the network's output over all mirror images of its input."""
-    flips = [[axis + 2 for axis in range(dims) if code >> axis & 1] for code in range(2**dims)]
-
-    def mean(patches: Tensor) -> Tensor:
-        total = network(patches)
-        for axes in flips[1:]:
-            total = total + network(patches.flip(axes)).flip(axes)
-        return total / len(flips)
-
-    return mean
-
-
-def _in_pieces(parts: Iterator[tuple[int, int, Tensor]]) -> Iterator[tuple[int, int, Tensor]]:
-    """The same rows in pieces small enough to be worked on without much memory."""
-    for first, last, rows in parts:
-        for low, high in chunks(last - first, rows[:, 0].numel(), most_voxels=_CHUNK_VOXELS):
-            yield first + low, first + high, rows[:, low:high]
-
-
-def _probabilities(logits: Tensor, attention: bool) -> Tensor:
-    """Softmax of the logits, of a single one its sigmoid and the rest to 1; an attention map behind them stays."""
-    outputs = logits.shape[0] - attention
-    if outputs == 1:
-        foreground = logits[:1].sigmoid()
-        return torch.cat([1 - foreground, foreground, logits[1:]])
-    return torch.cat([logits[:outputs].softmax(0), logits[outputs:]])
 
 
 def _check_models(models: Sequence[TrainedModel]) -> None:
