@@ -33,6 +33,19 @@ _IMAGE = """
 PATIENT_AND_STUDY = tuple(_PATIENT_AND_STUDY.split())
 """Attributes of the Patient, General Study and Patient Study modules that a derived object repeats."""
 
+# Where one of these cannot be decoded it counts as absent: no need to refuse a scan for a weight that is no number.
+_DISPENSABLE = {
+    *PATIENT_AND_STUDY,
+    *(
+        "SeriesDescription",
+        "SeriesNumber",
+        "InstanceNumber",
+        "AcquisitionNumber",
+        "PositionReferenceIndicator",
+    ),
+    *("SliceThickness", "SpacingBetweenSlices", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
+}
+
 
 def read_headers(folder: Path) -> list[tuple[Path, Any]]:
     """Header (a pydicom ``Dataset`` of the attributes that lungkit uses) of every DICOM object in ``folder``.
@@ -43,6 +56,8 @@ def read_headers(folder: Path) -> list[tuple[Path, Any]]:
     Raises:
         DataError: no such folder, no DICOM file in it, or a file that is named like one and cannot be read.
     """
+    if folder.is_file():
+        raise DataError(f"{folder.name}: a file; name the folder that holds the slices")
     if not folder.is_dir():
         raise DataError(f"{folder.name}: no such folder; name a folder of DICOM files")
     try:
@@ -74,12 +89,12 @@ def read_header(path: Path) -> Any:
         for tag in list(header.keys()):
             if not _is_sound(header, tag):
                 keyword = require("pydicom.datadict").keyword_for_tag(tag)
-                if keyword not in PATIENT_AND_STUDY:
+                if keyword not in _DISPENSABLE:
                     raise DataError(
                         f"{path.name}: {keyword} holds what DICOM does not allow there; the file is damaged or badly "
                         "written: export it again"
                     )
-                del header[tag]  # no need to refuse a scan for a weight that is not a number
+                del header[tag]
     if header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
         for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"):
             if not header.get(keyword):

@@ -95,7 +95,9 @@ def write_dicom_seg(
                 series_description=series_description,
                 specific_character_set=choose_character_set(scan, [*names, algorithm, series_description]),
             )
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         # The message may quote a patient attribute, so only its kind is passed on.
         raise DataError(
             f"{scan.series.files[0].name}: no segmentation can be made from this source ({type(error).__name__}): a "

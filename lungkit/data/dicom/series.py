@@ -77,14 +77,17 @@ def find_series(folder: str | os.PathLike[str]) -> list[SeriesInfo]:
 def read_series(
     folder: str | os.PathLike[str], *, series: str | int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS
 ) -> DicomScan:
-    r"""Read one CT series as int16 HU, slices in order, geometry checked.
+    """Read one CT series as int16 HU, slices in order, geometry checked.
 
     HU = RescaleSlope * stored + RescaleIntercept: int16 where both are whole numbers (int32 where the values
-    do not fit), else float32. Slices may lie up to :data:`~lungkit.data.dicom.slices.POSITION_TOLERANCE_MM`
-    (and a tenth of the spacing) off an even grid, and the grid may be sheared by up to
-    :data:`~lungkit.data.dicom.slices.MAX_TILT_DEGREES`, which the affine carries; a larger gantry tilt is
-    refused, because measurements take voxels for boxes. RTSTRUCT, SEG and other objects that are not images
-    are passed over, and so are localizers and series that are not CT.
+    do not fit), else float32; padding outside the scanned circle is scaled like the rest.
+
+    Slices may lie up to :data:`~lungkit.data.dicom.slices.POSITION_TOLERANCE_MM` (and a tenth of the spacing)
+    off an even grid. The grid may be sheared by up to :data:`~lungkit.data.dicom.slices.MAX_TILT_DEGREES`,
+    which the affine carries; a larger gantry tilt is refused, because measurements take voxels for boxes.
+
+    RTSTRUCT, SEG and other objects that are not images are passed over, and so are localizers and series that
+    are not CT. Enhanced (multi-frame) CT is refused.
 
     Args:
         folder: that holds the slices, one file each.
@@ -113,6 +116,13 @@ def read_series(
         )
     slope, intercept = _check_images(headers, names)
     grid = plan_slices(headers, names)
+    lossy = [
+        name
+        for name, header in zip(names, headers, strict=True)
+        if header.get("LossyImageCompression") == "01"
+    ]
+    if lossy:
+        _LOG.warning("%s: compressed with loss, so values are not exactly those measured", some(lossy))
     headers = [headers[index] for index in grid.order]
     paths = [info.files[index] for index in grid.order]
     array = _read_voxels(paths, headers, slope, intercept)
@@ -237,6 +247,8 @@ def _check_image(header: Any, name: str) -> None:
         problem = f"{header.BitsStored} bits stored of {header.BitsAllocated} allocated"
     elif int(header.get("HighBit", header.BitsStored - 1)) != int(header.BitsStored) - 1:
         problem = f"the highest of {header.BitsStored} bits is bit {header.HighBit}"
+    elif min(int(header.Rows), int(header.Columns)) < 1:
+        problem = f"{header.Columns} columns and {header.Rows} rows"
     elif float(header.RescaleSlope) == 0:
         problem = "RescaleSlope is 0"
     elif str(header.get("RescaleType") or "HU") not in ("HU", "US"):

@@ -214,6 +214,7 @@ def test_attributes_that_dicom_forbids_are_emptied_and_never_quoted(
     def edit(dataset: Any, k: int) -> None:
         # A name in one part makes highdicom warn, with the name in the text.
         dataset.PatientName, dataset.PatientSex, dataset.StudyTime = "Doe Jane", "U", "Doe Jane"
+        dataset.StudyDescription, dataset.PatientAge = "Doe Jane " * 20, "Doe"
         del dataset.AccessionNumber
 
     with warnings.catch_warnings():

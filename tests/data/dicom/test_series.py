@@ -145,6 +145,25 @@ def test_peak_memory_is_the_volume_and_little_more(tmp_path: Path) -> None:
     assert peak < scan.volume.array.nbytes + 10 * one_slice  # file, stored, int32, headers
 
 
+def test_a_number_or_text_that_no_one_needs_may_be_broken(tmp_path: Path) -> None:
+    def edit(dataset: Any, k: int) -> None:
+        for keyword in ("SeriesNumber", "PatientWeight", "SliceThickness", "InstanceNumber"):
+            dataset.add_new(keyword, "DS" if keyword in ("PatientWeight", "SliceThickness") else "IS", None)
+            dataset[keyword]._value = "a few"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hu = write_ct(tmp_path / "ct", edit=edit)
+    np.testing.assert_array_equal(read_series(tmp_path / "ct").volume.array, hu)
+
+
+def test_lossy_compression_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_ct(tmp_path / "ct", edit=change(2, LossyImageCompression="01"))
+    with caplog.at_level(logging.WARNING, "lungkit"):
+        read_series(tmp_path / "ct")
+    assert "1-004-002.dcm: compressed with loss" in caplog.text
+
+
 def test_a_folder_of_two_series_lists_them_and_takes_the_one_that_is_named(tmp_path: Path) -> None:
     first = write_ct(tmp_path / "ct")
     second = write_ct(tmp_path / "ct", make_hu(seed=1), series=2)
@@ -208,6 +227,8 @@ def test_localizers_contours_and_notes_are_passed_over(tmp_path: Path) -> None:
         ({"BitsStored": 17}, "17 bits stored of 16"),
         ({"HighBit": 14}, "highest of 16 bits is bit 14"),
         ({"RescaleType": "Z_EFF"}, r"Z_EFF \(RescaleType\), not HU"),
+        ({"RescaleSlope": 0}, "RescaleSlope is 0"),
+        ({"Rows": 0}, "12 columns and 0 rows"),
         ({"RescaleSlope": None}, "RescaleSlope is missing"),
         ({"PixelRepresentation": None}, "PixelRepresentation is missing"),
         ({"SeriesInstanceUID": None}, "SeriesInstanceUID is missing"),
@@ -272,6 +293,8 @@ def test_folders_without_a_series_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing: no such folder"):
         read_series(tmp_path / "missing")
     (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"a\.txt: a file; name the folder"):
+        read_series(tmp_path / "a.txt")
     with pytest.raises(DataError, match="no DICOM file among the 1 files"):
         read_series(tmp_path)
     write_ct(tmp_path / "pet", edit=change(Modality="PT"))
