@@ -1,0 +1,311 @@
+"""What is chosen on validation cases equals predicting and measuring with every option by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lungkit.data import Preprocessing, make_phantom
+from lungkit.inference import Postprocessing, TrainedModel
+from lungkit.metrics import CaseTable, evaluate_case
+from lungkit.training import Trainer, load_checkpoint, load_config, validation
+from lungkit.training import postprocessing_choice as module
+from lungkit.training.planning import Plan
+from lungkit.training.postprocessing_choice import MARGIN, Choice, Trial, choose_postprocessing, hu_of
+
+PLAN = Plan(
+    dims=2,
+    patch_size=(4, 4),
+    context_slices=0,
+    model={},
+    epochs=1,
+    steps_per_epoch=1,
+    batch_size=1,
+    learning_rate=0.1,
+)
+EIGHT_BIT = Preprocessing(window=(0, 255), mean=0.0, std=1.0, units="8-bit", label_map={0: 0, 1: 1})
+HU = Preprocessing(window=(-1000, 400), mean=-100.0, std=200.0, units="HU", label_map={0: 0, 1: 1})
+
+
+class FromImage(nn.Module):
+    """Two classes: the intensity is the logit of the foreground. Three: it is the mean of two opposed ones."""
+
+    def __init__(self, classes: int = 2) -> None:
+        super().__init__()
+        self.classes = classes
+        self.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :1]
+        return torch.cat([torch.zeros_like(x), x, x.flip(-1)][: self.classes], 1)
+
+
+def case(
+    name: str, logits: np.ndarray, label: np.ndarray, spacing_mm: tuple[float, ...] = (2.0, 2.0, 2.0)
+) -> Any:
+    volume = logits[None].astype(np.float32)
+    return SimpleNamespace(
+        case_id=name,
+        image_float=lambda: volume,
+        image=volume,
+        slope=1.0,
+        intercept=0.0,
+        label=label.astype(np.uint8),
+        shape=label.shape,
+        spacing_mm=spacing_mm,
+    )
+
+
+def noisy_case(name: str, seed: int, *, classes: int = 2, ignored: bool = False) -> Any:
+    """A square per class, its border uncertain, with a hole, and specks beside it."""
+    random = np.random.default_rng(seed)
+    shape = (4, 20, 24)
+    label = np.zeros(shape, np.uint8)
+    label[1:3, 4:14, 4:12] = 1
+    if classes == 3:
+        label[1:3, 4:14, 14:20] = 2
+    logits = np.where(label == 1, 2.0, -2.5) + 1.3 * random.normal(size=shape)
+    logits[1, 8:10, 7:9] = -4.0
+    if ignored:
+        label[:, 16:] = 255
+    return case(name, logits, label)
+
+
+def mean_dice(
+    network: nn.Module, cases: list[Any], options: Postprocessing, preprocessing: Preprocessing, classes: int
+) -> float:
+    """By way of the final table: predict with the options, measure every case, take the mean."""
+    predict = Choice(options, 0.0, 0.0, ()).predict(preprocessing)
+    table = CaseTable()
+    for each in cases:
+        overlap = evaluate_case(predict(network, each, PLAN), each.label, classes, ignore_index=255)
+        table.add(each.case_id, overlap, {str(index): index for index in range(classes)})
+    return table.mean("dice")
+
+
+def choose(
+    network: nn.Module, cases: list[Any], preprocessing: Preprocessing = EIGHT_BIT, **options: Any
+) -> Choice:
+    names = ["background", "tumour", "node"][: network.classes]
+    return choose_postprocessing(network, cases, PLAN, names, preprocessing, **options)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_every_dice_is_that_of_predicting_with_the_option(classes):
+    network = FromImage(classes)
+    cases = [noisy_case(f"c{seed}", seed, classes=classes, ignored=seed == 1) for seed in range(3)]
+    choice = choose(network, cases)
+    kept: dict[str, Any] = {}
+    for number, trial in enumerate(choice.trials):
+        tried = Postprocessing(**{**kept, trial.option: trial.value})
+        assert trial.dice == pytest.approx(mean_dice(network, cases, tried, EIGHT_BIT, classes), abs=1e-12)
+        last = number + 1 == len(choice.trials) or choice.trials[number + 1].option != trial.option
+        if last:
+            kept |= {t.option: t.value for t in choice.trials if t.option == trial.option and t.kept}
+    assert Postprocessing(**kept) == choice.options
+    assert choice.dice == pytest.approx(
+        mean_dice(network, cases, choice.options, EIGHT_BIT, classes), abs=1e-12
+    )
+    assert choice.dice_without == pytest.approx(
+        mean_dice(network, cases, Postprocessing(), EIGHT_BIT, classes), abs=1e-12
+    )
+    assert choice.dice > choice.dice_without + MARGIN
+
+
+def test_a_network_that_is_too_careful_gets_a_lower_threshold():
+    label = np.zeros((2, 12, 12), np.uint8)
+    label[:, 3:9, 3:9] = 1
+    logits = np.where(label == 1, math.log(0.35 / 0.65), -9.0)
+    choice = choose(FromImage(), [case("a", logits, label)])
+    assert choice.options == Postprocessing(threshold=0.3)
+    assert (choice.dice_without, choice.dice) == (0.0, 1.0)
+    # 0.2 finds as much: the value nearest to 1/2 is taken.
+    assert [trial.value for trial in choice.trials if trial.kept] == [0.3]
+
+
+def test_holes_are_filled_where_the_truth_has_none():
+    label = np.zeros((2, 12, 12), np.uint8)
+    label[:, 3:9, 3:9] = 1
+    logits = np.where(label == 1, 9.0, -9.0)
+    logits[:, 5:7, 5:7] = -9.0
+    assert choose(FromImage(), [case("a", logits, label)]).options == Postprocessing(fill_holes=True)
+
+
+def test_specks_go_with_the_smallest_volume_that_removes_them():
+    label = np.zeros((2, 12, 12), np.uint8)
+    label[:, 2:9, 2:9] = 1
+    logits = np.where(label == 1, 9.0, -9.0)
+    logits[0, 11, ::3] = 9.0
+    # Of 8 mm^3 each.
+    assert choose(FromImage(), [case("a", logits, label)]).options == Postprocessing(smallest_lesion_ml=0.01)
+
+
+def test_a_perfect_network_gets_nothing():
+    label = np.zeros((2, 12, 12), np.uint8)
+    label[:, 3:9, 3:9] = 1
+    choice = choose(FromImage(), [case("a", np.where(label == 1, 9.0, -9.0), label)])
+    assert choice.options == Postprocessing()
+    assert choice.note == "No postprocessing raised the mean Dice by more than 0.002: none was used."
+    assert not any(trial.kept for trial in choice.trials)
+
+
+@pytest.mark.parametrize(("voxels", "kept"), [(1, False), (9, True)])
+def test_an_option_has_to_pay_more_than_the_margin(voxels, kept):
+    label = np.zeros((4, 32, 32), np.uint8)
+    label[:, :16, :16] = 1
+    logits = np.where(label == 1, 9.0, -9.0)
+    for index in range(voxels):
+        logits[0, 20 + 4 * (index // 3), 4 * (index % 3)] = 9.0
+    gain = voxels / (2 * 1024 + voxels)
+    assert (gain > MARGIN) is kept
+    assert (choose(FromImage(), [case("a", logits, label)]).options != Postprocessing()) is kept
+
+
+def test_without_foreground_in_truth_nothing_is_chosen():
+    label = np.zeros((2, 12, 12), np.uint8)
+    choice = choose(FromImage(), [case("a", np.full(label.shape, -9.0), label)])
+    assert choice.options == Postprocessing() and math.isnan(choice.dice)
+    assert json.loads(json.dumps(choice.to_dict(), allow_nan=False))["dice"] is None
+
+
+def test_without_cases_nothing_is_chosen():
+    assert choose(FromImage(), []).options == Postprocessing()
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "tried"),
+    [
+        (HU, True),
+        (EIGHT_BIT, False),
+        (Preprocessing(window=(-160, 240), mean=0.0, std=1.0, units="HU", label_map={0: 0, 1: 1}), False),
+        (Preprocessing(window=(-850, 200), mean=0.0, std=1.0, units="HU", label_map={0: 0, 1: 1}), False),
+    ],
+    ids=["lung window", "8-bit", "mediastinum", "percentiles"],
+)
+def test_lungs_are_looked_for_where_the_window_shows_them(preprocessing, tried):
+    choice = choose(FromImage(), [noisy_case("a", 0)], preprocessing)
+    assert ("inside_lungs" in {trial.option for trial in choice.trials}) is tried
+
+
+def test_lesions_outside_the_lungs_are_removed_where_that_pays(monkeypatch):
+    phantom = make_phantom(3, shape=(24, 64, 64), kinds=("solid",))
+    hu = np.clip(phantom.image, -1000, 400).astype(np.float32)
+    found = phantom.label.copy()
+    found[:8, 1:9, 1:9] = 1
+
+    class Marked(FromImage):
+        """Finds the tumour and a large thing in the air before the chest; what it sees is the scan."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            plane = next(self.planes)
+            logit = torch.where(plane > 0, 9.0, -9.0)[None, None]
+            return torch.cat([-logit, logit], 1)
+
+    network = Marked()
+    network.planes = iter(torch.from_numpy(found))
+    scan = case("a", (hu + 100) / 200, phantom.label, phantom.spacing_mm)
+    plan = replace(PLAN, patch_size=(64, 64))
+    monkeypatch.setitem(validation._PATCHES_PER_CALL, 2, 1)  # slices come one after the other
+    choice = choose_postprocessing(network, [scan], plan, ["background", "tumour"], HU)
+    assert choice.options == Postprocessing(inside_lungs=True)
+    assert choice.dice == 1.0
+
+
+def test_hu_come_back_from_a_cached_case():
+    hu = np.random.default_rng(0).integers(-1000, 400, (2, 3, 4))
+    assert np.array_equal(hu_of(case("a", (hu + 100) / 200, np.zeros(hu.shape)), HU), hu)
+
+
+def test_processes_share_the_cases_and_agree(monkeypatch):
+    network, cases = FromImage(), [noisy_case(f"c{seed}", seed) for seed in range(5)]
+    alone = choose(network, cases)
+    shares: list[Any] = []
+
+    def collect(value, world_size):
+        shares.append(value)
+        raise StopIteration
+
+    monkeypatch.setattr(module, "gather_objects", collect)
+    for rank in range(2):
+        with pytest.raises(StopIteration):
+            choose(network, cases, rank=rank, world_size=2)
+    assert [len(share) for share in shares] == [3, 2]
+    monkeypatch.setattr(module, "gather_objects", lambda value, world_size: shares)
+    assert choose(network, cases, rank=1, world_size=2) == alone
+
+
+def test_it_can_be_given_up_after_a_case():
+    seen = []
+
+    def stop():
+        seen.append(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        choose(FromImage(), [noisy_case("a", 0), noisy_case("b", 1)], after_case=stop)
+    assert seen == [1]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("lungkit.training.trainer.save_curves", lambda *args: None)
+    monkeypatch.setattr("lungkit.training.trainer.draw_overlays", lambda *args, **options: None)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """What every run chooses, since two epochs of a tiny network make nothing worth choosing."""
+    options = Postprocessing(threshold=0.999, smallest_lesion_ml=0.5)
+    choice = Choice(options, 0.6, 0.5, (Trial("threshold", 0.999, 0.6, True),))
+    monkeypatch.setattr(module, "choose_postprocessing", lambda *args, **keywords: choice)
+    return choice
+
+
+def test_a_run_keeps_its_choice_with_the_best_weights(tiny, no_pictures, chosen):
+    run = Trainer(tiny(epochs=1, choose_postprocessing=True)).fit().run_folder
+    assert TrainedModel.load(run).postprocessing == chosen.options
+    assert (
+        load_checkpoint(run / "checkpoints" / "best").description["postprocessing"]
+        == chosen.options.to_dict()
+    )
+    written = json.loads((run / "postprocessing.json").read_text())
+    assert written["postprocessing"] == chosen.options.to_dict()
+    assert written["tried"] == [{"option": "threshold", "value": 0.999, "dice": 0.6, "kept": True}]
+    assert written["epoch"] == 1
+
+
+def test_the_final_table_is_made_with_the_choice_and_says_so(tiny, no_pictures, chosen):
+    plain = Trainer(tiny(epochs=1)).fit()
+    result = Trainer(tiny(epochs=1, choose_postprocessing=True)).fit()
+    assert not (plain.run_folder / "postprocessing.json").exists()
+    assert plain.table.mean("sensitivity") > 0
+    assert result.table.mean("sensitivity") == 0  # nothing is 0.999 foreground
+    assert chosen.note in (result.run_folder / "validation.txt").read_text()
+    assert "lesions below 0.5 ml removed" in chosen.note and "from 0.5000 to 0.6000" in chosen.note
+    content = json.loads((result.run_folder / "validation.json").read_text())
+    assert content["postprocessing"] == chosen.options.to_dict()
+
+
+def test_a_run_that_is_over_can_choose_later(tiny, no_pictures, chosen):
+    run = Trainer(tiny(epochs=1)).fit().run_folder
+    assert TrainedModel.load(run).postprocessing == Postprocessing()
+    config = load_config(run / "config.yaml")
+    config.choose_postprocessing = True
+    Trainer(config, resume=run).fit()
+    assert TrainedModel.load(run).postprocessing == chosen.options
+
+
+def test_a_real_choice_in_a_run_never_loses(tiny, no_pictures):
+    result = Trainer(tiny(epochs=3, choose_postprocessing=True)).fit()
+    written = json.loads((result.run_folder / "postprocessing.json").read_text())
+    assert written["dice"] >= written["dice_without"]
+    assert result.dice == pytest.approx(written["dice"], abs=1e-6)
+    assert written["dice_without"] == pytest.approx(result.best_dice, abs=1e-6)
