@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lungkit.checkpoint import load_checkpoint, recover_checkpoint, save_checkpoint
+from lungkit.checkpoint import describe_checkpoint, load_checkpoint, recover_checkpoint, save_checkpoint
 from lungkit.errors import CheckpointError, ResourceError
 
 
@@ -174,3 +174,40 @@ def test_a_best_one_that_a_crash_left_aside_comes_back(tmp_path):
     (tmp_path / "best").rename(tmp_path / ".old-best")
     recover_checkpoint(tmp_path / "best")
     assert names(tmp_path) == ["best"]
+
+
+def test_a_description_can_be_added_to(tmp_path):
+    save(tmp_path / "best", 2.0)
+    describe_checkpoint(tmp_path / "best", postprocessing={"fill_holes": True}, epoch=5)
+    checkpoint = load_checkpoint(tmp_path / "best")
+    assert checkpoint.description["postprocessing"] == {"fill_holes": True}
+    assert checkpoint.description["epoch"] == 5 and checkpoint.description["model"] == {"name": "unet"}
+    assert torch.equal(checkpoint.weights["w"], torch.full((3, 2), 2.0))
+    assert names(tmp_path / "best") == ["manifest.json", "model.safetensors", "trainer.pt"]
+
+
+def test_a_damaged_checkpoint_is_not_described(tmp_path):
+    save(tmp_path / "best")
+    (tmp_path / "best" / "trainer.pt").write_bytes(b"")
+    before = (tmp_path / "best" / "manifest.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"trainer\.pt is damaged"):
+        describe_checkpoint(tmp_path / "best", note="new")
+    assert (tmp_path / "best" / "manifest.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_is_not_there_is_not_described(tmp_path):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        describe_checkpoint(tmp_path / "best", note="new")
+
+
+def test_a_full_disk_leaves_the_description_as_it_was(tmp_path, monkeypatch):
+    save(tmp_path / "best")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ResourceError, match="disk or quota is full"):
+        describe_checkpoint(tmp_path / "best", note="new")
+    assert "note" not in load_checkpoint(tmp_path / "best").description
+    assert names(tmp_path / "best") == ["manifest.json", "model.safetensors", "trainer.pt"]
