@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lungkit.inference.postprocessing import Postprocessing
+from lungkit.inference.lungs import lung_mask
+from lungkit.inference.postprocessing import Postprocessing, classes_from_probabilities, postprocess
 from lungkit.inference.predict import attention_map, predict_case, predict_label
 from lungkit.inference.predictor import Prediction, Predictor
 from lungkit.inference.sliding_window import gaussian_weights, sliding_window, stream_logits, window_starts
@@ -14,7 +15,10 @@ __all__ = [
     "Predictor",
     "TrainedModel",
     "attention_map",
+    "classes_from_probabilities",
     "gaussian_weights",
+    "lung_mask",
+    "postprocess",
     "predict_case",
     "predict_label",
     "sliding_window",

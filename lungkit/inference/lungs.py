@@ -41,18 +41,18 @@ _SMALLEST_LUNG_ML = 15.0
 _SMALLEST_LUNG_ML_PER_MM = 0.8
 _TABLE_SHEET_MM = 6.0
 _CLOSING_MM = 8.0
-_FAR_MM = 20.0
+_FAR_MM = 20.0  # lung this far from the core of either side goes to the first
 
 
 def lung_mask(hu: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     """Lungs of a CT, with the vessels and nodules in them, without trachea and main bronchi.
 
     Both lungs are one mask. Collapsed or consolidated lung and tumours wider than 16 mm that reach the pleura are not
-    air and are left out where they lie against chest wall or mediastinum. Orientation in a slice does not matter. It
+    air and are left out where they lie against chest wall or mediastinum. Which way the axes run does not matter. It
     takes 1 byte a voxel for the result, and 30 to 40 bytes a voxel of the grid of 2 mm, some 150 MB for a chest.
 
     Args:
-        hu: (Z, Y, X) in HU, integer or float; may be cut off at any side.
+        hu: (Z, Y, X) in HU, Z across axial slices, integer or float; may be cut off at any side.
         spacing_mm: (z, y, x).
 
     Returns:
