@@ -188,6 +188,32 @@ def test_contours_between_slices_go_to_the_nearest_and_do_not_cancel(
     assert "4 contours lie between slices and were left out" in caplog.text
 
 
+def test_contours_on_every_second_slice_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_ct(tmp_path / "ct")
+    scan = read_series(tmp_path / "ct")
+    mask = np.zeros(scan.volume.array.shape, np.uint8)
+    mask[2:5, 2:5, ::2] = 1
+    write_rtstruct(tmp_path / "rt.dcm", scan, mask, {"tumour": 1})
+    with caplog.at_level(logging.WARNING, "lungkit"):
+        np.testing.assert_array_equal(read_rtstruct(tmp_path / "rt.dcm", scan)[0].array, mask)
+    assert "rt.dcm, structure 'tumour': contours on every 2 slices only" in caplog.text
+
+
+def test_structures_of_one_name_share_a_value(scan: DicomScan, tmp_path: Path) -> None:
+    write_rtstruct(tmp_path / "rt.dcm", scan, make_mask(), LABELS)
+
+    def rename(dataset: Any) -> None:
+        for structure in dataset.StructureSetROISequence:
+            structure.ROIName = "nodule"
+
+    rewrite(tmp_path / "rt.dcm", rename)
+    mask, labels = read_rtstruct(tmp_path / "rt.dcm", scan)
+    assert labels == {"nodule": 1}
+    np.testing.assert_array_equal(mask.array, make_mask() > 0)
+
+
 def test_contours_across_the_slices_are_refused(scan: DicomScan, tmp_path: Path) -> None:
     write_rtstruct(tmp_path / "rt.dcm", scan, make_mask(), LABELS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
 import sys
 import tracemalloc
 import warnings
@@ -339,6 +340,14 @@ def test_a_scan_that_is_printed_does_not_tell_the_patient(tmp_path: Path) -> Non
     scan = read_series(tmp_path / "ct")
     assert scan.headers[0].PatientName == PATIENT_NAME
     assert PATIENT_NAME not in repr(scan)
+
+
+def test_importing_the_package_does_not_import_pydicom() -> None:
+    script = (
+        "import sys, lungkit.data.dicom; print([m for m in ('pydicom', 'highdicom') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_without_pydicom_the_error_says_what_to_install(
