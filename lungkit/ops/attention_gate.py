@@ -96,8 +96,8 @@ def _fits_cuda_kernel(x: Tensor, phi: Tensor) -> bool:
 def _product_and_tail(
     x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The library's product and interpolation, then the fused tail."""
-    psi = gate_psi(_pointwise(x, w_x), _upsample(phi, x), w_psi)
+    """The library's products, then the fused tail."""
+    psi = gate_psi(_pointwise(x, w_x), _upsample_by_products(phi, x), w_psi)
     alpha = torch.sigmoid(psi + b_psi.to(psi.dtype))
     return gate_scale(x, alpha), alpha
 
@@ -120,6 +120,20 @@ def _upsample(phi: Tensor, x: Tensor) -> Tensor:
         return phi
     mode = "bilinear" if x.dim() == 4 else "trilinear"
     return F.interpolate(phi, size=x.shape[2:], mode=mode, align_corners=False)
+
+
+def _upsample_by_products(phi: Tensor, x: Tensor) -> Tensor:
+    """phi at x's grid, one matrix product an axis.
+
+    On CUDA the gradient of F.interpolate is added up by atomics in any order; that of a product always in the same.
+    """
+    fine = phi.to(torch.promote_types(phi.dtype, torch.float32))
+    for axis, size in enumerate(x.shape[2:], start=2):
+        if fine.shape[axis] != size:
+            points = torch.eye(fine.shape[axis], dtype=fine.dtype, device=fine.device)[None]
+            weights = F.interpolate(points, size=size, mode="linear", align_corners=False)[0]
+            fine = (fine.movedim(axis, -1) @ weights).movedim(-1, axis)
+    return fine.to(x.dtype)
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

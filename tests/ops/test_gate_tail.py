@@ -10,7 +10,7 @@ from cuda_on_cpu.emulator import Emulator
 from torch import Tensor
 
 from lungkit.errors import UsageError
-from lungkit.ops.attention_gate import _product_and_tail, reference
+from lungkit.ops.attention_gate import _product_and_tail, _upsample, _upsample_by_products, reference
 from lungkit.ops.gate_tail import gate_psi, gate_scale, reference_psi
 
 OPS = torch.ops.lungkit
@@ -324,3 +324,13 @@ def test_cuda_equals_the_twin(shape, dtype, channels_last):
             return call
 
     check_both(OnGpu(), shape, dtype, channels_last=channels_last)
+
+
+@pytest.mark.parametrize(("coarse", "fine"), [((3, 4), (6, 9)), ((2, 1, 3), (5, 4, 3)), ((1, 1), (1, 1))])
+def test_the_product_that_upsamples_is_linear_interpolation(coarse, fine):
+    phi = torch.randn(2, 3, *coarse, dtype=torch.float64, requires_grad=True)
+    x = torch.zeros(2, 1, *fine, dtype=torch.float64)
+    found, expected = _upsample_by_products(phi, x), _upsample(phi, x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), phi) for y in (found, expected)))
