@@ -89,6 +89,20 @@ def write_ct(
     return hu
 
 
+def change(slice_index: int | None = None, **values: Any) -> Callable[[Any, int], None]:
+    """An edit that sets attributes of one slice, or of all; None removes the attribute."""
+
+    def edit(dataset: Any, k: int) -> None:
+        if slice_index in (None, k):
+            for keyword, value in values.items():
+                if value is None:
+                    delattr(dataset, keyword)
+                else:
+                    setattr(dataset, keyword, value)
+
+    return edit
+
+
 def files(folder: Path) -> list[Path]:
     """The files of a series written by :func:`write_ct`, in the order of its slices."""
     return sorted(folder.glob("*.dcm"), key=lambda path: path.stem.split("-")[-1])
