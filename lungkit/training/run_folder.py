@@ -41,7 +41,8 @@ class RunFolder:
     """Files of one run.
 
     ``config.yaml``, ``env.json``, ``dataset.json``, ``splits_final.json``, ``metrics.csv``, ``metrics.jsonl``,
-    ``train.log``, ``progress.png``, ``overlays/``, ``checkpoints/``, ``status.json`` and, at the end, ``validation.*``.
+    ``train.log``, ``progress.png``, ``overlays/``, ``checkpoints/``, ``status.json`` and, at the end, ``validation.*``,
+    before them ``postprocessing.json`` where one was to be chosen.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
