@@ -159,7 +159,7 @@ class TrainConfig:
         validate_every: epochs between validations; the last epoch is always validated.
         patience: validations without a better Dice after which training stops; None never stops early.
         choose_postprocessing: after the last epoch try thresholds, filled holes, lungs (in HU) and smallest lesions on
-            the validation cases, keep what raises their mean Dice by more than 0.002, and store it with the best weights.
+            the validation cases, keep what raises their mean Dice by over 0.002, and store it with the best weights.
         seed: of weights, patches, augmentation and dropout.
         runs: folder of the runs.
         name: of the run folder; None is the dataset's name and the model's.
