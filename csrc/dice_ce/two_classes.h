@@ -9,6 +9,75 @@
 namespace lungkit::LUNGKIT_ISA {
 namespace {
 
+// Sums over the voxels of one label, for a few voxels at a time. Of the cross-entropy log(1 + e), plus |d|
+// where the label is the less probable class, the logarithms are added as that of a product: (1 + e1)(1 + e2)
+// = 1 + q, with q kept apart from the 1 so that small e survive.
+template <class A>
+struct LabelTerms {
+  Number<A> own = {}, other = {}, own_squared = {},
+            other_squared = {};  // p of the label's class, of the other, squares
+  Number<A> count = {}, favour = {}, against = {},
+            product = {};  // voxels; |d| where the label is more, less probable; q
+
+  // Adds a voxel where `mask`; the margin is +d for label 1 and -d for label 0.
+  template <bool squared>
+  void add(Truth<A> mask, Number<A> p_own, Number<A> p_other, Number<A> margin, Number<A> e) {
+    const Number<A> zero = {};
+    add_where(mask, own, p_own);
+    add_where(mask, other, p_other);
+    if constexpr (squared) {
+      add_where(mask, own_squared, p_own * p_own);
+      add_where(mask, other_squared, p_other * p_other);
+    }
+    add_where(mask, count, zero + A(1));
+    add_where(mask, favour, larger(margin, zero));
+    add_where(mask, against, larger(-margin, zero));
+    add_where(mask, product, e * (product + A(1)));
+  }
+};
+
+// The sums of one label over all its voxels, in the order of the table below.
+enum LabelSum : int {
+  sum_own,
+  sum_other,
+  sum_count,
+  sum_favour,
+  sum_against,
+  sum_log,
+  label_sums,
+  squared_label_sums = 8
+};
+
+// Calls move(k, value) for each sum of `terms`, then empties them.
+template <class A, bool squared, class Move>
+void move_terms(LabelTerms<A>& terms, const Move& move) {
+  move(sum_own, terms.own);
+  move(sum_other, terms.other);
+  move(sum_count, terms.count);
+  move(sum_favour, terms.favour);
+  move(sum_against, terms.against);
+  move(sum_log, log1p_nonnegative(terms.product));
+  if constexpr (squared) {
+    move(label_sums, terms.own_squared);
+    move(label_sums + 1, terms.other_squared);
+  }
+  terms = {};
+}
+
+// Row of the statistics for class c of two, from at(label, k), the sums of both labels; not for row_voxels.
+template <class At>
+double two_class_sum(int row, int c, bool squared, const At& at) {
+  const int other = 1 - c;
+  switch (row) {
+    case row_intersection: return at(c, sum_own);
+    case row_prediction:
+      return squared ? at(c, label_sums) + at(other, label_sums + 1) : at(c, sum_own) + at(other, sum_other);
+    case row_label: return at(c, sum_count);
+    case row_cross_entropy: return at(c, sum_against) + at(c, sum_log);
+    default: return at(c, sum_against) + at(c, sum_log) + at(other, sum_favour) + at(other, sum_log);
+  }
+}
+
 template <class A>
 struct TwoClassSums {
   WideSum<A> of_label[2][squared_label_sums];
