@@ -26,6 +26,15 @@ struct TwoProbabilities {
     e = exp_nonpositive(-absolute(difference));
     likely = reciprocal(e + A(1));
     unlikely = e * likely;
+    assign();
+  }
+  LUNGKIT_HD TwoProbabilities(Number<A> difference, Number<A> e, Number<A> likely, Number<A> unlikely)
+      : difference(difference), e(e), likely(likely), unlikely(unlikely) {
+    assign();
+  }
+
+ private:
+  LUNGKIT_HD void assign() {
     const Truth<A> one_is_likely = difference >= A(0);
     p1 = select(one_is_likely, likely, unlikely);
     p0 = select(one_is_likely, unlikely, likely);

@@ -277,6 +277,27 @@ def test_a_confident_cross_entropy_keeps_its_digits(isa):
     )
 
 
+@pytest.mark.parametrize("right", [0, 1])
+def test_small_overlaps_and_predictions_keep_their_digits(isa, right):
+    # Confident and wrong but for `right` voxels: every sum has terms that 1 - p would lose.
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.stack((torch.zeros(1, 5000), 9 + torch.rand(1, 5000, generator=generator)), 1)
+    logits[:, 1, :right] *= -1
+    labels = torch.zeros(1, 5000, dtype=torch.uint8)
+    exact = reference_statistics(logits.double(), labels)
+    torch.testing.assert_close(dice_ce_statistics(logits, labels).double(), exact, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+def test_a_nan_logit_makes_loss_and_its_gradient_nan(isa, classes, dtype):
+    logits = random_logits((1, 9, 11), classes, dtype)
+    logits[0, 1, 4, 5] = torch.nan
+    labels = random_indices((1, 9, 11), classes, torch.uint8)
+    assert dice_ce_loss(logits, labels).isnan()
+    assert gradient_of(dice_ce_loss, logits, labels)[0, :, 4, 5].isnan().all()
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 def test_same_bits_for_any_number_of_threads(classes):
     logits, labels = (
