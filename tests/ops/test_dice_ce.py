@@ -259,8 +259,9 @@ def test_huge_logits_stay_finite(isa, classes, dtype):
 
 @pytest.mark.parametrize("ignore_index", [None, 0])
 @pytest.mark.parametrize("batch", [False, True])
-def test_all_background_or_all_ignored_is_finite(batch, ignore_index):
-    logits, labels = random_logits((2, 9, 11), 2, torch.float32), torch.zeros(2, 9, 11, dtype=torch.uint8)
+@pytest.mark.parametrize("shape", [(2, 9, 11), (1, 1)])
+def test_all_background_or_all_ignored_is_finite(shape, batch, ignore_index):
+    logits, labels = random_logits(shape, 2, torch.float32), torch.zeros(shape, dtype=torch.uint8)
     options = {"batch": batch, "include_background": False, "ignore_index": ignore_index, "smooth_dr": 0.0}
     assert torch.isfinite(dice_ce_loss(logits, labels, **options))
     gradient = gradient_of(dice_ce_loss, logits, labels, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from cuda_on_cpu.emulator import Emulator
@@ -127,6 +129,28 @@ def test_emulated_empty_input_gives_a_loss(emulated, shape):
     loss, slopes = emulated.dice_ce_loss(logits, labels, None, None, *Form(), *NNUNET)
     torch.testing.assert_close(loss, dice_ce_loss(logits, labels, **as_keywords(NNUNET)))
     assert emulated.dice_ce_backward(slopes, None, logits, labels, None, *Form(), None).shape == logits.shape
+
+
+@pytest.mark.skipif(
+    "LUNGKIT_TEST_SANITIZED" in os.environ,
+    reason="the sanitizer keeps a byte for every eight, touched or not",
+)
+@pytest.mark.parametrize("shape", [(2, 8, 24), (2, 5, 7)])
+def test_emulated_offsets_beyond_32_bits(emulated, shape):
+    logits, labels = random_logits(shape, 2, torch.float16), random_indices(shape, 2, torch.uint8)
+    far, far_labels = (
+        torch.empty(2**31 + 1024, dtype=like.dtype)
+        .as_strided(like.shape, (2**31 + 64, *like.stride()[1:]))
+        .copy_(like)
+        for like in (logits, labels)
+    )
+    loss, slopes = emulated.dice_ce_loss(far, far_labels, None, None, *Form(), *NNUNET)
+    torch.testing.assert_close(loss, dice_ce_loss(logits, labels, **as_keywords(NNUNET)))
+    gradient, near_gradient = (
+        emulated.dice_ce_backward(slopes, None, *of, None, *Form(), None)
+        for of in ((far, far_labels), (logits, labels))
+    )
+    assert torch.equal(gradient, near_gradient)
 
 
 def test_emulated_two_launches_forward_and_one_backward(emulated, emulated_library):
