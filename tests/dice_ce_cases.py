@@ -98,6 +98,15 @@ def assert_matches_twin(
     assert error <= GRADIENT_TOLERANCE[logits.dtype], f"gradients differ by {error:.1e}"
 
 
+def statistics_and_gradient(
+    ops: object, logits: Tensor, labels: Tensor, mask: Tensor | None, form: Form
+) -> tuple[Tensor, Tensor]:
+    """The statistics, and the gradient of their sum."""
+    statistics = ops.dice_ce_statistics(logits, labels, mask, *form, None)
+    slopes = torch.ones_like(statistics)
+    return statistics, ops.dice_ce_backward(slopes, None, logits, labels, mask, *form, None)
+
+
 def twin_in_double(
     logits: Tensor,
     labels: Tensor,

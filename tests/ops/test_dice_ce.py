@@ -18,6 +18,7 @@ from dice_ce_cases import (
     random_indices,
     random_logits,
     random_vectors,
+    statistics_and_gradient,
 )
 
 from lungkit.errors import UsageError
@@ -94,12 +95,20 @@ def test_masked_voxels_count_nowhere(isa, dtype, vectors):
     assert_matches_twin(OPS, random_logits((2, 9, 11), 2, torch.float32), labels, Form(), mask=mask)
 
 
-def test_a_masked_voxel_may_have_any_label_and_logit(isa):
-    logits = torch.tensor([[[1.0, float("nan")], [2.0, 0.0]]])
-    mask = torch.tensor([[True, False]])
-    sums = dice_ce_statistics(logits, torch.tensor([[1, 99]]), mask=mask)
-    assert torch.isfinite(sums).all()
-    assert torch.isfinite(gradient_of(dice_ce_loss, logits, torch.tensor([[1, 99]]), mask=mask)).all()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+@pytest.mark.parametrize("form", [Form(), Form("sigmoid", "binary"), Form("none", "none")], ids=str)
+def test_a_masked_voxel_may_have_any_label_and_logit(isa, form, dtype, value):
+    for classes in (2, 3):
+        logits = random_logits((1, 20), classes, dtype)
+        labels = random_indices((1, 20), classes, torch.int64)
+        mask = torch.arange(20).view(1, 20) != 7
+        clean = statistics_and_gradient(OPS, logits, labels, mask, form)
+        logits[0, 1, 7], labels[0, 7] = value, 99
+        for actual, expected in zip(
+            statistics_and_gradient(OPS, logits, labels, mask, form), clean, strict=True
+        ):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
