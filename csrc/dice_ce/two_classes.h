@@ -59,14 +59,14 @@ class TwoClassSums {
     const bool entropy = options.cross_entropy != CrossEntropy::none;
     for (int c = 0; c < 2; ++c) {
       const double *own = total[c], *other = total[1 - c];
-      const double right =
-          own[sum_unlikely] - own[sum_unlikely_wrong];  // u of the right voxels of this label
+      // u of the right voxels of this label and of the other; voxels where this class is the more probable,
+      // and u there
+      const double right = own[sum_unlikely] - own[sum_unlikely_wrong];
       const double right_other = other[sum_unlikely] - other[sum_unlikely_wrong];
+      const double likely = right_voxels[c] + wrong_voxels[1 - c];
+      const double unlikely_there = right + other[sum_unlikely_wrong];
       const auto write_row = [&](Row row, double value) { sums[2 * row + c] = value; };
       write_row(row_intersection, right_voxels[c] - right + own[sum_unlikely_wrong]);
-      const double likely =
-          right_voxels[c] + wrong_voxels[1 - c];  // voxels where this class is the more probable
-      const double unlikely_there = right + other[sum_unlikely_wrong];
       write_row(row_prediction, options.squared
                                     ? likely - 2 * unlikely_there + square_.total()
                                     : likely - unlikely_there + own[sum_unlikely_wrong] + right_other);
