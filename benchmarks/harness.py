@@ -159,7 +159,8 @@ def running(case: Case) -> Iterator[None]:
     torch.set_num_threads(case.threads)
     torch._dynamo.reset()  # compiled code keeps the number of threads it was compiled for
     try:
-        with torch._inductor.config.patch({"cpp.threads": case.threads}):
+        # Compiling by processes of its own, as is usual, would leave them running beside what is timed.
+        with torch._inductor.config.patch({"cpp.threads": case.threads, "compile_threads": 1}):
             yield
     finally:
         torch.set_num_threads(before)

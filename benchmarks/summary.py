@@ -34,7 +34,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown with one aligned table for each case."""
     parts = []
     for (op, device, threads, case), group in _by_case(rows):
-        where = f"{device}, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
+        where = _where(device, threads)
         cells = [_HEADER, *(_cells(row) for row in group)]
         widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
         lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
@@ -48,6 +48,10 @@ def _by_case(rows: Sequence[Row]) -> Iterable[tuple[tuple[Any, ...], list[Row]]]
         return tuple(row[name] for name in ("op", "device", "threads", "case"))
 
     return ((name, list(group)) for name, group in groupby(rows, key))
+
+
+def _where(device: str, threads: int) -> str:
+    return f"{device}, {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -87,7 +91,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         len(groups), 1, squeeze=False, height_ratios=[len(group) + 2 for _, group in groups]
     )[:, 0]
     for axis, ((op, device, threads, case), group) in zip(axes, groups, strict=True):
-        where = f"{device}, {threads} threads" if device == "cpu" else device
+        where = _where(device, threads)
         names = [row["provider"] for row in group]
         values = [1e3 * row["seconds"][1] for row in group]
         spread = [[1e3 * abs(row["seconds"][end] - row["seconds"][1]) for row in group] for end in (0, 2)]
@@ -126,7 +130,15 @@ def machine(run: Mapping[str, Any]) -> dict[str, Any]:
         "python": info.get("python_version"),
         **{
             key: info.get(key)
-            for key in ("gpu", "torch", "lungkit", "threads", "instruction_set", "native_ops")
+            for key in (
+                "gpu",
+                "torch",
+                "lungkit",
+                "compared_with",
+                "threads",
+                "instruction_set",
+                "native_ops",
+            )
         },
     }
 

@@ -54,6 +54,7 @@ CASES = [
     ((1, 65, 67), 5),
     ((2, 41, 801), 2),
     ((1, 20, 33), 130),
+    ((1, 7, 11), 300),
 ]
 
 
@@ -95,6 +96,15 @@ def assert_matches_twin(
     largest = expected_gradient.abs().max().clamp_min(1e-3)
     error = ((gradient.double() - expected_gradient).abs().max() / largest).item()
     assert error <= GRADIENT_TOLERANCE[logits.dtype], f"gradients differ by {error:.1e}"
+
+
+def statistics_and_gradient(
+    ops: object, logits: Tensor, labels: Tensor, mask: Tensor | None, form: Form
+) -> tuple[Tensor, Tensor]:
+    """The statistics, and the gradient of their sum."""
+    statistics = ops.dice_ce_statistics(logits, labels, mask, *form, None)
+    slopes = torch.ones_like(statistics)
+    return statistics, ops.dice_ce_backward(slopes, None, logits, labels, mask, *form, None)
 
 
 def twin_in_double(

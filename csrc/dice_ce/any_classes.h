@@ -92,7 +92,8 @@ class Tile {
     for (int64_t c = 0; c < chunk_.classes; ++c) {
       for (int i = 0; i < padded_; i += lanes<A>) {
         const Vector<A> z = load(z_ + c * stride_ + i);
-        store<A>(e_ + c * stride_ + i, options_.activation == Activation::sigmoid ? BinaryLogit<A>(z).p : z);
+        const Vector<A> p = options_.activation == Activation::sigmoid ? BinaryLogit<A>(z).p : z;
+        store<A>(e_ + c * stride_ + i, counted(i, p));
       }
     }
   }
@@ -105,11 +106,11 @@ class Tile {
       Vector<A> sum = {};
       for (int64_t c = 0; c < chunk_.classes; ++c) {
         const Vector<A> e = exp_nonpositive(load(z_ + c * stride_ + i) - largest);
-        if (keep) store<A>(e_ + c * stride_ + i, e);
+        if (keep) store<A>(e_ + c * stride_ + i, counted(i, e));
         sum += e;
       }
       store<A>(lse_ + i, largest + log_positive(sum));
-      if (keep) store<A>(scale_ + i, load(scale_ + i) / sum);
+      if (keep) store<A>(scale_ + i, counted(i, A(1) / sum));
     }
   }
 

@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../support/huge_pages.h"
 #include "../support/parallel.h"
 #include "arguments.h"
 #include "finish.h"
@@ -174,9 +175,10 @@ std::tuple<Tensor, Tensor> dice_ce_loss_cpu(const Tensor& logits, const Tensor& 
                                             bool include_background, bool jaccard, bool batch, bool mean,
                                             double smooth_nr, double smooth_dr, double lambda_dice,
                                             double lambda_ce, double label_smoothing) {
-  const DiceCeArguments a =
+  DiceCeArguments a =
       check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
   check_weight(weight, a);
+  a.options.needs_rest = label_smoothing > 0 || a.options.cross_entropy == CrossEntropy::binary;
   const LossOptions options{include_background, jaccard,     batch,     mean,           smooth_nr,
                             smooth_dr,          lambda_dice, lambda_ce, label_smoothing};
   const std::vector<double> sums = statistics_of(a);
@@ -194,6 +196,7 @@ Tensor dice_ce_backward_cpu(const Tensor& slopes, std::optional<Tensor> scale, c
       check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
   check_slopes(slopes, scale, a);
   Tensor gradient = new_gradient(logits);
+  prefer_huge_pages(gradient);
   const VoxelLayout out = channel_layout(gradient);
   const int64_t classes = out.channels;
   const int64_t out_size = element_size(gradient.scalar_type());

@@ -23,8 +23,6 @@
 namespace lungkit::LUNGKIT_ISA {
 namespace {
 
-constexpr int64_t target_chunks = 2048;  // more than enough blocks for any GPU, few enough to add up quickly
-
 bool is_aligned(const Tensor& tensor, const VoxelLayout& layout, int64_t pack) {
   const int64_t size = element_size(tensor.scalar_type()), bytes = std::min<int64_t>(16, pack * size);
   return layout.voxel_stride == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0 &&
@@ -41,11 +39,18 @@ bool takes_few_classes(const DiceCeArguments& a) {
          is_aligned(a.labels, a.labels_layout, pack);
 }
 
-// `step`: what a chunk is a multiple of; `smallest`: voxels of a chunk where there are few.
-View view_of(const DiceCeArguments& a, int64_t step, int64_t smallest) {
-  const int64_t voxels = a.logits_layout.voxels;
-  const int64_t chunks = std::max<int64_t>(1, target_chunks / std::max<int64_t>(1, a.logits_layout.batch));
-  const int64_t chunk = std::max(smallest, ceil_div(ceil_div(voxels, chunks), step) * step);
+// Voxels of a chunk of the first launch, a multiple of `step`. Small chunks give many blocks, which share a
+// GPU evenly; but one block of the second launch adds up what each of them leaves, so there are not more than
+// it reads in some microseconds.
+int64_t chunk_for_sums(const DiceCeArguments& a, int64_t step, int64_t smallest) {
+  constexpr int64_t numbers = 1 << 17, fewest_chunks = 512, most_chunks = 8192;
+  const int64_t all =
+      std::clamp(numbers / partial_width(a.logits_layout.channels), fewest_chunks, most_chunks);
+  const int64_t chunks = std::max<int64_t>(1, all / std::max<int64_t>(1, a.logits_layout.batch));
+  return std::max(smallest, ceil_div(ceil_div(a.logits_layout.voxels, chunks), step) * step);
+}
+
+View view_of(const DiceCeArguments& a, int64_t chunk_voxels) {
   return {.logits = a.logits.const_data_ptr(),
           .labels = a.labels.const_data_ptr(),
           .mask = a.mask ? static_cast<const uint8_t*>(a.mask->const_data_ptr()) : nullptr,
@@ -55,8 +60,8 @@ View view_of(const DiceCeArguments& a, int64_t step, int64_t smallest) {
           .labels_type = a.labels.scalar_type(),
           .class_indices = a.class_indices,
           .options = a.options,
-          .chunk_voxels = chunk,
-          .chunks = ceil_div(voxels, chunk)};
+          .chunk_voxels = chunk_voxels,
+          .chunks = ceil_div(a.logits_layout.voxels, chunk_voxels)};
 }
 
 unsigned blocks_of(const View& view) {
@@ -74,31 +79,44 @@ void with_few_classes(int64_t classes, const Body& body) {
   }
 }
 
+// What the first launch leaves.
 struct Sums {
-  Tensor memory;  // what `partial` points into
-  Partial partial;
+  Tensor memory;
+  int64_t images, classes, chunks;
+
+  int64_t outputs() const { return images * partial_width(classes); }
+  template <class A>
+  Partial<A> of() const {
+    return {static_cast<const A*>(memory.const_data_ptr()), images, classes, chunks};
+  }
 };
 
 // The first launch.
 Sums sum_chunks(const DiceCeArguments& a) {
-  const int64_t classes = a.logits_layout.channels;
+  const int64_t images = a.logits_layout.batch, classes = a.logits_layout.channels;
   const bool few = takes_few_classes(a);
   const int warps = warps_for(classes);
   LUNGKIT_CHECK(few || warps > 0, "dice_ce: ", classes, " classes are more than the CUDA kernel's limit of ",
                 granted_shared_bytes / (few_rows * static_cast<int64_t>(sizeof(double))));
-  const int64_t pack = 16 / element_size(a.logits.scalar_type());
-  const int64_t step = few ? few_threads * pack : warps * warp_voxels;
-  const View view = view_of(a, step, few ? 8 * step : step);
-  const int64_t outputs = a.logits_layout.batch * partial_width(classes);
-  const Tensor memory = torch::stable::new_empty(a.logits, {outputs * view.chunks}, ScalarType::Double);
-  auto* partial = static_cast<double*>(memory.mutable_data_ptr());
-  if (const unsigned blocks = blocks_of(view); blocks > 0) {
+  const int64_t step = few ? few_threads * (16 / element_size(a.logits.scalar_type()))
+                           : static_cast<int64_t>(warps) * warp_voxels;
+  const View view = view_of(a, chunk_for_sums(a, step, few ? 4 * step : step));
+  const unsigned blocks = blocks_of(view);
+  const Tensor memory = torch::stable::new_empty(a.logits, {images * partial_width(classes) * view.chunks},
+                                                 statistics_type(a.logits));
+  if (blocks > 0) {
     dispatch_floating(a.logits.scalar_type(), "dice_ce", [&](auto zero) {
       using T = decltype(zero);
+      auto* partial = static_cast<accumulate_t<T>*>(memory.mutable_data_ptr());
       if (few) {
         with_few_classes(classes, [&](auto c) {
-          LUNGKIT_LAUNCH((few_class_sums<T, decltype(c)::value>), blocks, few_threads, 0,
-                         current_stream(a.logits), view, partial);
+          if (a.options.needs_rest) {
+            LUNGKIT_LAUNCH((few_class_sums<T, decltype(c)::value, true>), blocks, few_threads, 0,
+                           current_stream(a.logits), view, partial);
+          } else {
+            LUNGKIT_LAUNCH((few_class_sums<T, decltype(c)::value, false>), blocks, few_threads, 0,
+                           current_stream(a.logits), view, partial);
+          }
         });
       } else {
         const size_t shared = warps * few_rows * classes * sizeof(double);
@@ -107,7 +125,7 @@ Sums sum_chunks(const DiceCeArguments& a) {
       }
     });
   }
-  return {memory, {partial, a.logits_layout.batch, classes, view.chunks}};
+  return {memory, images, classes, view.chunks};
 }
 
 template <class Body>
@@ -125,12 +143,12 @@ Tensor dice_ce_statistics_cuda(const Tensor& logits, const Tensor& labels, std::
   const Sums sums = sum_chunks(a);
   const Tensor statistics = torch::stable::new_empty(logits, {statistic_rows, logits.size(0), logits.size(1)},
                                                      statistics_type(logits));
-  const int64_t outputs = sums.partial.images * sums.partial.width();
-  if (outputs == 0) return statistics;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(outputs, finish_threads / 32), 1024));
+  if (sums.outputs() == 0) return statistics;
+  const auto blocks =
+      static_cast<unsigned>(std::min<int64_t>(ceil_div(sums.outputs(), finish_threads / 32), 1024));
   with_statistics_type(logits, [&](auto zero) {
     using A = decltype(zero);
-    LUNGKIT_LAUNCH((collect_statistics<A>), blocks, finish_threads, 0, current_stream(logits), sums.partial,
+    LUNGKIT_LAUNCH((collect_statistics<A>), blocks, finish_threads, 0, current_stream(logits), sums.of<A>(),
                    static_cast<A*>(statistics.mutable_data_ptr()));
   });
   return statistics;
@@ -145,23 +163,23 @@ std::tuple<Tensor, Tensor> dice_ce_loss_cuda(const Tensor& logits, const Tensor&
                                              double lambda_ce, double label_smoothing) {
   LUNGKIT_CHECK(on_device(logits), "dice_ce: logits must be on the GPU");
   const DeviceGuard guard(logits);
-  const DiceCeArguments a =
+  DiceCeArguments a =
       check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
   check_weight(weight, a);
   LUNGKIT_CHECK(!weight || (on_device(*weight) && weight->stride(0) == 1),
                 "dice_ce: weight must be contiguous and on the GPU");
+  a.options.needs_rest = label_smoothing > 0 || a.options.cross_entropy == CrossEntropy::binary;
   const LossOptions options{include_background, jaccard,     batch,     mean,           smooth_nr,
                             smooth_dr,          lambda_dice, lambda_ce, label_smoothing};
   const bool binary = a.options.cross_entropy == CrossEntropy::binary;
   const Sums sums = sum_chunks(a);
-  const int64_t images = sums.partial.images, classes = sums.partial.classes;
   const ScalarType type = statistics_type(logits);
   const Tensor loss = torch::stable::new_empty(logits, {}, type);
-  const Tensor slopes = torch::stable::new_empty(logits, {statistic_rows, images, classes}, type);
-  const Tensor totals = torch::stable::new_empty(logits, {images * sums.partial.width()}, ScalarType::Double);
+  const Tensor slopes = torch::stable::new_empty(logits, {statistic_rows, sums.images, sums.classes}, type);
+  const Tensor totals = torch::stable::new_empty(logits, {sums.outputs()}, ScalarType::Double);
   with_statistics_type(logits, [&](auto zero) {
     using A = decltype(zero);
-    LUNGKIT_LAUNCH((finish_loss<A>), 1, finish_threads, 0, current_stream(logits), sums.partial,
+    LUNGKIT_LAUNCH((finish_loss<A>), 1, finish_threads, 0, current_stream(logits), sums.of<A>(),
                    weight ? static_cast<const A*>(weight->const_data_ptr()) : nullptr, a.class_indices,
                    binary, options, static_cast<double*>(totals.mutable_data_ptr()),
                    static_cast<A*>(loss.mutable_data_ptr()), static_cast<A*>(slopes.mutable_data_ptr()));
@@ -184,7 +202,7 @@ Tensor dice_ce_backward_cuda(const Tensor& slopes, std::optional<Tensor> scale, 
   const VoxelLayout out = channel_layout(gradient);
   const bool few = takes_few_classes(a) && out.voxel_stride == 1;
   const int64_t step = few ? few_threads * (16 / element_size(logits.scalar_type())) : most_warps * 32;
-  const View view = view_of(a, step, step);
+  const View view = view_of(a, 2 * step);
   const unsigned blocks = blocks_of(view);
   if (blocks == 0) return gradient;
   dispatch_floating(logits.scalar_type(), "dice_ce", [&](auto zero) {

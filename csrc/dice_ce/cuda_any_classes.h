@@ -95,7 +95,7 @@ __device__ __forceinline__ void add_voxel(const View& view, const Voxel<A>& voxe
 
 template <class T>
 __global__ void __launch_bounds__(most_warps * 32, any_blocks<T>)
-    any_class_sums(View view, double* __restrict__ partial) {
+    any_class_sums(View view, accumulate_t<T>* __restrict__ partial) {
   using A = accumulate_t<T>;
   LUNGKIT_DYNAMIC_SHARED(double, of_block);  // (warps, few_rows, classes)
   __shared__ double voxels_of_warp[most_warps];
@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(most_warps * 32, any_blocks<T>)
   for (int64_t k = threadIdx.x; k <= width; k += blockDim.x) {
     double total = 0;
     for (int w = 0; w < warps; ++w) total += k < width ? of_block[w * width + k] : voxels_of_warp[w];
-    partial[(image * (width + 1) + k) * view.chunks + blockIdx.x % view.chunks] = all_valid ? total : NAN;
+    partial[(image * (width + 1) + k) * view.chunks + blockIdx.x % view.chunks] =
+        static_cast<A>(all_valid ? total : NAN);
   }
 }
 

@@ -30,12 +30,14 @@ LUNGKIT_HD int64_t partial_width(int64_t classes) {
   return few_rows * classes + 1;
 }
 
-// Sums of one thread over a few voxels. `values` of them move on; `row` makes a row of the statistics from
-// their totals.
-template <class A, int C>
+// Sums of one thread over a few voxels that count. `values` of them move on; `row` makes a row of the
+// statistics from their totals. Without `rest` there is no row_rest.
+template <class A, int C, bool rest>
 struct FewTerms {
   static constexpr int values = few_rows * C;
   A terms[few_rows][C] = {};
+
+  __device__ __forceinline__ void count(int) {}  // the labels are counted one by one
 
   __device__ __forceinline__ void add(const A (&z)[C], int code) {
     A largest = z[0];
@@ -45,62 +47,117 @@ struct FewTerms {
 #pragma unroll
     for (int c = 0; c < C; ++c) sum += p[c] = exp_nonpositive(z[c] - largest);
     const A scale = reciprocal(sum), lse = largest + log_positive(sum);
-    const bool counts = code >= 0;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       p[c] *= scale;
-      const A surprise = lse - z[c];
-      add_where(code == c, terms[row_intersection][c], p[c]);
-      add_where(counts, terms[row_prediction][c], p[c]);
-      add_where(code == c, terms[row_label][c], A(1));
-      add_where(code == c, terms[row_cross_entropy][c], surprise);
-      add_where(counts, terms[row_rest][c], surprise);
+      terms[row_prediction][c] += p[c];
+      if constexpr (rest) terms[row_rest][c] += lse - z[c];
+      if (code == c) {
+        terms[row_intersection][c] += p[c];
+        terms[row_label][c] += A(1);
+        terms[row_cross_entropy][c] += lse - z[c];
+      }
     }
   }
   template <class Move>
   __device__ __forceinline__ void move(const Move& move) {
 #pragma unroll
-    for (int k = 0; k < values; ++k) move(k, terms[k / C][k % C]);
+    for (int k = 0; k < (rest ? values : values - C); ++k) move(k, terms[k / C][k % C]);
     *this = {};
   }
   __device__ static double row(int row, int c, const double* totals) { return totals[row * C + c]; }
 };
 
-template <class A>
-struct FewTerms<A, 2> {
-  static constexpr int values = 2 * label_sums;
-  LabelTerms<A> zeros, ones;
+// Two classes need one exponential. The cross-entropy of a voxel is log(1 + e), plus |d| where the label is
+// the less probable class. Its logarithms are added as that of a product: (1 + e1)(1 + e2) = 1 + q, with q
+// kept apart from the 1 so that small e survive.
+template <class A, bool rest>
+struct FewTerms<A, 2, rest> {
+  enum {
+    prediction0,
+    prediction1,
+    overlap0,
+    overlap1,
+    ones,
+    against0,
+    against1,
+    log0,
+    log1,
+    zeros,
+    favour0,
+    favour1
+  };
+  static constexpr int values = rest ? 12 : 10;
+  A prediction[2] = {}, overlap[2] = {}, against[2] = {}, favour[2] = {}, product[2] = {};
+  int voxels = 0, of_one = 0;
+
+  __device__ __forceinline__ void count(int n) { voxels += n; }
 
   __device__ __forceinline__ void add(const A (&z)[2], int code) {
     const TwoProbabilities<A> p(z[0], z[1]);
-    zeros.template add<false>(code == 0, p.p0, p.p1, -p.difference, p.e);
-    ones.template add<false>(code == 1, p.p1, p.p0, p.difference, p.e);
+    prediction[0] += p.p0;
+    prediction[1] += p.p1;
+    of_one += code;
+    const A margin =
+        code == 1 ? p.difference : -p.difference;  // negative where the label is the less probable class
+    if (code == 1) {
+      overlap[1] += p.p1;
+      against[1] += larger(-margin, A(0));
+      if constexpr (rest) favour[1] += larger(margin, A(0));
+      product[1] += p.e * (product[1] + A(1));
+    } else {
+      overlap[0] += p.p0;
+      against[0] += larger(-margin, A(0));
+      if constexpr (rest) favour[0] += larger(margin, A(0));
+      product[0] += p.e * (product[0] + A(1));
+    }
   }
   template <class Move>
   __device__ __forceinline__ void move(const Move& move) {
-    move_terms<A, false>(zeros, move);
-    move_terms<A, false>(ones, [&](int k, A value) { move(label_sums + k, value); });
+    move(prediction0, prediction[0]);
+    move(prediction1, prediction[1]);
+    move(overlap0, overlap[0]);
+    move(overlap1, overlap[1]);
+    move(ones, static_cast<A>(of_one));
+    move(against0, against[0]);
+    move(against1, against[1]);
+    move(log0, log1p_nonnegative(product[0]));
+    move(log1, log1p_nonnegative(product[1]));
+    move(zeros, static_cast<A>(voxels - of_one));
+    if constexpr (rest) {
+      move(favour0, favour[0]);
+      move(favour1, favour[1]);
+    }
+    *this = {};
   }
   __device__ static double row(int row, int c, const double* totals) {
-    return two_class_sum(row, c, false, [&](int label, int k) { return totals[label * label_sums + k]; });
+    const int other = 1 - c;
+    switch (row) {
+      case row_intersection: return totals[overlap0 + c];
+      case row_prediction: return totals[prediction0 + c];
+      case row_label: return totals[c == 1 ? ones : zeros];
+      case row_cross_entropy: return totals[against0 + c] + totals[log0 + c];
+      default: break;
+    }
+    if constexpr (!rest) return 0;
+    return totals[against0 + c] + totals[log0 + c] + totals[favour0 + other] + totals[log0 + other];
   }
 };
 
 // Voxels of chunk and channel are a multiple of the pack, and every pack is aligned.
-template <class T, int C>
+template <class T, int C, bool rest>
 __global__ void __launch_bounds__(few_threads, few_blocks<T, C>)
-    few_class_sums(View view, double* __restrict__ partial) {
+    few_class_sums(View view, accumulate_t<T>* __restrict__ partial) {
   using A = accumulate_t<T>;
-  using Terms = FewTerms<A, C>;
+  using Terms = FewTerms<A, C, rest>;
   constexpr int voxels = pack_voxels<T>, warps = few_threads / 32;
-  __shared__ double of_warp[warps][Terms::values], voxels_of_warp[warps];
+  __shared__ double of_warp[warps][Terms::values], totals[Terms::values];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t image = view.image(), last = view.last_voxel();
   const int64_t base = image * view.logits_layout.batch_stride;
 
   Terms terms;
-  int count = 0, packs = 0;
-  bool valid = true;
+  int lowest_code = 0, packs = 0;
   if (lane < Terms::values) of_warp[warp][lane] = 0;
   __syncwarp();
   const auto move = [&](int k, A value) {
@@ -115,16 +172,28 @@ __global__ void __launch_bounds__(few_threads, few_blocks<T, C>)
       for (int c = 0; c < C; ++c) {
         z[c] = load_pack<T, voxels>(view.logits, base + c * view.logits_layout.channel_stride + v);
       }
-      int codes[voxels];
+      int codes[voxels], lowest = 0;
       load_codes(view, image, v, codes);
 #pragma unroll
-      for (int k = 0; k < voxels; ++k) {
+      for (int k = 0; k < voxels; ++k) lowest = min(lowest, codes[k]);
+      lowest_code = min(lowest_code, lowest);
+      const auto add = [&](int k) {
         A of_voxel[C];
 #pragma unroll
         for (int c = 0; c < C; ++c) of_voxel[c] = static_cast<A>(z[c].of[k]);
         terms.add(of_voxel, codes[k]);
-        count += codes[k] >= 0;
-        valid &= codes[k] != invalid;
+      };
+      if (lowest == 0) {
+        terms.count(voxels);
+#pragma unroll
+        for (int k = 0; k < voxels; ++k) add(k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < voxels; ++k) {
+          if (codes[k] < 0) continue;
+          terms.count(1);
+          add(k);
+        }
       }
     }
     if (++packs == packs_in_a_row<T>) {
@@ -132,23 +201,26 @@ __global__ void __launch_bounds__(few_threads, few_blocks<T, C>)
       packs = 0;
     }
   }
-  terms.move(move);
-  count = warp_sum(count);
-  if (lane == 0) voxels_of_warp[warp] = count;
+  if (packs > 0) terms.move(move);
 
-  const bool all_valid = __syncthreads_and(valid);
+  const bool all_valid = __syncthreads_and(lowest_code > invalid);
+  if (threadIdx.x < Terms::values) {
+    double total = 0;
+    for (int w = 0; w < warps; ++w) total += of_warp[w][threadIdx.x];
+    totals[threadIdx.x] = total;
+  }
+  __syncthreads();
   constexpr int width = few_rows * C + 1;
   if (threadIdx.x >= width) return;
-  double totals[Terms::values] = {}, counted = 0;
-  for (int w = 0; w < warps; ++w) {
-    for (int k = 0; k < Terms::values; ++k) totals[k] += of_warp[w][k];
-    counted += voxels_of_warp[w];
-  }
   const int row = threadIdx.x / C;
-  const bool empty =
-      view.options.cross_entropy == CrossEntropy::none && row >= row_cross_entropy && row < few_rows;
-  const double total = row == few_rows ? counted : empty ? 0.0 : Terms::row(row, threadIdx.x % C, totals);
-  partial[(image * width + threadIdx.x) * view.chunks + blockIdx.x % view.chunks] = all_valid ? total : NAN;
+  double total = 0;
+  if (row == few_rows) {
+    for (int c = 0; c < C; ++c) total += Terms::row(row_label, c, totals);
+  } else if (row < row_cross_entropy || view.options.cross_entropy != CrossEntropy::none) {
+    total = Terms::row(row, threadIdx.x % C, totals);
+  }
+  partial[(image * width + threadIdx.x) * view.chunks + blockIdx.x % view.chunks] =
+      static_cast<A>(all_valid ? total : NAN);
 }
 
 // Gradient of the logits of one voxel from the slopes of its image.
@@ -233,7 +305,7 @@ __global__ void __launch_bounds__(few_threads, few_blocks<T, C>)
     }
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      *reinterpret_cast<Pack<T, voxels>*>(gradient + (image * C + c) * view.logits_layout.voxels + v) = z[c];
+      store_pack(gradient + (image * C + c) * view.logits_layout.voxels + v, z[c]);
     }
   }
 }

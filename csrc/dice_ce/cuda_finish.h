@@ -8,12 +8,13 @@
 namespace lungkit::LUNGKIT_ISA {
 namespace {
 
-constexpr int finish_threads = 512;
+constexpr int finish_threads = 1024;
 
 // What the first launch left: the sums of image b are partial[(b * width + k) * chunks + chunk], k = row *
 // classes + c and, for k = width - 1, the voxels.
+template <class A>
 struct Partial {
-  const double* sums;
+  const A* sums;
   int64_t images;
   int64_t classes;
   int64_t chunks;
@@ -23,7 +24,10 @@ struct Partial {
   // One sum over all chunks, by a whole warp; valid in lane 0.
   __device__ double total(int64_t output) const {
     double sum = 0;
-    for (int64_t chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) sum += sums[output * chunks + chunk];
+#pragma unroll 8
+    for (int64_t chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) {
+      sum += static_cast<double>(sums[output * chunks + chunk]);
+    }
     return warp_sum(sum);
   }
 };
@@ -31,7 +35,7 @@ struct Partial {
 // Writes (statistic_rows, images, classes).
 template <class A>
 __global__ void __launch_bounds__(finish_threads)
-    collect_statistics(Partial partial, A* __restrict__ statistics) {
+    collect_statistics(Partial<A> partial, A* __restrict__ statistics) {
   const int64_t width = partial.width(), classes = partial.classes, warps = finish_threads / 32;
   const int64_t first = blockIdx.x * warps + threadIdx.x / 32;
   for (int64_t output = first; output < partial.images * width; output += gridDim.x * warps) {
@@ -62,7 +66,7 @@ __device__ inline double block_sum(double value) {
 // One block. `sums` has room for images * width numbers; weight may be null.
 template <class A>
 __global__ void __launch_bounds__(finish_threads)
-    finish_loss(Partial partial, const A* __restrict__ weight, bool class_indices, bool binary,
+    finish_loss(Partial<A> partial, const A* __restrict__ weight, bool class_indices, bool binary,
                 LossOptions options, double* __restrict__ sums, A* __restrict__ loss,
                 A* __restrict__ slopes) {
   const int64_t images = partial.images, classes = partial.classes, width = partial.width();

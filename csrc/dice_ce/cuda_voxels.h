@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -44,13 +45,18 @@ struct View {
   __device__ bool is_masked(int64_t image, int64_t v) const {
     return mask != nullptr && mask[image * mask_layout.batch_stride + v * mask_layout.voxel_stride] == 0;
   }
-  // What a class index becomes: itself, left_out or invalid.
-  __device__ int code_of(int64_t label, bool masked) const {
-    if (masked || (options.has_ignore_index && label == options.ignore_index)) return left_out;
-    const int64_t values = logits_layout.channels == 1 ? 2 : logits_layout.channels;
-    return label >= 0 && label < values ? static_cast<int>(label) : invalid;
-  }
 };
+
+// What a class index becomes: itself, left_out or invalid.
+template <bool has_ignored, class Label>
+__device__ __forceinline__ int encode(const View& view, Label label) {
+  using Wide = std::conditional_t<sizeof(Label) < 8, int, int64_t>;
+  const Wide value = static_cast<Wide>(label), ignored = static_cast<Wide>(view.options.ignore_index);
+  const int classes = static_cast<int>(view.logits_layout.channels == 1 ? 2 : view.logits_layout.channels);
+  const int code = value >= 0 && value < classes ? static_cast<int>(value) : invalid;
+  if constexpr (!has_ignored) return code;
+  return value == ignored && ignored == view.options.ignore_index ? left_out : code;
+}
 
 // count elements as one access of up to 16 bytes.
 template <class T, int count>
@@ -61,6 +67,14 @@ struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Pack {
 template <class T, int count>
 __device__ __forceinline__ Pack<T, count> load_pack(const void* data, int64_t offset) {
   return *reinterpret_cast<const Pack<T, count>*>(static_cast<const T*>(data) + offset);
+}
+
+// A Pack of 16 bytes, written at once: left to itself the compiler may split it.
+template <class T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, 16 / sizeof(T)>& pack) {
+  uint4 whole;
+  memcpy(&whole, &pack, sizeof whole);
+  __stwb(reinterpret_cast<uint4*>(to), whole);
 }
 
 template <class Body>
@@ -79,11 +93,16 @@ __device__ __forceinline__ void load_codes(const View& view, int64_t image, int6
   with_label_type(view.labels_type, [&](auto zero) {
     using Label = decltype(zero);
     const auto labels = load_pack<Label, count>(view.labels, image * view.labels_layout.batch_stride + v);
+    if (view.options.has_ignore_index) {
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
-      codes[k] = view.code_of(static_cast<int64_t>(labels.of[k]), view.is_masked(image, v + k));
+      for (int k = 0; k < count; ++k) codes[k] = encode<true>(view, labels.of[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < count; ++k) codes[k] = encode<false>(view, labels.of[k]);
     }
   });
+  if (view.mask == nullptr) return;
+  for (int k = 0; k < count; ++k) codes[k] = view.is_masked(image, v + k) ? left_out : codes[k];
 }
 
 // Code of one voxel anywhere; beside label vectors it only says whether the voxel counts.
@@ -94,9 +113,10 @@ __device__ __forceinline__ int load_code(const View& view, int64_t image, int64_
   with_label_type(view.labels_type, [&](auto zero) {
     const auto* labels = static_cast<const decltype(zero)*>(view.labels);
     const int64_t offset = image * view.labels_layout.batch_stride + v * view.labels_layout.voxel_stride;
-    code = view.code_of(static_cast<int64_t>(labels[offset]), masked);
+    code = view.options.has_ignore_index ? encode<true>(view, labels[offset])
+                                         : encode<false>(view, labels[offset]);
   });
-  return code;
+  return masked ? left_out : code;
 }
 
 // Element of a label vector, of any dtype.

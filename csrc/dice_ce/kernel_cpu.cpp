@@ -8,7 +8,7 @@
 namespace lungkit::LUNGKIT_ISA {
 namespace {
 
-constexpr int two_class_voxels = 1024;  // of a tile
+constexpr int two_class_voxels = 256;  // of a tile  // of a tile
 
 bool is_two_classes(const DiceCeChunk& chunk) {
   return chunk.classes == 2 && chunk.class_indices && chunk.options.activation == Activation::softmax &&
@@ -26,9 +26,10 @@ struct TwoClassTile {
   // Logits already of type A are read where they lie, but for the last tile of a chunk, which may need
   // padding.
   TwoClassTile(const DiceCeChunk& chunk, int64_t first) {
+    constexpr int step = interleaved * lanes<A>;
     const int64_t left = chunk.voxels - first;
     voxels = static_cast<int>(left < two_class_voxels ? left : two_class_voxels);
-    padded = (voxels + lanes<A> - 1) / lanes<A> * lanes<A>;
+    padded = (voxels + step - 1) / step * step;
     valid = load_codes(chunk, first, voxels, padded, codes);
     const bool in_place = chunk.logits_type == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float) &&
                           chunk.logits_voxel_stride == 1 && voxels == padded;
@@ -47,11 +48,15 @@ bool two_class_sums(const DiceCeChunk& chunk, double* sums) {
   for (int64_t first = 0; first < chunk.voxels; first += two_class_voxels) {
     const TwoClassTile<A> tile(chunk, first);
     valid &= tile.valid;
-    if (chunk.options.squared) {
-      total.template add<true>(tile.z[0], tile.z[1], tile.codes, tile.padded);
-    } else {
-      total.template add<false>(tile.z[0], tile.z[1], tile.codes, tile.padded);
-    }
+    const auto add = [&](auto squared) {
+      const auto& z = tile.z;
+      if (chunk.options.needs_rest) {
+        total.template add<decltype(squared)::value, true>(z[0], z[1], tile.codes, tile.padded);
+      } else {
+        total.template add<decltype(squared)::value, false>(z[0], z[1], tile.codes, tile.padded);
+      }
+    };
+    chunk.options.squared ? add(std::true_type{}) : add(std::false_type{});
   }
   total.write(chunk.options, sums);
   return valid;
@@ -63,6 +68,9 @@ void two_class_gradient(const DiceCeChunk& chunk, const double* slopes, void* gr
   const auto slope = [&](Row row, int c) { return static_cast<A>(slopes[2 * row + c]); };
   const TwoClassSlopes<A> two(slope, chunk.options.squared,
                               chunk.options.cross_entropy != CrossEntropy::none);
+  const auto write = !chunk.options.squared && two.rest == 0 && two.rest1 == 0
+                         ? write_two_class_gradient<A, true>
+                         : write_two_class_gradient<A, false>;
   for (int64_t first = 0; first < chunk.voxels; first += two_class_voxels) {
     TwoClassTile<A> tile(chunk, first);
     const bool in_place = chunk.logits_type == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float) &&
@@ -71,7 +79,7 @@ void two_class_gradient(const DiceCeChunk& chunk, const double* slopes, void* gr
     for (int c = 0; c < 2; ++c) {
       out[c] = in_place ? static_cast<A*>(gradient) + c * channel_stride + first : tile.buffer[c];
     }
-    write_two_class_gradient(tile.z[0], tile.z[1], tile.codes, tile.padded, two, out[0], out[1]);
+    write(tile.z[0], tile.z[1], tile.codes, tile.padded, two, out[0], out[1]);
     for (int c = 0; c < 2 && !in_place; ++c) {
       store_elements(out[c], tile.voxels, gradient, chunk.logits_type,
                      c * channel_stride + first * voxel_stride, voxel_stride);

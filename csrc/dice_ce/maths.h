@@ -26,80 +26,20 @@ struct TwoProbabilities {
     e = exp_nonpositive(-absolute(difference));
     likely = reciprocal(e + A(1));
     unlikely = e * likely;
+    assign();
+  }
+  LUNGKIT_HD TwoProbabilities(Number<A> difference, Number<A> e, Number<A> likely, Number<A> unlikely)
+      : difference(difference), e(e), likely(likely), unlikely(unlikely) {
+    assign();
+  }
+
+ private:
+  LUNGKIT_HD void assign() {
     const Truth<A> one_is_likely = difference >= A(0);
     p1 = select(one_is_likely, likely, unlikely);
     p0 = select(one_is_likely, unlikely, likely);
   }
 };
-
-// Sums over the voxels of one label, for a few voxels at a time. Of the cross-entropy log(1 + e), plus |d|
-// where the label is the less probable class, the logarithms are added as that of a product: (1 + e1)(1 + e2)
-// = 1 + q, with q kept apart from the 1 so that small e survive.
-template <class A>
-struct LabelTerms {
-  Number<A> own = {}, other = {}, own_squared = {},
-            other_squared = {};  // p of the label's class, of the other, squares
-  Number<A> count = {}, favour = {}, against = {},
-            product = {};  // voxels; |d| where the label is more, less probable; q
-
-  // Adds a voxel where `mask`; the margin is +d for label 1 and -d for label 0.
-  template <bool squared>
-  LUNGKIT_HD void add(Truth<A> mask, Number<A> p_own, Number<A> p_other, Number<A> margin, Number<A> e) {
-    const Number<A> zero = {};
-    add_where(mask, own, p_own);
-    add_where(mask, other, p_other);
-    if constexpr (squared) {
-      add_where(mask, own_squared, p_own * p_own);
-      add_where(mask, other_squared, p_other * p_other);
-    }
-    add_where(mask, count, zero + A(1));
-    add_where(mask, favour, larger(margin, zero));
-    add_where(mask, against, larger(-margin, zero));
-    add_where(mask, product, e * (product + A(1)));
-  }
-};
-
-// The sums of one label over all its voxels, in the order of the table below.
-enum LabelSum : int {
-  sum_own,
-  sum_other,
-  sum_count,
-  sum_favour,
-  sum_against,
-  sum_log,
-  label_sums,
-  squared_label_sums = 8
-};
-
-// Calls move(k, value) for each sum of `terms`, then empties them.
-template <class A, bool squared, class Move>
-LUNGKIT_HD void move_terms(LabelTerms<A>& terms, const Move& move) {
-  move(sum_own, terms.own);
-  move(sum_other, terms.other);
-  move(sum_count, terms.count);
-  move(sum_favour, terms.favour);
-  move(sum_against, terms.against);
-  move(sum_log, log1p_nonnegative(terms.product));
-  if constexpr (squared) {
-    move(label_sums, terms.own_squared);
-    move(label_sums + 1, terms.other_squared);
-  }
-  terms = {};
-}
-
-// Row of the statistics for class c of two, from at(label, k), the sums of both labels; not for row_voxels.
-template <class At>
-LUNGKIT_HD double two_class_sum(int row, int c, bool squared, const At& at) {
-  const int other = 1 - c;
-  switch (row) {
-    case row_intersection: return at(c, sum_own);
-    case row_prediction:
-      return squared ? at(c, label_sums) + at(other, label_sums + 1) : at(c, sum_own) + at(other, sum_other);
-    case row_label: return at(c, sum_count);
-    case row_cross_entropy: return at(c, sum_against) + at(c, sum_log);
-    default: return at(c, sum_against) + at(c, sum_log) + at(other, sum_favour) + at(other, sum_log);
-  }
-}
 
 // The gradient of the logits of two classes is -g and g, with
 //   g = p1 p0 (dp1 - dp0) + n (p1 - y) + p1 (r0 + r1) - r1

@@ -23,8 +23,9 @@ enum Row : int {
 struct DiceCeOptions {
   Activation activation = Activation::softmax;
   CrossEntropy cross_entropy = CrossEntropy::softmax;
-  bool squared = false;  // p^2 and y^2 in row_prediction and row_label
-  double gamma = 0;      // focal exponent
+  bool squared = false;    // p^2 and y^2 in row_prediction and row_label
+  double gamma = 0;        // focal exponent
+  bool needs_rest = true;  // row_rest may be anything where not
   bool has_ignore_index = false;
   int64_t ignore_index = 0;
 };

@@ -91,15 +91,26 @@ void store_elements(const A* from, int n, void* data, ScalarType type, int64_t o
 }
 
 // Class indices to codes: the index, or left_out. False where an index that counts is outside 0 .. values
-// - 1.
+// - 1; its code is of no use then.
 template <class Label>
 bool encode(const Label* labels, int64_t stride, const uint8_t* mask, int64_t mask_stride, int n,
             int64_t values, const DiceCeOptions& options, int32_t* codes) {
   using Wide = std::conditional_t<sizeof(Label) < 8, int32_t, int64_t>;
   constexpr int64_t largest = sizeof(Label) < 4 ? 0xffff : 0x7fffffff;
+  using Unsigned = std::make_unsigned_t<Wide>;  // in which a negative index is too large
   const Wide end = static_cast<Wide>(values < largest ? values : largest);
   const bool has_ignore =
       options.has_ignore_index && static_cast<Label>(options.ignore_index) == options.ignore_index;
+  if (mask == nullptr && !has_ignore && stride == 1) {
+    Unsigned most = 0;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < n; ++i) {
+      const Wide label = static_cast<Wide>(labels[i]);
+      codes[i] = static_cast<int32_t>(label);
+      most = most < static_cast<Unsigned>(label) ? static_cast<Unsigned>(label) : most;
+    }
+    return n == 0 || most < static_cast<Unsigned>(end);
+  }
   const Wide ignored = has_ignore ? static_cast<Wide>(options.ignore_index) : Wide(-1);
   int32_t invalid = 0;
   const auto encode_all = [&](auto label_of, auto counts) {

@@ -89,6 +89,12 @@ inline void add_where(M mask, V& sum, V v) {
   sum = mask ? sum + v : sum;
 }
 
+// Adds v where both masks are set.
+template <class V, class M>
+inline void add_where(M first, M second, V& sum, V v) {
+  sum = first ? (second ? sum + v : sum) : sum;
+}
+
 // The larger one; b where either is NaN.
 inline Vector<float> larger(Vector<float> a, Vector<float> b) {
 #if defined(__AVX512F__)
@@ -112,30 +118,56 @@ inline Vector<double> absolute(Vector<double> x) {
   return bits<Vector<double>>(bits<Mask<double>>(x) & 0x7fffffffffffffff);
 }
 
+// 1 / x for normal x whose reciprocal is normal, to about one unit in the last place.
 inline Vector<float> reciprocal(Vector<float> x) {
+#if defined(__AVX512F__)
+  const Vector<float> r =
+      _mm512_maskz_rcp14_ps(0xffff, x);  // one Newton step from 14 bits is cheaper than a division
+  return r + r * (1.0f - x * r);
+#else
   return 1.0f / x;
+#endif
 }
 inline Vector<double> reciprocal(Vector<double> x) {
   return 1.0 / x;
 }
 
-// exp(x) for x <= 0, to about one unit in the last place; 0 is never reached (exp(-87) is the least in
-// float).
-inline Vector<float> exp_nonpositive(Vector<float> x) {
-  x = larger(x, fill(-87.0f));
+// exp(x) for x <= 0, to about one unit in the last place; NaN stays NaN, and 0 is never reached (exp(-87) is
+// the least in float). Of n vectors at a time, step by step, so that one need not wait for its own last step.
+template <int n>
+inline void replace_by_exp(Vector<float> (&x)[n]) {
   // x = k ln 2 + r, |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const Vector<float> shifted = x * 1.44269504088896341f + 12582912.0f;
-  const Vector<float> k = shifted - 12582912.0f;
-  const Vector<float> r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-  Vector<float> p = fill(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Mask<float> scale = (bits<Mask<float>>(shifted) << 23) + 0x3f800000;
-  return p * bits<Vector<float>>(scale);
+  Vector<float> shifted[n], p[n];
+  for (int i = 0; i < n; ++i) x[i] = larger(fill(-87.0f), x[i]);
+  for (int i = 0; i < n; ++i) shifted[i] = x[i] * 1.44269504088896341f + 12582912.0f;
+  for (int i = 0; i < n; ++i) {
+    const Vector<float> k = shifted[i] - 12582912.0f;
+    x[i] = (x[i] - k * 0.693359375f) - k * -2.12194440e-4f;
+  }
+  for (int i = 0; i < n; ++i) p[i] = x[i] * 1.381454058e-3f + 8.368745446e-3f;
+  for (const float c : {4.166838899e-2f, 1.666652113e-1f, 4.999999404e-1f, 1.0f, 1.0f}) {
+    for (int i = 0; i < n; ++i) p[i] = p[i] * x[i] + c;
+  }
+  for (int i = 0; i < n; ++i) {
+    const Mask<float> scale = (bits<Mask<float>>(shifted[i]) << 23) + 0x3f800000;
+    x[i] = p[i] * bits<Vector<float>>(scale);
+  }
+}
+
+template <int n>
+inline void replace_by_exp(Vector<double> (&x)[n]) {
+  for (int k = 0; k < n; ++k) {
+    Vector<double> v = x[k];
+    for (int i = 0; i < lanes<double>; ++i) v[i] = std::exp(v[i]);
+    x[k] = v;
+  }
+}
+
+template <class V>
+inline V exp_nonpositive(V x) {
+  V one[] = {x};
+  replace_by_exp(one);
+  return one[0];
 }
 
 // log(x) for positive, finite, normal x.
@@ -156,11 +188,6 @@ inline Vector<float> log_positive(Vector<float> x) {
   p = p * m + 3.3333331174e-1f;
   const Vector<float> tail = p * m * square - 0.5f * square + k * -2.12194440e-4f;
   return m + tail + k * 0.693359375f;
-}
-
-inline Vector<double> exp_nonpositive(Vector<double> x) {
-  for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
 }
 
 inline Vector<double> log_positive(Vector<double> x) {

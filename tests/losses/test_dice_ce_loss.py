@@ -53,8 +53,12 @@ def assert_equal_to_monai(logits, labels, **options):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["unweighted", "weighted"])
-def test_every_combination_of_options_has_monais_value_and_gradient(activation, reduction, vectors, weight):
-    logits, labels = case((2, 6, 7), 3, vectors=vectors)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_every_combination_of_options_has_monais_value_and_gradient(
+    classes, activation, reduction, vectors, weight
+):
+    logits, labels = case((2, 6, 7), classes, vectors=vectors)
+    weight = None if weight is None else weight[:classes]
     switches = ("include_background", "squared_pred", "jaccard", "batch")
     for values in itertools.product([False, True], repeat=len(switches)):
         for label_smoothing in (0.0, 0.15):

@@ -18,6 +18,7 @@ from dice_ce_cases import (
     random_indices,
     random_logits,
     random_vectors,
+    statistics_and_gradient,
 )
 
 from lungkit.errors import UsageError
@@ -94,12 +95,20 @@ def test_masked_voxels_count_nowhere(isa, dtype, vectors):
     assert_matches_twin(OPS, random_logits((2, 9, 11), 2, torch.float32), labels, Form(), mask=mask)
 
 
-def test_a_masked_voxel_may_have_any_label_and_logit(isa):
-    logits = torch.tensor([[[1.0, float("nan")], [2.0, 0.0]]])
-    mask = torch.tensor([[True, False]])
-    sums = dice_ce_statistics(logits, torch.tensor([[1, 99]]), mask=mask)
-    assert torch.isfinite(sums).all()
-    assert torch.isfinite(gradient_of(dice_ce_loss, logits, torch.tensor([[1, 99]]), mask=mask)).all()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+@pytest.mark.parametrize("form", [Form(), Form("sigmoid", "binary"), Form("none", "none")], ids=str)
+def test_a_masked_voxel_may_have_any_label_and_logit(isa, form, dtype, value):
+    for classes in (2, 3):
+        logits = random_logits((1, 20), classes, dtype)
+        labels = random_indices((1, 20), classes, torch.int64)
+        mask = torch.arange(20).view(1, 20) != 7
+        clean = statistics_and_gradient(OPS, logits, labels, mask, form)
+        logits[0, 1, 7], labels[0, 7] = value, 99
+        for actual, expected in zip(
+            statistics_and_gradient(OPS, logits, labels, mask, form), clean, strict=True
+        ):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -259,8 +268,9 @@ def test_huge_logits_stay_finite(isa, classes, dtype):
 
 @pytest.mark.parametrize("ignore_index", [None, 0])
 @pytest.mark.parametrize("batch", [False, True])
-def test_all_background_or_all_ignored_is_finite(batch, ignore_index):
-    logits, labels = random_logits((2, 9, 11), 2, torch.float32), torch.zeros(2, 9, 11, dtype=torch.uint8)
+@pytest.mark.parametrize("shape", [(2, 9, 11), (1, 1)])
+def test_all_background_or_all_ignored_is_finite(shape, batch, ignore_index):
+    logits, labels = random_logits(shape, 2, torch.float32), torch.zeros(shape, dtype=torch.uint8)
     options = {"batch": batch, "include_background": False, "ignore_index": ignore_index, "smooth_dr": 0.0}
     assert torch.isfinite(dice_ce_loss(logits, labels, **options))
     gradient = gradient_of(dice_ce_loss, logits, labels, **options)
@@ -275,6 +285,27 @@ def test_a_confident_cross_entropy_keeps_its_digits(isa):
     torch.testing.assert_close(
         dice_ce_statistics(logits, labels)[3, 0, 1].double(), exact, rtol=1e-6, atol=0.0
     )
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_small_overlaps_and_predictions_keep_their_digits(isa, right):
+    # Confident and wrong but for `right` voxels: every sum has terms that 1 - p would lose.
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.stack((torch.zeros(1, 5000), 9 + torch.rand(1, 5000, generator=generator)), 1)
+    logits[:, 1, :right] *= -1
+    labels = torch.zeros(1, 5000, dtype=torch.uint8)
+    exact = reference_statistics(logits.double(), labels)
+    torch.testing.assert_close(dice_ce_statistics(logits, labels).double(), exact, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+def test_a_nan_logit_makes_loss_and_its_gradient_nan(isa, classes, dtype):
+    logits = random_logits((1, 9, 11), classes, dtype)
+    logits[0, 1, 4, 5] = torch.nan
+    labels = random_indices((1, 9, 11), classes, torch.uint8)
+    assert dice_ce_loss(logits, labels).isnan()
+    assert gradient_of(dice_ce_loss, logits, labels)[0, :, 4, 5].isnan().all()
 
 
 @pytest.mark.parametrize("classes", [2, 5])

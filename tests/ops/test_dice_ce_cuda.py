@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from cuda_on_cpu.emulator import Emulator
@@ -17,6 +19,7 @@ from dice_ce_cases import (
     random_indices,
     random_logits,
     random_vectors,
+    statistics_and_gradient,
 )
 
 from lungkit.ops.dice_ce import dice_ce_loss, reference
@@ -64,6 +67,32 @@ def test_emulated_index_dtypes_masks_and_ignored_voxels(emulated, shape, dtype):
     mask = random_indices(shape, 4, torch.uint8, seed=5)
     logits = random_logits(shape, 2, torch.float16)
     assert_matches_twin(emulated, logits, labels, Form(), mask=mask, ignore_index=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", [Form(), Form("sigmoid", "binary"), Form("none", "none")], ids=str)
+def test_emulated_masked_voxel_may_have_any_label_and_logit(emulated, form, value):
+    for voxels, classes in ((32, 2), (33, 2), (32, 3), (32, 6)):
+        logits = random_logits((1, voxels), classes, torch.float32)
+        labels = random_indices((1, voxels), classes, torch.int64)
+        mask = torch.arange(voxels).view(1, voxels) != 7
+        clean = statistics_and_gradient(emulated, logits, labels, mask, form)
+        logits[0, 1, 7], labels[0, 7] = value, 99
+        for actual, expected in zip(
+            statistics_and_gradient(emulated, logits, labels, mask, form), clean, strict=True
+        ):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+@pytest.mark.parametrize("voxels", [32, 33])
+def test_emulated_nan_logit_makes_loss_and_its_gradient_nan(emulated, voxels, classes):
+    logits = random_logits((1, voxels), classes, torch.float32)
+    logits[0, 1, 7] = torch.nan
+    labels = random_indices((1, voxels), classes, torch.uint8)
+    loss, slopes = emulated.dice_ce_loss(logits, labels, None, None, *Form(), *NNUNET)
+    assert loss.isnan()
+    assert emulated.dice_ce_backward(slopes, None, logits, labels, None, *Form(), None)[0, :, 7].isnan().all()
 
 
 @pytest.mark.parametrize(("shape", "classes"), CASES)
@@ -127,6 +156,28 @@ def test_emulated_empty_input_gives_a_loss(emulated, shape):
     loss, slopes = emulated.dice_ce_loss(logits, labels, None, None, *Form(), *NNUNET)
     torch.testing.assert_close(loss, dice_ce_loss(logits, labels, **as_keywords(NNUNET)))
     assert emulated.dice_ce_backward(slopes, None, logits, labels, None, *Form(), None).shape == logits.shape
+
+
+@pytest.mark.skipif(
+    "LUNGKIT_TEST_SANITIZED" in os.environ,
+    reason="the sanitizer keeps a byte for every eight, touched or not",
+)
+@pytest.mark.parametrize("shape", [(2, 8, 24), (2, 5, 7)])
+def test_emulated_offsets_beyond_32_bits(emulated, shape):
+    logits, labels = random_logits(shape, 2, torch.float16), random_indices(shape, 2, torch.uint8)
+    far, far_labels = (
+        torch.empty(2**31 + 1024, dtype=like.dtype)
+        .as_strided(like.shape, (2**31 + 64, *like.stride()[1:]))
+        .copy_(like)
+        for like in (logits, labels)
+    )
+    loss, slopes = emulated.dice_ce_loss(far, far_labels, None, None, *Form(), *NNUNET)
+    torch.testing.assert_close(loss, dice_ce_loss(logits, labels, **as_keywords(NNUNET)))
+    gradient, near_gradient = (
+        emulated.dice_ce_backward(slopes, None, *of, None, *Form(), None)
+        for of in ((far, far_labels), (logits, labels))
+    )
+    assert torch.equal(gradient, near_gradient)
 
 
 def test_emulated_two_launches_forward_and_one_backward(emulated, emulated_library):
