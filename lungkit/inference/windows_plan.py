@@ -34,7 +34,7 @@ def smaller_tiles(tile: Tile, shape: Sequence[int], halvings: int) -> Tile:
     """The tile with its longest axis halved ``halvings`` times, down to 32 voxels; whole slices are cut up first.
 
     Example:
-        >>> smaller_tiles(Tile((64, 128, 128), False), (100, 512, 512), 2).patch_size
+        >>> smaller_tiles(Tile((64, 128, 128), False), (100, 512, 512), 1).patch_size
         (64, 64, 64)
         >>> smaller_tiles(Tile((96, 96), True), (100, 512, 512), 1)
         Tile(patch_size=(256, 256), whole_slices=False)

@@ -49,7 +49,7 @@ def save_preview(
 
     Example:
         >>> import pathlib, tempfile
-        >>> mask = np.zeros((4, 32, 32), np.uint8)
+        >>> mask = np.zeros((4, 32, 32), np.int16)
         >>> mask[1:3, 8:16, 8:16] = 1
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "preview.png"
         >>> save_preview(path, mask * 400 - 800, mask, (2.5, 0.8, 0.8), window=(-1000, 400))
