@@ -72,7 +72,7 @@ class Predictor:
         precision: "fp32", "bf16" or "fp16"; "auto" as in training: bf16 where the device computes with it.
         overlap: of neighbouring windows, 0 <= overlap < 1.
         mirror: average over the mirror images of every window (test-time augmentation).
-        batch_size: windows in one call; None is about a million voxels on a CPU, four on a GPU.
+        batch_size: windows in one call; None is as many as the device is fastest with.
         postprocessing: None takes what the first model was given in training; ``Postprocessing()`` turns it off.
 
     Raises:

@@ -18,13 +18,11 @@ from lungkit.inference.predict import stream_case
 from lungkit.inference.rows import ResampledRows, Rows, ScanRows, StreamedRows, chunks
 from lungkit.inference.sliding_window import Progress, first_output
 from lungkit.inference.trained_model import TrainedModel
-from lungkit.inference.windows_plan import Tile, smaller_tiles
+from lungkit.inference.windows_plan import Tile, smaller_tiles, windows_per_call
 from lungkit.nn import AttentionUNet
 
 CHUNK_VOXELS = 1 << 22
 """Voxels times channels that are worked on at once outside the network."""
-
-_VOXELS_PER_CALL = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,7 @@ class Windowing:
         if self.batch_size is not None:
             return self.batch_size
         voxels = math.prod(plane) if tile.whole_slices else math.prod(tile.patch_size)
-        budget = _VOXELS_PER_CALL.get(device.type, _VOXELS_PER_CALL["cpu"])
-        return max(1, budget // (voxels * (2 if self.mirror else 1)))
+        return windows_per_call(device.type, voxels)
 
 
 def probability_rows(

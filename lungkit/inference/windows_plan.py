@@ -11,6 +11,10 @@ from lungkit.inference.trained_model import TrainedModel
 
 _SMALLEST = 32
 
+# Measured on a CPU with 1 MiB of L2 a core: a call takes longest a voxel where its features leave the cache, so that
+# whole slices and 3D windows are fastest one at a time and small windows some at a time. A GPU wants to be filled.
+_VOXELS_PER_CALL = {"cpu": 1 << 17, "cuda": 1 << 22}
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -48,6 +52,16 @@ def smaller_tiles(tile: Tile, shape: Sequence[int], halvings: int) -> Tile:
             break
         size = [entry // 2 if entry == longest else entry for entry in size]
     return replace(tile, patch_size=tuple(size), whole_slices=False)
+
+
+def windows_per_call(device_type: str, voxels: int) -> int:
+    """How many windows of so many voxels a device takes at once, at least one.
+
+    Example:
+        >>> windows_per_call("cpu", 128 * 128), windows_per_call("cpu", 512 * 512), windows_per_call("cuda", 512 * 512)
+        (8, 1, 16)
+    """
+    return max(1, _VOXELS_PER_CALL.get(device_type, _VOXELS_PER_CALL["cpu"]) // max(1, voxels))
 
 
 def windows_of(shape: Sequence[int], tile: Tile, overlap: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lungkit.data import CachedCase
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.inference import attention_map, predict_case
 from lungkit.inference.predict import stream_case
+from lungkit.inference.windows_plan import windows_per_call
 from lungkit.metrics import CaseTable, evaluate_case
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet
 from lungkit.report import choose_slice, save_overlays
@@ -22,7 +24,6 @@ from lungkit.training.grids import CacheGrid, Grid
 from lungkit.training.planning import Plan
 
 METRICS = ("dice", "iou", "ppv", "sensitivity")
-_PATCHES_PER_CALL = {2: 16, 3: 1}
 
 Predict = Callable[[nn.Module, CachedCase, Plan], np.ndarray]
 """Label map of a cached case, uint8 (Z, Y, X)."""
@@ -34,7 +35,7 @@ def predict(network: nn.Module, case: CachedCase, plan: Plan) -> np.ndarray:
         network,
         case,
         plan.patch_size,
-        batch_size=_PATCHES_PER_CALL[plan.dims],
+        batch_size=_windows_per_call(network, case, plan),
         whole_slices=plan.dims == 2,
         context_slices=plan.context_slices,
     )
@@ -48,11 +49,16 @@ def stream_logits_of(network: nn.Module, case: CachedCase, plan: Plan) -> Iterat
         image,
         plan.patch_size,
         overlap=0.5,
-        batch_size=_PATCHES_PER_CALL[plan.dims],
+        batch_size=_windows_per_call(network, case, plan),
         whole_slices=plan.dims == 2,
         context_slices=plan.context_slices,
         progress=None,
     )
+
+
+def _windows_per_call(network: nn.Module, case: CachedCase, plan: Plan) -> int:
+    size = case.shape[1:] if plan.dims == 2 else plan.patch_size
+    return windows_per_call(next(network.parameters()).device.type, math.prod(size))
 
 
 def validate(

@@ -213,7 +213,7 @@ def test_lesions_outside_the_lungs_are_removed_where_that_pays(monkeypatch):
     network.planes = iter(torch.from_numpy(found))
     scan = case("a", (hu + 100) / 200, phantom.label, phantom.spacing_mm)
     plan = replace(PLAN, patch_size=(64, 64))
-    monkeypatch.setitem(validation._PATCHES_PER_CALL, 2, 1)  # slices come one after the other
+    monkeypatch.setattr(validation, "windows_per_call", lambda *_: 1)  # slices come one after the other
     choice = choose_postprocessing(network, [scan], plan, ["background", "tumour"], HU)
     assert choice.options == Postprocessing(inside_lungs=True)
     assert choice.dice == 1.0
