@@ -15,6 +15,7 @@ from lungkit.data import CachedCase
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.inference import attention_map, predict_case
 from lungkit.inference.predict import stream_case
+from lungkit.inference.sliding_window import device_of
 from lungkit.inference.windows_plan import windows_per_call
 from lungkit.metrics import CaseTable, evaluate_case
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet
@@ -58,7 +59,7 @@ def stream_logits_of(network: nn.Module, case: CachedCase, plan: Plan) -> Iterat
 
 def _windows_per_call(network: nn.Module, case: CachedCase, plan: Plan) -> int:
     size = case.shape[1:] if plan.dims == 2 else plan.patch_size
-    return windows_per_call(next(network.parameters()).device.type, math.prod(size))
+    return windows_per_call(device_of(network, torch.device("cpu")).type, math.prod(size))
 
 
 def validate(
