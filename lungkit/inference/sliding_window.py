@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ _LOG = logging.getLogger("lungkit")
 
 Network = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 """Maps patches (B, C, \\*patch) to logits (B, K, \\*patch), or to a tuple of which they are the first."""
+
+Weighting = Literal["gaussian", "constant"]
+"""How much a patch counts at each of its voxels."""
 
 Progress = Callable[[int, int], None]
 """Called with the patches done and the patches in all."""
@@ -32,6 +36,7 @@ def sliding_window(
     *,
     overlap: float = 0.5,
     batch_size: int = 4,
+    weighting: Weighting = "gaussian",
     progress: Progress | None = None,
 ) -> Tensor:
     r"""Logits of a whole image, from a network that sees one patch at a time.
@@ -52,6 +57,7 @@ def sliding_window(
         patch_size: as many entries as S.
         overlap: share of a patch that neighbouring patches have in common at least, 0 <= overlap < 1.
         batch_size: patches in one call of the network.
+        weighting: "gaussian", or "constant" for the plain mean of the patches that hold a voxel.
         progress: see :data:`Progress`.
 
     Returns:
@@ -68,7 +74,13 @@ def sliding_window(
     """
     logits: Tensor | None = None
     for first, last, slab in stream_logits(
-        network, image, patch_size, overlap=overlap, batch_size=batch_size, progress=progress
+        network,
+        image,
+        patch_size,
+        overlap=overlap,
+        batch_size=batch_size,
+        weighting=weighting,
+        progress=progress,
     ):
         if logits is None:
             logits = slab.new_empty((slab.shape[0], *image.shape[1:]))
@@ -85,6 +97,7 @@ def stream_logits(
     *,
     overlap: float = 0.5,
     batch_size: int = 4,
+    weighting: Weighting = "gaussian",
     progress: Progress | None = None,
     module: object | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
@@ -101,12 +114,14 @@ def stream_logits(
         device of a tensor or, for rows, of the network. The slabs follow one another and cover the first axis.
     """
     _check_arguments(image, patch_size, overlap, batch_size)
+    if weighting not in ("gaussian", "constant"):
+        raise UsageError(f"weighting must be 'gaussian' or 'constant', got {weighting!r}")
     rows = TensorRows(image) if isinstance(image, Tensor) else image
     of_network = device_of(module or network, torch.device("cpu"))
     device = rows.image.device if isinstance(rows, TensorRows) else of_network
     extent = tuple(rows.shape[1:])
     padded = PaddedRows(rows, patch_size)
-    windows = [Windows(n, p, overlap) for n, p in zip(padded.shape[1:], patch_size, strict=True)]
+    windows = [Windows(n, p, overlap, weighting) for n, p in zip(padded.shape[1:], patch_size, strict=True)]
     before = padded.before
     inside = (
         slice(None),
@@ -158,18 +173,18 @@ class Windows:
 
     Attributes:
         starts: first voxel of every patch.
-        weights: for every patch its Gaussian, divided by the sum of all Gaussians at the voxel: the weights of the
-            patches that hold a voxel add up to 1. Their products over the axes do so too, so that no volume of summed
-            weights is needed, and a voxel that one patch alone holds takes its logits unchanged.
+        weights: for every patch its Gaussian (or 1), divided by the sum of those of all patches at the voxel: the
+            weights of the patches that hold a voxel add up to 1. Their products over the axes do so too, so that no
+            volume of summed weights is needed, and a voxel that one patch alone holds takes its logits unchanged.
     """
 
-    def __init__(self, extent: int, patch: int, overlap: float) -> None:
+    def __init__(self, extent: int, patch: int, overlap: float, weighting: Weighting) -> None:
         self.starts = window_starts(extent, patch, overlap=overlap)
-        gaussian = gaussian_weights(patch).double()
+        own = (gaussian_weights(patch) if weighting == "gaussian" else torch.ones(patch)).double()
         total = torch.zeros(extent, dtype=torch.float64)
         for start in self.starts:
-            total[start : start + patch] += gaussian
-        self.weights = [(gaussian / total[start : start + patch]).float() for start in self.starts]
+            total[start : start + patch] += own
+        self.weights = [(own / total[start : start + patch]).float() for start in self.starts]
 
 
 def window_starts(extent: int, patch: int, *, overlap: float = 0.5) -> list[int]:

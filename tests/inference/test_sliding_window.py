@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -31,11 +32,12 @@ def image_of(shape: tuple[int, ...], channels: int = 1) -> Tensor:
 
 @pytest.mark.parametrize(("shape", "patch"), SHAPES)
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
-def test_pointwise_network_is_reproduced(
-    shape: tuple[int, ...], patch: tuple[int, ...], overlap: float
+@pytest.mark.parametrize("weighting", ["gaussian", "constant"])
+def test_pointwise_network_is_reproduced_to_the_rounding_of_float32(
+    shape: tuple[int, ...], patch: tuple[int, ...], overlap: float, weighting: Any
 ) -> None:
     image = image_of(shape)
-    stitched = sliding_window(pointwise, image, patch, overlap=overlap)
+    stitched = sliding_window(pointwise, image, patch, overlap=overlap, weighting=weighting)
     torch.testing.assert_close(stitched, pointwise(image[None])[0], rtol=1e-5, atol=1e-6)
 
 
@@ -62,6 +64,24 @@ def test_convolution_away_from_the_patch_borders_matches_a_direct_pass() -> None
     direct = network(image[None])[0].detach()
     # A patch's border weighs exp(-8) of its centre, so that its zero padding leaves next to nothing.
     torch.testing.assert_close(stitched[:, 2:-2, 2:-2], direct[:, 2:-2, 2:-2], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("weighting", ["gaussian", "constant"])
+def test_where_every_patch_sees_the_whole_receptive_field_a_direct_pass_is_reproduced(weighting: Any) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.LeakyReLU(), nn.Conv2d(4, 2, 3, padding=1))
+    image, radius, patch = image_of((50, 50)), 2, 24
+    stitched = sliding_window(network, image, (patch, patch), overlap=0.25, weighting=weighting)
+    direct = network(image[None])[0].detach()
+    sees_all = torch.ones(50, dtype=torch.bool)
+    for start in window_starts(50, patch, overlap=0.25):
+        first, last = start if start == 0 else start + radius, start + patch
+        last -= 0 if last == 50 else radius
+        sees_all[start:first] = sees_all[last : start + patch] = False
+    valid = sees_all[:, None] & sees_all[None]
+    assert 0.3 < valid.float().mean() < 1
+    torch.testing.assert_close(stitched[:, valid], direct[:, valid], rtol=0, atol=1e-5)
+    assert (stitched - direct).abs().max() > 1e-3  # elsewhere it is not
 
 
 def test_two_patches_are_weighted_by_their_gaussians() -> None:
@@ -149,6 +169,7 @@ def test_half_precision_logits_are_added_up_in_float32() -> None:
         ({"patch_size": (4,)}, "2 entries"),
         ({"overlap": 1.0}, "overlap"),
         ({"batch_size": 0}, "batch_size"),
+        ({"weighting": "none"}, "weighting"),
         ({"image": torch.zeros(1, 0, 8)}, "empty"),
         ({"image": torch.zeros(8, 8)}, r"\(C, Y, X\)"),
         ({"image": torch.zeros(1, 8, 8, dtype=torch.int16)}, "int16"),
