@@ -25,8 +25,8 @@ _HEADER = (
 _LEGEND = (
     "`x lungkit`: time over lungkit's, median of the ratios within each round. `peak memory`: beyond inputs, outputs"
     " and returned gradients, in brackets as a share of the logits (dice_ce), of x (attention_gate) or of the stored"
-    " scan (inference). `share of bound`: time of copying the fewest bytes that must be read and written (or, marked a, of a library product with"
-    " the same number of operations, where that takes longer) over the time taken."
+    " scan (inference). `share of bound`: time of copying the fewest bytes that must be read and written (or, marked a,"
+    " of a library product with the same number of operations, where that takes longer) over the time taken."
 )
 
 
