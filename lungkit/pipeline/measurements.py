@@ -10,7 +10,7 @@ import numpy as np
 
 from lungkit.data.geometry import Geometry, orient, plan_geometry
 from lungkit.data.volume import Volume
-from lungkit.metrics import longest_diameter_mm
+from lungkit.metrics import label_lesions, longest_diameter_mm
 
 _DIGITS = {"ml": 4, "mm": 2}
 
@@ -47,10 +47,8 @@ def _measure_class(rows: np.ndarray, value: int, geometry: Geometry) -> dict[str
     lesions: list[dict[str, Any]] = []
     voxels = 0
     if box is not None:
-        inside = np.ascontiguousarray(rows[box] == value)
-        voxels = int(np.count_nonzero(inside))
-        # As integers, not as bool: on bool arrays of odd extent cc3d joins and invents components.
-        numbered, count = cc3d.connected_components(inside.view(np.uint8), connectivity=26, return_N=True)
+        numbered, count = label_lesions(rows[box] == value)
+        voxels = int(np.count_nonzero(numbered))
         statistics = cc3d.statistics(numbered)
         corner = np.array([side.start for side in box])
         for lesion in range(1, count + 1):
