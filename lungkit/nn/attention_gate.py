@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
+from lungkit.nn.convolution import CONVOLUTIONS
 from lungkit.ops.attention_gate import attention_gate, reference
 from lungkit.ops.gate_tail import gate_psi, gate_scale, reference_psi, reference_scale
 
-_CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS: dict[str, dict[int, Any]] = {
     "batch": {2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
     "instance": {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
@@ -79,7 +79,7 @@ class AttentionGate(nn.Module):
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
-        if dims not in _CONVOLUTIONS:
+        if dims not in CONVOLUTIONS:
             raise UsageError(f"dims must be 2 or 3, got {dims}")
         if heads < 1:
             raise UsageError(f"heads must be at least 1, got {heads}")
@@ -87,7 +87,7 @@ class AttentionGate(nn.Module):
             raise UsageError(f"combine must be 'mean' or 'concat', got {combine!r}")
         if output_norm is not None and output_norm not in _NORMS:
             raise UsageError(f"output_norm must be one of {sorted(_NORMS)} or None, got {output_norm!r}")
-        convolution = _CONVOLUTIONS[dims]
+        convolution = CONVOLUTIONS[dims]
         inner = max(1, x_channels // 2) if inter_channels is None else inter_channels
         self.heads = heads
         self.combine = combine
@@ -170,7 +170,7 @@ class MonaiAttentionGate(nn.Module):
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
-        if dims not in _CONVOLUTIONS:
+        if dims not in CONVOLUTIONS:
             raise UsageError(f"dims must be 2 or 3, got {dims}")
         self._gate = _select(implementation)
         fused = implementation == "auto"
@@ -208,7 +208,7 @@ class MonaiAttentionGate(nn.Module):
 
 def _projection(dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
     """1x1 convolution and batch norm under the parameter names that MONAI gives them."""
-    convolution = _CONVOLUTIONS[dims](in_channels, out_channels, kernel_size=1)
+    convolution = CONVOLUTIONS[dims](in_channels, out_channels, kernel_size=1)
     return nn.Sequential(
         nn.Sequential(OrderedDict(conv=convolution)),
         _NORMS["batch"][dims](out_channels),

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
+from lungkit.nn.convolution import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lungkit.nn.norms import make_norm
 
-CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED_CONVOLUTIONS: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _DROPOUTS: dict[int, Any] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _AVERAGE_POOLS: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _INTERPOLATION = {2: "bilinear", 3: "trilinear"}

@@ -13,7 +13,8 @@ from lungkit.errors import CheckpointError, UsageError
 from lungkit.nn import _options
 from lungkit.nn._grid import check_image, crop_to, pad_to_multiple, scales_of
 from lungkit.nn.attention_gate import MonaiAttentionGate
-from lungkit.nn.blocks import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, seeded
+from lungkit.nn.blocks import seeded
+from lungkit.nn.convolution import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lungkit.nn.norms import BATCH_NORMS, InstanceNorm
 
 _LISTED = 8

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lungkit.errors import UsageError
+from lungkit.nn.convolution import CHANNELS_LAST
 
 BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 NORMS = ("instance", "batch", "group", "none")
@@ -59,7 +60,7 @@ class InstanceNorm(nn.GroupNorm):
 def _is_slow_in_backward(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.is_contiguous():
         return False
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    layout = CHANNELS_LAST.get(x.dim() - 2)
     return layout is not None and x.is_contiguous(memory_format=layout)
 
 

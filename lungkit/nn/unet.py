@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lungkit.errors import UsageError
 from lungkit.nn import _options
 from lungkit.nn._grid import check_image, crop_to, pad_to_multiple, scales_of
-from lungkit.nn.blocks import ACTIVATIONS, CONVOLUTIONS, UPSAMPLINGS, ConvBlock, Upsample, initialise, seeded
+from lungkit.nn.blocks import ACTIVATIONS, UPSAMPLINGS, ConvBlock, Upsample, initialise, seeded
+from lungkit.nn.convolution import CONVOLUTIONS
 from lungkit.nn.norms import NORMS
 
 Logits = Tensor | tuple[Tensor, ...]

@@ -17,6 +17,7 @@ from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.errors import CheckpointError, DataError
 from lungkit.losses import DeepSupervisionLoss, DiceCELoss
 from lungkit.metrics import CaseTable
+from lungkit.nn.convolution import CHANNELS_LAST
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
 from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
 from lungkit.training.config_io import MOVABLE, config_to_dict
@@ -84,8 +85,7 @@ class Session:
     def _new_network(self) -> nn.Module:
         network = build_network(self.plan, self.config.seed).to(self.fabric.device)
         if self.config.engine.channels_last:
-            layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-            network = network.to(memory_format=layout)  # type: ignore[call-overload]
+            network = network.to(memory_format=CHANNELS_LAST[self.plan.dims])  # type: ignore[call-overload]
         return network
 
     @property
@@ -148,8 +148,7 @@ class Session:
         generator = augment_generator(config.seed, step, fabric.global_rank)
         images, labels = self.augment(images, labels, generator=generator)
         if config.engine.channels_last:
-            layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-            images = images.contiguous(memory_format=layout)
+            images = images.contiguous(memory_format=CHANNELS_LAST[self.plan.dims])
         factor = learning_rate_factor(
             step,
             self.plan.total_steps,

@@ -1,0 +1,108 @@
+"""Convolutions of a single image on a CPU: the same numbers as torch's, by the fast library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lungkit.nn import build_model
+from lungkit.nn.convolution import CONVOLUTIONS
+
+OPTIONS = [
+    {},
+    {"stride": 2},
+    {"stride": (2, 1, 1), "bias": False},
+    {"dilation": 2, "padding": 2},
+    {"groups": 2},
+    {"padding": "same"},
+    {"padding_mode": "reflect"},
+]
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
+)
+
+
+def operators(function):
+    """Names of the torch operators that a call uses."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_values_and_gradients_are_torchs(dims, batch, options):
+    options = {"kernel_size": 3, "padding": 1, **options}
+    if isinstance(options.get("stride"), tuple):
+        options["stride"] = options["stride"][:dims]
+    torch.manual_seed(0)
+    ours = CONVOLUTIONS[dims](4, 6, **options)
+    theirs = {2: nn.Conv2d, 3: nn.Conv3d}[dims](4, 6, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(batch, 4, *(9, 7, 8)[:dims])
+    gradients = []
+    outputs = []
+    for layer in (ours, theirs):
+        image = x.clone().requires_grad_()
+        outputs.append(layer(image))
+        outputs[-1].square().sum().backward()
+        gradients.append([image.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("batch", [1, 2])
+def test_no_convolution_of_a_3d_network_takes_the_slow_loop(batch):
+    network = build_model("attention-unet", dims=3, features=(4, 8), deep_supervision=False, seed=0).eval()
+    kernels = {m.kernel_size for m in network.modules() if isinstance(m, nn.Conv3d)}
+    assert (3, 3, 3) in kernels
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv3d) and max(module.kernel_size) > 1:
+            x = torch.randn(batch, module.in_channels, 8, 8, 8)
+            with torch.no_grad():
+                assert "aten::slow_conv3d_forward" not in operators(lambda m=module, x=x: m(x)), name
+
+
+@needs_onednn
+def test_a_1x1_kernel_and_double_precision_stay_with_torch():
+    for layer, x in [
+        (CONVOLUTIONS[3](2, 3, 1), torch.randn(1, 2, 4, 4, 4)),
+        (CONVOLUTIONS[3](2, 3, 3).double(), torch.randn(1, 2, 4, 4, 4).double()),
+    ]:
+        assert "aten::slow_conv3d_forward" in operators(lambda m=layer, x=x: m(x))
+
+
+@needs_onednn
+def test_autocast_decides_the_format():
+    layer, x = CONVOLUTIONS[3](2, 3, 3), torch.randn(1, 2, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_onednn_switched_off_is_not_used():
+    layer, x = CONVOLUTIONS[3](2, 3, 3), torch.randn(1, 2, 4, 4, 4)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "aten::mkldnn_convolution" not in operators(lambda: layer(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((1, 3, 4, 4, 4), "to have 2 channels"), ((1, 2, 2, 2, 2), "Kernel size can't")]
+)
+def test_wrong_input_is_torchs_error(shape, message):
+    with pytest.raises(RuntimeError, match=message):
+        CONVOLUTIONS[3](2, 4, 3)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compilers_see_the_ordinary_convolution(dynamic):
+    layer = CONVOLUTIONS[3](2, 3, 3, padding=1)
+    x = torch.randn(1, 2, 4, 5, 6)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="eager")
+    torch.testing.assert_close(compiled(x), F.conv3d(x, layer.weight, layer.bias, padding=1))
+    program = torch.export.export(layer, (x,))
+    assert any("aten.conv3d" in str(node.target) for node in program.graph.nodes)
