@@ -19,7 +19,11 @@ _SUBPACKAGES = (
     "report",
     "training",
 )
-_HOMES = {"Predictor": "lungkit.inference", "dice_ce_loss": "lungkit.ops.dice_ce"}
+_HOMES = {
+    "Predictor": "lungkit.inference",
+    "dice_ce_loss": "lungkit.ops.dice_ce",
+    "keep_freed_memory": "lungkit._allocator",
+}
 
 __all__ = ["__version__", *_SUBPACKAGES, *_HOMES]
 

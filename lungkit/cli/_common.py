@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 
+from lungkit._allocator import keep_freed_memory
 from lungkit.errors import LungkitError, ResourceError
 
 _LOG = logging.getLogger("lungkit")
@@ -19,6 +20,7 @@ def run_command(command: Callable[[], int]) -> int:
     130 interrupted and not saved.
     """
     _log_to_terminal()
+    keep_freed_memory()
     try:
         return command()
     except LungkitError as error:
