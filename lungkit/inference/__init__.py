@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lungkit.inference.classes import classes_from_probabilities
 from lungkit.inference.lungs import lung_mask
-from lungkit.inference.postprocessing import Postprocessing, classes_from_probabilities, postprocess
+from lungkit.inference.postprocessing import Postprocessing, postprocess
 from lungkit.inference.predict import attention_map, predict_case, predict_label
 from lungkit.inference.predictor import Prediction, Predictor
 from lungkit.inference.sliding_window import gaussian_weights, sliding_window, stream_logits, window_starts

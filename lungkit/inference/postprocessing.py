@@ -1,4 +1,4 @@
-"""From class probabilities to a mask, and what is done to a mask after the network: all of it off by default."""
+"""What is done to a mask after the network: all of it off by default."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 import cc3d
 import numpy as np
-import torch
-from torch import Tensor
 
 from lungkit.errors import DataError, UsageError
 from lungkit.inference.lungs import lung_mask, near_lungs
@@ -106,40 +104,6 @@ class Postprocessing:
             return cls(**content)
         except UsageError as error:
             raise DataError(f"postprocessing: {error}") from error
-
-
-def classes_from_probabilities(probabilities: Tensor, threshold: float | None = None) -> Tensor:
-    r"""Class of every voxel.
-
-    Args:
-        probabilities: (K, \*S), background first; K = 1 is the foreground of a sigmoid model.
-        threshold: see :class:`Postprocessing`; None is argmax (the lowest class of a tie), above 1/2 for K = 1.
-
-    Returns:
-        uint8 (\*S), on the device of ``probabilities``.
-
-    Raises:
-        UsageError: no class or more than 256 of them.
-
-    Example:
-        >>> p = torch.tensor([[0.5, 0.1], [0.3, 0.2], [0.2, 0.7]])
-        >>> classes_from_probabilities(p).tolist(), classes_from_probabilities(p, 0.5).tolist()
-        ([0, 2], [1, 2])
-    """
-    count = len(probabilities)
-    if not 1 <= count <= 256:
-        raise UsageError(f"probabilities are of {count} classes; label maps are uint8 and hold 1 to 256")
-    if count == 1:
-        single = probabilities[0]
-        return (single > 0.5 if threshold is None else single >= threshold).to(torch.uint8)
-    if threshold is None:
-        # argmax gives the same, but on a CPU takes many times as long along an outer axis.
-        return probabilities.max(0).indices.to(torch.uint8)
-    foreground = probabilities[1:]
-    if count == 2:
-        return (foreground[0] >= threshold).to(torch.uint8)
-    classes = foreground.max(0).indices.to(torch.uint8) + 1
-    return classes * (foreground.sum(0) >= threshold)
 
 
 def postprocess(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lungkit.errors import UsageError
+from lungkit.inference.classes import classes_from_logits
 from lungkit.inference.rows import ContextRows, Rows, TensorRows, with_context
 from lungkit.inference.sliding_window import Network, Progress, device_of, first_output, stream_logits
 
@@ -68,7 +69,7 @@ def predict_label(
     for first, last, logits in stream_case(
         network, image, patch_size, overlap, batch_size, whole_slices, context_slices, progress
     ):
-        label[first:last] = _classes(logits)
+        label[first:last] = classes_from_logits(logits)
     return label
 
 
@@ -211,10 +212,3 @@ def stream_case(
         progress=progress,
         module=network if module is None else module,
     )
-
-
-def _classes(logits: Tensor) -> Tensor:
-    if logits.shape[0] > 256:
-        raise UsageError(f"the network has {logits.shape[0]} classes; label maps are uint8 and hold 256")
-    # argmax gives the same, but on a CPU takes many times as long along an outer axis.
-    return ((logits[0] > 0) if logits.shape[0] == 1 else logits.max(0).indices).to(torch.uint8)

@@ -18,10 +18,11 @@ import torch
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.data.volume import Volume, read_volume, write_nifti
 from lungkit.errors import DataError, ResourceError, UsageError
-from lungkit.inference.postprocessing import Postprocessing, classes_from_probabilities, postprocess
+from lungkit.inference.classes import classes_from_logits, classes_from_probabilities
+from lungkit.inference.postprocessing import Postprocessing, postprocess
 from lungkit.inference.precision import Precision
-from lungkit.inference.probability_rows import CHUNK_VOXELS, Windowing, probability_rows
 from lungkit.inference.rows import chunks
+from lungkit.inference.score_rows import CHUNK_VOXELS, Windowing, score_rows
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel
 from lungkit.inference.windows_plan import Tile, windows_of
@@ -279,20 +280,26 @@ class Predictor:
         geometry = plan_geometry(volumes[0])
         extent = geometry.oriented_shape
         steps = _Steps(progress, len(self.models))
+        # Of one model the largest logit has the largest probability, where nothing else is asked for. Resampled logits
+        # are another thing than resampled probabilities.
+        threshold = self.postprocessing.threshold
+        as_logits = len(self.models) == 1 and threshold is None and not probabilities and not attention
+        as_logits = as_logits and self.models[0].geometry_of(volumes[0]).shape == extent
         streams = [
-            probability_rows(
+            score_rows(
                 model,
                 volumes,
                 extent,
                 self.windowing,
                 device,
+                as_logits=as_logits,
                 attention=attention and model.has_attention,
                 halvings=halvings,
                 progress=steps.of(index),
             )
             for index, model in enumerate(self.models)
         ]
-        gated = sum(attention and model.has_attention for model in self.models)
+        gated = attention and any(model.has_attention for model in self.models)
         classes = len(self.labels)
 
         def empty(dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -303,18 +310,16 @@ class Predictor:
         maps = {name: empty(np.float32) for name in [*self.labels][1:]} if probabilities else {}
         alpha, alpha_rows = empty(np.float32) if gated else (None, None)
         for first, last in chunks(extent[0], math.prod(extent[1:]) * classes, most_voxels=CHUNK_VOXELS):
-            mean = torch.zeros((classes, last - first, *extent[1:]), device=device)
-            seen = torch.zeros((last - first, *extent[1:]), device=device) if gated else None
-            for stream in streams:
-                rows = stream.read(first, last)
-                mean += rows[:classes] / len(streams)
-                if seen is not None and len(rows) > classes:
-                    seen += rows[classes] / gated
-            found = classes_from_probabilities(mean, self.postprocessing.threshold)
-            mask_rows[first:last] = found.cpu().numpy()
+            scores = [stream.read(first, last) for stream in streams]
+            if as_logits:
+                mask_rows[first:last] = classes_from_logits(scores[0]).cpu().numpy()
+                continue
+            mean = _mean([rows[:classes] for rows in scores])
+            mask_rows[first:last] = classes_from_probabilities(mean, threshold).cpu().numpy()
             for index, (_, map_rows) in enumerate(maps.values(), start=1):
                 map_rows[first:last] = mean[index].cpu().numpy()
-            if alpha_rows is not None and seen is not None:
+            if alpha_rows is not None:
+                seen = _mean([rows[classes] for rows in scores if len(rows) > classes])
                 alpha_rows[first:last] = seen.cpu().numpy()
         return mask, {name: array for name, (array, _) in maps.items()}, alpha
 
@@ -344,6 +349,15 @@ class Predictor:
                 f"voxels lie between {low:g} and {high:g}, but {name} was trained on 8-bit pictures; the mask cannot "
                 "be trusted"
             )
+
+
+def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    total = tensors[0] / len(tensors)
+    for tensor in tensors[1:]:
+        total += tensor / len(tensors)
+    return total
 
 
 class _Steps:

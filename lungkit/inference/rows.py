@@ -29,6 +29,9 @@ class Rows(Protocol):
         r"""Rows ``first`` to ``last`` - 1 as float32 (C, last - first, \*S[1:]); ``first`` never goes back."""
 
 
+_AT_ONCE = 1 << 21  # voxels that are worked on in one go: they stay in the cache
+
+
 class TensorRows:
     r"""The rows of a tensor (C, \*S)."""
 
@@ -61,7 +64,7 @@ class ResampledRows:
     """Rows on a grid of another size that covers the same field of view, see :func:`linear_weights`."""
 
     def __init__(self, rows: Rows, extent: tuple[int, int, int]) -> None:
-        self._rows = RecentRows(rows)
+        self._rows = recent(rows)
         self.shape = (rows.shape[0], *extent)
 
     def read(self, first: int, last: int) -> Tensor:
@@ -101,7 +104,7 @@ class ContextRows:
     """Every slice with n slices on either side as further channels, see :func:`with_context`."""
 
     def __init__(self, rows: Rows, context_slices: int) -> None:
-        self._rows, self._context = RecentRows(rows), context_slices
+        self._rows, self._context = recent(rows), context_slices
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,12 +123,15 @@ class ContextRows:
 
 
 class RecentRows:
-    """Keeps the rows that were read last, so that windows which overlap read each row once."""
+    """Keeps the rows that were read last, so that windows which overlap read each row once.
+
+    All of them lie in one buffer, which is filled a few rows at a time: what is made on the way to them stays small.
+    """
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self._kept: Tensor | None = None
-        self._first = 0
+        self._buffer = torch.empty(0, 0)
+        self._first = self._last = 0  # the rows in the buffer, from its beginning on
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,13 +140,40 @@ class RecentRows:
 
     def read(self, first: int, last: int) -> Tensor:
         """A view that holds until the next call."""
-        have = self._first + (0 if self._kept is None else self._kept.shape[1])
-        if self._kept is None or first >= have:
-            self._kept, self._first = self._rows.read(first, last), first
-        elif last > have:
-            self._kept = torch.cat([self._kept[:, first - self._first :], self._rows.read(have, last)], 1)
-            self._first = first
-        return self._kept[:, first - self._first : last - self._first]
+        if last > self._last:
+            kept = max(0, self._last - first)
+            channels, _, *plane = self.shape
+            for low, high in chunks(last - first - kept, channels * math.prod(plane), most_voxels=_AT_ONCE):
+                part = self._rows.read(first + kept + low, first + kept + high)
+                if low == 0:
+                    self._make_room(part, first - self._first, kept, last - first)
+                self._buffer[:, kept + low : kept + high] = part
+            self._first, self._last = first, last
+        return self._buffer[:, first - self._first : last - self._first]
+
+    def _make_room(self, like: Tensor, at: int, kept: int, rows: int) -> None:
+        """``kept`` rows from ``at`` on go to the beginning of the buffer, which then has room for ``rows`` of them."""
+        if self._buffer.shape[1] >= rows:
+            move_up(self._buffer, at, kept)
+            return
+        old = self._buffer
+        self._buffer = like.new_empty((like.shape[0], rows, *like.shape[2:]))
+        if kept:
+            self._buffer[:, :kept] = old[:, at : at + kept]
+
+
+def recent(rows: Rows) -> Rows:
+    """:class:`RecentRows`, but of an image that is in memory the image itself."""
+    return rows if isinstance(rows, TensorRows) else RecentRows(rows)
+
+
+def move_up(buffer: Tensor, step: int, count: int) -> None:
+    """Row i takes what row i + ``step`` held, for i below ``count``; in place, without a copy of the buffer."""
+    if step == 0:
+        return
+    for row in range(0, count, step):
+        moved = min(step, count - row)
+        buffer[:, row : row + moved] = buffer[:, row + step : row + step + moved]
 
 
 class StreamedRows:

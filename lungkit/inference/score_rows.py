@@ -1,4 +1,4 @@
-"""The probabilities of one trained model over one scan, a few slices at a time, on the scan's own grid."""
+"""What one trained model says of every voxel of a scan, a few slices at a time, on the scan's own grid."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from lungkit.inference.sliding_window import Progress, first_output
 from lungkit.inference.trained_model import TrainedModel
 from lungkit.inference.windows_plan import Tile, smaller_tiles, windows_per_call
 from lungkit.nn import AttentionUNet
+from lungkit.nn.convolution import CHANNELS_LAST
 
-CHUNK_VOXELS = 1 << 22
+CHUNK_VOXELS = 1 << 21
 """Voxels times channels that are worked on at once outside the network."""
 
 
@@ -54,13 +55,14 @@ class Windowing:
         return windows_per_call(device.type, voxels)
 
 
-def probability_rows(
+def score_rows(
     model: TrainedModel,
     volumes: Sequence[Volume],
     extent: tuple[int, int, int],
     windowing: Windowing,
     device: torch.device,
     *,
+    as_logits: bool = False,
     attention: bool = False,
     halvings: int = 0,
     progress: Progress | None = None,
@@ -73,6 +75,7 @@ def probability_rows(
         extent: (Z, Y, X).
         windowing: how.
         device: where the network runs and logits are added up.
+        as_logits: give the logits, as many as the network has outputs; not where they would have to be resampled.
         attention: give the attention map of the finest gate as one channel more.
         halvings: of the windows, see :func:`smaller_tiles`.
         progress: called with the windows done and the windows in all.
@@ -80,6 +83,7 @@ def probability_rows(
     geometry = model.geometry_of(volumes[0])
     tile = smaller_tiles(Tile.of(model), geometry.shape, halvings)
     network = model.network.to(device)
+    network = network.to(memory_format=CHANNELS_LAST[model.dims])  # type: ignore[call-overload]
     precision = windowing.precision_on(device)
 
     def logits_of(patches: Tensor) -> Tensor:
@@ -103,10 +107,13 @@ def probability_rows(
         progress,
         module=network,
     )
+    shape = (len(model.labels) + attention, *geometry.shape)
+    if as_logits:
+        return StreamedRows(parts, shape)
     probabilities = (
         (first, last, _probabilities(logits, attention)) for first, last, logits in _in_pieces(parts)
     )
-    rows = StreamedRows(probabilities, (len(model.labels) + attention, *geometry.shape))
+    rows = StreamedRows(probabilities, shape)
     return rows if geometry.shape == extent else ResampledRows(rows, extent)
 
 

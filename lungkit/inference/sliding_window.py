@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
-from lungkit.inference.rows import RecentRows, Rows, TensorRows, smallest
+from lungkit.inference.rows import Rows, TensorRows, move_up, recent, smallest
 
 _LOG = logging.getLogger("lungkit")
 
@@ -120,9 +120,12 @@ def stream_logits(
     of_network = device_of(module or network, torch.device("cpu"))
     device = rows.image.device if isinstance(rows, TensorRows) else of_network
     extent = tuple(rows.shape[1:])
-    padded = PaddedRows(rows, patch_size)
-    windows = [Windows(n, p, overlap, weighting) for n, p in zip(padded.shape[1:], patch_size, strict=True)]
-    before = padded.before
+    padded, before = padded_to(rows, patch_size)
+    windows = [
+        Windows(n, p, overlap, weighting, device) for n, p in zip(padded.shape[1:], patch_size, strict=True)
+    ]
+    product = torch.empty(tuple(patch_size), device=device)
+    overlapping = any(bool((axis.weights != 1).any()) for axis in windows)
     inside = (
         slice(None),
         slice(None),
@@ -137,7 +140,7 @@ def stream_logits(
     slab: Tensor | None = None
     at = 0  # where the slab begins in the padded image
     for index, patch in _run_patches(
-        network, module or network, RecentRows(padded), windows, batch_size, progress
+        network, module or network, recent(padded), windows, batch_size, progress
     ):
         starts = [axis.starts[i] for axis, i in zip(windows, index, strict=True)]
         if slab is None:
@@ -146,26 +149,22 @@ def stream_logits(
             step = starts[0] - at
             yield from finished(at, at + step, slab[:, :step])
             # No patch to come reaches back over its own start: the rest moves up, and zeros follow.
-            _move_up(slab, step)
+            rest = max(0, slab.shape[1] - step)
+            move_up(slab, step, rest)
+            slab[:, rest:] = 0
             at = starts[0]
-        weights = _outer([axis.weights[i] for axis, i in zip(windows, index, strict=True)]).to(device)
         target = (
             slice(None),
             slice(None),
             *(slice(s, s + p) for s, p in zip(starts[1:], patch_size[1:], strict=True)),
         )
-        slab[target].addcmul_(patch.to(device, torch.float32), weights)
+        if overlapping:
+            _outer([axis.weights[i] for axis, i in zip(windows, index, strict=True)], out=product)
+            slab[target].addcmul_(patch.to(device, torch.float32), product)
+        else:
+            slab[target] = patch  # which holds all its voxels alone
     if slab is not None:
         yield from finished(at, at + slab.shape[1], slab)
-
-
-def _move_up(slab: Tensor, step: int) -> None:
-    """Row i takes what row i + ``step`` held, the last rows become 0; in place, without a copy of the slab."""
-    depth = slab.shape[1]
-    for row in range(0, depth - step, step):
-        count = min(step, depth - step - row)
-        slab[:, row : row + count] = slab[:, row + step : row + step + count]
-    slab[:, max(0, depth - step) :] = 0
 
 
 class Windows:
@@ -176,15 +175,19 @@ class Windows:
         weights: for every patch its Gaussian (or 1), divided by the sum of those of all patches at the voxel: the
             weights of the patches that hold a voxel add up to 1. Their products over the axes do so too, so that no
             volume of summed weights is needed, and a voxel that one patch alone holds takes its logits unchanged.
+            float32 (number of patches, patch).
     """
 
-    def __init__(self, extent: int, patch: int, overlap: float, weighting: Weighting) -> None:
+    def __init__(
+        self, extent: int, patch: int, overlap: float, weighting: Weighting, device: torch.device
+    ) -> None:
         self.starts = window_starts(extent, patch, overlap=overlap)
         own = (gaussian_weights(patch) if weighting == "gaussian" else torch.ones(patch)).double()
         total = torch.zeros(extent, dtype=torch.float64)
         for start in self.starts:
             total[start : start + patch] += own
-        self.weights = [(own / total[start : start + patch]).float() for start in self.starts]
+        weights = torch.stack([own / total[start : start + patch] for start in self.starts])
+        self.weights = weights.float().to(device)
 
 
 def window_starts(extent: int, patch: int, *, overlap: float = 0.5) -> list[int]:
@@ -248,7 +251,7 @@ def _run_patches(
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """Every window's index on the grid and its logits, in the order of the grid."""
     grid = list(itertools.product(*(range(len(axis.starts)) for axis in windows)))
-    depth = len(windows[0].weights[0])
+    depth = windows[0].weights.shape[1]
     done = 0
     while done < len(grid):
         indices = grid[done : done + batch_size]
@@ -290,42 +293,43 @@ def _window(windows: Sequence[Windows], index: Sequence[int], first_row: int) ->
     """Where a window lies in rows that begin at ``first_row``."""
     starts = [axis.starts[i] for axis, i in zip(windows, index, strict=True)]
     starts[0] -= first_row
-    return (slice(None), *(slice(s, s + len(w.weights[0])) for s, w in zip(starts, windows, strict=True)))
+    return (slice(None), *(slice(s, s + w.weights.shape[1]) for s, w in zip(starts, windows, strict=True)))
 
 
-def _outer(axes: Sequence[Tensor]) -> Tensor:
-    product = axes[0]
-    for weights in axes[1:]:
-        product = product.unsqueeze(-1) * weights
-    return product
+def _outer(axes: Sequence[Tensor], *, out: Tensor) -> None:
+    """Their outer product, into memory that every window uses again."""
+    first, *others, last = axes
+    for weights in others:
+        first = first.unsqueeze(-1) * weights
+    torch.mul(first.unsqueeze(-1), last, out=out)
 
 
-class PaddedRows:
+def padded_to(rows: Rows, patch_size: Sequence[int]) -> tuple[Rows, list[int]]:
     """Rows grown evenly to at least the patch size with the smallest value of each channel.
 
-    Attributes:
-        before: voxels added before each axis.
+    Returns:
+        The rows, themselves where they are large enough, and the voxels added before each axis.
     """
+    missing = [max(0, p - n) for n, p in zip(rows.shape[1:], patch_size, strict=True)]
+    before = [m // 2 for m in missing]
+    return (_PaddedRows(rows, missing, before) if any(missing) else rows), before
 
-    def __init__(self, rows: Rows, patch_size: Sequence[int]) -> None:
-        self._rows = rows
-        extent = rows.shape[1:]
-        missing = [max(0, p - n) for n, p in zip(extent, patch_size, strict=True)]
-        self.before = [m // 2 for m in missing]
-        self.shape = (rows.shape[0], *(n + m for n, m in zip(extent, missing, strict=True)))
-        self._air = smallest(rows) if any(missing) else None
+
+class _PaddedRows:
+    def __init__(self, rows: Rows, missing: Sequence[int], before: Sequence[int]) -> None:
+        self._rows, self._before = rows, before
+        self._air = smallest(rows)
+        self.shape = (rows.shape[0], *(n + m for n, m in zip(rows.shape[1:], missing, strict=True)))
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows of the grown image."""
-        if self._air is None:
-            return self._rows.read(first, last)
         depth = self._rows.shape[1]
-        low, high = (min(max(row - self.before[0], 0), depth) for row in (first, last))
+        low, high = (min(max(row - self._before[0], 0), depth) for row in (first, last))
         inner = self._rows.read(low, high)
         air = self._air.to(inner).reshape(-1, *(1,) * (inner.dim() - 1))
         grown = air.expand(-1, last - first, *self.shape[2:]).clone()
-        at = low + self.before[0] - first
-        sides = zip(self.before[1:], inner.shape[2:], strict=True)
+        at = low + self._before[0] - first
+        sides = zip(self._before[1:], inner.shape[2:], strict=True)
         inside = (slice(None), slice(at, at + high - low), *(slice(b, b + n) for b, n in sides))
         grown[inside] = inner
         return grown

@@ -17,11 +17,11 @@ from lungkit.checkpoint import BEST, describe_checkpoint
 from lungkit.data import CachedCase, Preprocessing
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.inference import Postprocessing
+from lungkit.inference.classes import classes_from_probabilities, largest
 from lungkit.inference.lungs import lung_mask, near_lungs
 from lungkit.inference.postprocessing import (
     LUNG_MARGIN_MM,
     Lesions,
-    classes_from_probabilities,
     fill_holes,
     foreground_box,
     postprocess,
@@ -183,7 +183,7 @@ def _count(
         probabilities = rows.softmax(0)
         foreground = probabilities[1] if num_classes == 2 else probabilities[1:].sum(0)
         plain[first:last] = classes_from_probabilities(probabilities).cpu().numpy()
-        likely[first:last] = (probabilities[1:].max(0).indices + 1).to(torch.uint8).cpu().numpy()
+        likely[first:last] = (largest(probabilities[1:]) + 1).cpu().numpy()
         levels = torch.bucketize(foreground, foreground.new_tensor(ascending), right=True)
         reached[first:last] = levels.to(torch.uint8).cpu().numpy()
     truth = np.asarray(case.label)

@@ -40,10 +40,10 @@ print(json.dumps({"peak": memory("VmHWM") - before, "scan": scan.nbytes, "tumour
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc, which only Linux has")
-def test_a_scan_of_600_slices_takes_less_than_three_times_its_own_size(tmp_path):
+def test_a_scan_of_600_slices_takes_less_than_two_and_a_half_times_its_own_size(tmp_path):
     model = save_model(tmp_path / "m", threshold_network(), patch_size=(32, 128, 128))
     done = subprocess.run([sys.executable, "-c", _CHILD, str(model)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["tumour"] == 100 * 100 * 200
-    assert found["peak"] < 3 * found["scan"]
+    assert found["peak"] < 2.5 * found["scan"]

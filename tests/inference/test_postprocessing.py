@@ -6,14 +6,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
 
 from lungkit.errors import DataError, UsageError
 from lungkit.inference.postprocessing import (
     Lesions,
     Postprocessing,
-    classes_from_probabilities,
     fill_holes,
     foreground_box,
     postprocess,
@@ -33,11 +31,6 @@ def blobs(
     for index in range(1, classes + 1):
         label[ndimage.gaussian_filter(random.normal(size=shape), 1.0) > level] = index
     return label
-
-
-def probabilities(seed: int, classes: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.randn(classes, 4, 6, 5, generator=generator)).softmax(0)
 
 
 @pytest.mark.parametrize("options", [Postprocessing(), ALL_ON])
@@ -81,39 +74,6 @@ def test_a_dict_that_is_not_understood_is_refused(content):
 def test_impossible_values_are_named(option):
     with pytest.raises(UsageError, match=next(iter(option))):
         Postprocessing(**option)
-
-
-@pytest.mark.parametrize("classes", [2, 3, 5])
-def test_without_threshold_the_most_probable_class_wins(classes):
-    p = probabilities(classes, classes)
-    assert torch.equal(classes_from_probabilities(p), p.argmax(0).to(torch.uint8))
-
-
-@pytest.mark.parametrize("classes", [2, 3, 5])
-@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
-def test_a_threshold_is_for_all_foreground_together(classes, threshold):
-    p = probabilities(classes, classes)
-    found = classes_from_probabilities(p, threshold)
-    is_foreground = p[1:].sum(0) >= threshold
-    assert torch.equal(found > 0, is_foreground)
-    assert torch.equal(found[is_foreground].long(), p[1:].argmax(0)[is_foreground] + 1)
-    assert found.dtype == torch.uint8
-
-
-def test_a_probability_at_the_threshold_is_foreground():
-    assert classes_from_probabilities(torch.tensor([[0.75, 0.76], [0.25, 0.24]]), 0.25).tolist() == [1, 0]
-
-
-def test_a_sigmoid_model_has_one_channel():
-    p = torch.tensor([[0.5, 0.51, 0.3]])
-    assert classes_from_probabilities(p).tolist() == [0, 1, 0]
-    assert classes_from_probabilities(p, 0.3).tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("classes", [0, 257])
-def test_a_number_of_classes_that_no_mask_holds_is_refused(classes):
-    with pytest.raises(UsageError, match=f"{classes} classes"):
-        classes_from_probabilities(torch.zeros(classes, 1, 1, 1))
 
 
 def test_switched_off_it_gives_an_equal_new_array():
