@@ -55,6 +55,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(
             f"--{name}", dest="selection", action="store_const", const=name, default="default", help=text
         )
+    group.addoption(
+        "--keep-freed-memory",
+        action="store_true",
+        help="let the process keep what it frees, for all providers alike, as lungkit's commands do on Linux",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,6 +67,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "cases(of): function that gives the cases of a selection, device and thread counts"
     )
     options = config.option
+    if options.keep_freed_memory and not lungkit.keep_freed_memory():
+        raise pytest.UsageError(
+            "--keep-freed-memory has no effect here: it needs glibc, and no malloc settings in the environment"
+        )
     if options.selection == "smoke":
         options.benchmark_min_rounds, options.benchmark_max_time = 1, "0"
     elif not (options.benchmark_json or options.benchmark_save or options.benchmark_autosave):
@@ -70,7 +79,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     threads = torch.get_num_threads()
-    return f"benchmarks: {config.option.selection} selection, cases on the CPU with {threads} threads and 1"
+    kept = "kept by the process" if config.option.keep_freed_memory else "given back as the C library likes"
+    return (
+        f"benchmarks: {config.option.selection} selection, cases on the CPU with {threads} threads and 1, "
+        f"freed memory {kept}"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -106,11 +119,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.benchmark(timer=_PLAYBACK))
 
 
-def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["lungkit"] = lungkit.__version__
     machine_info["torch"] = torch.__version__
     machine_info["compared_with"] = {name: _version(name) for name in ("monai", "edt", "surface-distance")}
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["freed_memory_kept"] = config.option.keep_freed_memory
     machine_info["instruction_set"] = _library.cpu_isa()
     machine_info["native_ops"] = [
         f"{name} ({backend})"

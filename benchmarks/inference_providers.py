@@ -1,12 +1,13 @@
 """Ways to get the mask of a scan from a network that was trained on patches.
 
-``lungkit`` is :class:`lungkit.Predictor`: from the stored int16 scan to the mask, slab by slab, with preprocessing and
-softmax. The others start from a normalised float32 tensor, which is among their inputs: ``lungkit, tensor`` and
-``MONAI`` stitch the logits of the whole volume by the same number of windows and the same Gaussian (MONAI's is cut off
-below 0.001 of its peak) and take the largest; ``direct`` puts the volume through the network at once.
+``lungkit`` is :class:`lungkit.Predictor`: from the stored int16 scan to the mask, slab by slab, with preprocessing. The
+others start from a normalised float32 tensor, which is among their inputs: ``lungkit, tensor`` is
+:func:`lungkit.inference.predict_label`; ``MONAI`` stitches the logits of the whole volume by the same number of windows
+and the same Gaussian (cut off below 0.001 of its peak) and takes the largest; ``direct`` puts the volume through the
+network at once. All in float32, which is the same work for everyone; the predictor's own choice may be bf16.
 
-Networks: ``attention`` is a 3D attention U-Net with features 8, 16, 32. ``pointwise`` is one 1x1x1 convolution, which
-costs next to nothing: what is left is the stitching.
+Networks: ``attention`` is an attention U-Net, in 3D with features 8, 16, 32, in 2D, where it sees whole slices, with
+16, 32, 64, 128. ``pointwise`` is one 1x1x1 convolution, which costs next to nothing: what is left is the stitching.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from lungkit import Predictor
 from lungkit.data import Preprocessing, Volume
-from lungkit.inference import Postprocessing, TrainedModel, sliding_window
+from lungkit.inference import Postprocessing, TrainedModel, predict_label
 from lungkit.nn import build_model
 
 _HU = Preprocessing(window=(-1000.0, 1000.0), mean=0.0, std=1000.0, units="HU", label_map={0: 0, 1: 1})
@@ -32,10 +33,11 @@ _OVERLAP = 0.5
 Inputs = tuple[Volume, Tensor]
 
 
-def network_of(name: str) -> nn.Module:
+def network_of(name: str, dims: int = 3) -> nn.Module:
     """A network in evaluation mode with fixed weights; ``pointwise`` says tumour above 0 HU."""
     if name == "attention":
-        return build_model("attention-unet", dims=3, features=(8, 16, 32), seed=0).eval()
+        features = (8, 16, 32) if dims == 3 else (16, 32, 64, 128)
+        return build_model("attention-unet", dims=dims, features=features, seed=0).eval()
     network = nn.Conv3d(1, 2, 1, bias=False).eval()
     with torch.no_grad():
         network.weight.copy_(torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1, 1))
@@ -44,11 +46,11 @@ def network_of(name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class InferenceCase(Case):
-    """The mask of one scan of ``size`` voxels (Z, Y, X)."""
+    """The mask of one scan of ``size`` voxels (Z, Y, X) by windows (Z, Y, X), or (Y, X) that are its slices."""
 
     network: str
     size: tuple[int, int, int]
-    patch: tuple[int, int, int]
+    patch: tuple[int, ...]
     batch: int
 
     op = "inference"
@@ -75,7 +77,7 @@ class InferenceCase(Case):
         return scan, (hu.float() / 1000).to(self.device)
 
     def build(self, provider: str, inputs: Inputs) -> Provider:
-        run = PROVIDERS[provider](self, network_of(self.network).to(self.device))
+        run = PROVIDERS[provider](self, network_of(self.network, len(self.patch)).to(self.device))
         return Provider(lambda: run(inputs))
 
 
@@ -99,23 +101,22 @@ def _predictor(case: InferenceCase, network: nn.Module) -> Callable[[Inputs], Te
     return lambda inputs: torch.from_numpy(predictor(inputs[0]).mask.transpose(2, 1, 0))
 
 
-def _sliding_window(case: InferenceCase, network: nn.Module) -> Callable[[Inputs], Tensor]:
-    def run(inputs: Inputs) -> Tensor:
-        image = inputs[1][None]
-        logits = sliding_window(network, image, case.patch, overlap=_OVERLAP, batch_size=case.batch)
-        return _classes(logits)
-
-    return run
+def _predict_label(case: InferenceCase, network: nn.Module) -> Callable[[Inputs], Tensor]:
+    options = {"overlap": _OVERLAP, "batch_size": case.batch, "whole_slices": len(case.patch) == 2}
+    return lambda inputs: predict_label(network, inputs[1][None], case.patch, **options)
 
 
 def _monai(case: InferenceCase, network: nn.Module, **weights: Any) -> Callable[[Inputs], Tensor]:
     from monai.inferers import sliding_window_inference
 
+    patch = (1, *case.patch)[-3:]
+    run_network = network if len(case.patch) == 3 else lambda x: network(x.squeeze(2)).unsqueeze(2)
+
     def run(inputs: Inputs) -> Tensor:
         image = inputs[1][None, None]
         with torch.no_grad():
             logits = sliding_window_inference(
-                image, case.patch, case.batch, network, overlap=_OVERLAP, **(weights or {"mode": "gaussian"})
+                image, patch, case.batch, run_network, overlap=_OVERLAP, **(weights or {"mode": "gaussian"})
             )
         return _classes(logits[0])
 
@@ -124,8 +125,11 @@ def _monai(case: InferenceCase, network: nn.Module, **weights: Any) -> Callable[
 
 def _direct(case: InferenceCase, network: nn.Module) -> Callable[[Inputs], Tensor]:
     def run(inputs: Inputs) -> Tensor:
+        image = inputs[1]
         with torch.no_grad():
-            return _classes(network(inputs[1][None, None])[0])
+            if len(case.patch) == 2:  # all slices are one batch
+                return _classes(network(image[:, None]).transpose(0, 1))
+            return _classes(network(image[None, None])[0])
 
     return run
 
@@ -137,7 +141,7 @@ def _classes(logits: Tensor) -> Tensor:
 
 PROVIDERS: dict[str, Callable[..., Callable[[Inputs], Tensor]]] = {
     OURS: _predictor,
-    "lungkit, tensor": _sliding_window,
+    "lungkit, tensor": _predict_label,
     "MONAI": _monai,
     "direct": _direct,
 }

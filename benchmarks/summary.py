@@ -136,6 +136,7 @@ def machine(run: Mapping[str, Any]) -> dict[str, Any]:
                 "lungkit",
                 "compared_with",
                 "threads",
+                "freed_memory_kept",
                 "instruction_set",
                 "native_ops",
             )
