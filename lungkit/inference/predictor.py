@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from lungkit.inference.classes import classes_from_logits, classes_from_probabil
 from lungkit.inference.postprocessing import Postprocessing, postprocess
 from lungkit.inference.precision import Precision
 from lungkit.inference.rows import chunks
-from lungkit.inference.score_rows import CHUNK_VOXELS, Windowing, score_rows
+from lungkit.inference.score_rows import CHUNK_VOXELS, NotFiniteError, Windowing, score_rows
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel
 from lungkit.inference.windows_plan import Tile, windows_of
@@ -161,7 +161,8 @@ class Predictor:
             progress: called with the windows done and the windows in all.
 
         Raises:
-            DataError: a file cannot be used, or the scan does not fit the models.
+            DataError: a file cannot be used, the scan does not fit the models, or a network gives NaN or infinity
+                (in bf16 and fp16 it is tried again in fp32).
             UsageError: ``attention`` for networks without attention gates.
             ResourceError: the memory does not suffice.
         """
@@ -172,20 +173,32 @@ class Predictor:
         started = time.perf_counter()
         notes = [*self._intensity_warnings(volumes)]
         run = functools.partial(self._predict, volumes, probabilities, attention, progress)
-        for device, halvings in self._attempts():
+        windowing, attempts = self.windowing, self._attempts()
+        device, halvings = next(attempts)
+        while True:
+            precision = windowing.precision_on(device)
             try:
-                mask, maps, alpha = run(device, halvings)
+                mask, maps, alpha = run(windowing, device, halvings)
                 break
+            except NotFiniteError as error:
+                if precision == "fp32":
+                    raise DataError(
+                        f"{_name(volumes)}: {error} gives NaN or infinity for this scan, so there is no mask; look at "
+                        "the scan's intensities and at the model's training"
+                    ) from error
+                notes.append(f"{error} gave NaN or infinity in {precision}; predicted in fp32")
+                windowing = replace(windowing, precision="fp32")
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 _LOG.warning("%s is out of memory (%s)", device, str(error).partition("\n")[0])
-                failure = error
-            notes.append(f"{device.type} ran out of memory; predicted with smaller windows or on the CPU")
-        else:
-            raise ResourceError(
-                f"{_name(volumes)}: out of memory even with the smallest windows ({failure}); free some memory"
-            ) from failure
+                following = next(attempts, None)
+                if following is None:
+                    raise ResourceError(
+                        f"{_name(volumes)}: out of memory even with the smallest windows ({error}); free some memory"
+                    ) from error
+                notes.append(f"{device.type} ran out of memory; predicted with smaller windows or on the CPU")
+                device, halvings = following
         self._finish(mask, volumes)
         for note in notes:
             _LOG.warning("%s: %s", _name(volumes), note)
@@ -195,7 +208,7 @@ class Predictor:
             labels=dict(self.labels),
             seconds=time.perf_counter() - started,
             device=device.type,
-            precision=self.windowing.precision_on(device),
+            precision=precision,
             warnings=tuple(dict.fromkeys(notes)),
             probabilities=maps,
             attention=alpha,
@@ -273,6 +286,7 @@ class Predictor:
         probabilities: bool,
         attention: bool,
         progress: Progress | None,
+        windowing: Windowing,
         device: torch.device,
         halvings: int,
     ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
@@ -290,7 +304,7 @@ class Predictor:
                 model,
                 volumes,
                 extent,
-                self.windowing,
+                windowing,
                 device,
                 as_logits=as_logits,
                 attention=attention and model.has_attention,

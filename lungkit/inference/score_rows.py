@@ -79,6 +79,9 @@ def score_rows(
         attention: give the attention map of the finest gate as one channel more.
         halvings: of the windows, see :func:`smaller_tiles`.
         progress: called with the windows done and the windows in all.
+
+    Raises:
+        NotFiniteError: as the rows are read: a logit is NaN or infinite.
     """
     geometry = model.geometry_of(volumes[0])
     tile = smaller_tiles(Tile.of(model), geometry.shape, halvings)
@@ -107,6 +110,7 @@ def score_rows(
         progress,
         module=network,
     )
+    parts = _finite(parts, model.name)
     shape = (len(model.labels) + attention, *geometry.shape)
     if as_logits:
         return StreamedRows(parts, shape)
@@ -128,6 +132,17 @@ def _mirrored(network: Callable[[Tensor], Tensor], dims: int) -> Callable[[Tenso
         return total / len(flips)
 
     return mean
+
+
+class NotFiniteError(ArithmeticError):
+    """A network gave NaN or infinity; the message is the model's name."""
+
+
+def _finite(parts: Iterator[tuple[int, int, Tensor]], name: str) -> Iterator[tuple[int, int, Tensor]]:
+    for first, last, logits in parts:
+        if not math.isfinite(logits.sum()):  # one value that is not finite makes the sum so
+            raise NotFiniteError(name)
+        yield first, last, logits
 
 
 def _in_pieces(parts: Iterator[tuple[int, int, Tensor]]) -> Iterator[tuple[int, int, Tensor]]:

@@ -224,6 +224,43 @@ def test_where_nothing_helps_the_memory_is_named(tmp_path):
         hungry(tmp_path, 10)(scan((70, 70, 20)))
 
 
+class Overflowing(nn.Module):
+    """One voxel of every window is ``value``; in fp32 too if so asked."""
+
+    def __init__(self, network: nn.Module, value: float, *, always: bool) -> None:
+        super().__init__()
+        self.network, self.value, self.always = network, value, always
+
+    def forward(self, x):
+        logits = self.network(x).clone()
+        if self.always or torch.is_autocast_enabled("cpu"):
+            logits[:, 1, 0, 0, 0] = self.value
+        return logits
+
+
+def overflowing(tmp_path, value, *, always) -> TrainedModel:
+    model = TrainedModel.load(save_model(tmp_path / "m", threshold_network()))
+    return replace(model, network=Overflowing(model.network, value, always=always))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_numbers_that_bf16_cannot_hold_are_computed_in_fp32(tmp_path, value, probabilities):
+    volume = scan((20, 20, 10))
+    predictor = Predictor([overflowing(tmp_path, value, always=False)], precision="bf16")
+    prediction = predictor(volume, probabilities=probabilities)
+    assert (prediction.mask == (volume.array > 0)).all()
+    assert prediction.precision == "fp32"
+    assert "in bf16; predicted in fp32" in prediction.warnings[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_that_gives_nan_gives_no_mask(tmp_path, precision):
+    predictor = Predictor([overflowing(tmp_path, np.nan, always=True)], precision=precision)
+    with pytest.raises(DataError, match="m gives NaN or infinity for this scan"):
+        predictor(scan((20, 20, 10)))
+
+
 def test_memory_beyond_scan_and_mask_is_one_slab(tmp_path):
     model = TrainedModel.load(save_model(
         tmp_path / "m", threshold_network(dims=2), patch_size=(64, 64), preprocessing=HU))  # fmt: skip
