@@ -53,6 +53,8 @@ def statistics_twin(
     """``lungkit::dice_ce_statistics``: (6, B, C), the rows of :class:`Statistics`."""
     z = logits.flatten(2).to(accumulate_dtype(logits.dtype))
     y, valid = _voxel_labels(z, logits, labels, mask, ignore_index)
+    if mask is not None or ignore_index is not None:
+        z = torch.where(valid != 0, z, 0.0)  # NaN times 0 would be NaN
     p = _activate(z, activation) * valid
     positive = rest = z.new_zeros(z.shape[:2])
     if cross_entropy == "softmax":

@@ -19,6 +19,7 @@ from dice_ce_cases import (
     random_logits,
     random_vectors,
     statistics_and_gradient,
+    twin_in_double,
 )
 
 from lungkit.errors import UsageError
@@ -109,6 +110,19 @@ def test_a_masked_voxel_may_have_any_label_and_logit(isa, form, dtype, value):
             statistics_and_gradient(OPS, logits, labels, mask, form), clean, strict=True
         ):
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", [Form(), Form("sigmoid", "binary"), Form("none", "none")], ids=str)
+def test_a_voxel_that_the_twin_leaves_out_may_hold_anything(form, value):
+    logits = random_logits((1, 20), 3, torch.float64)
+    labels = random_indices((1, 20), 3, torch.int64)
+    mask = torch.arange(20).view(1, 20) != 7
+    slopes = torch.rand(6, 1, 3, dtype=torch.float64)
+    clean = twin_in_double(logits, labels, form, slopes, mask)
+    logits[0, 1, 7] = value
+    for actual, expected in zip(twin_in_double(logits, labels, form, slopes, mask), clean, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
