@@ -236,7 +236,7 @@ def _difference(
     """Largest difference of the logits of random patches over the largest of the network's logits."""
     channels = cast(UNet, model.network).in_channels
     patches = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
-    with evaluation_mode(model.network):
+    with evaluation_mode(model.network.modules()):
         device = device_of(model.network, patches.device)
         expected = first_output(model.network(patches.to(device))).cpu()
         found = run(patches)

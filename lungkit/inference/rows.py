@@ -190,11 +190,10 @@ class StreamedRows:
     def read(self, first: int, last: int) -> Tensor:
         """A tensor that holds until the next call."""
         while not self._segments or self._segments[-1][0] + self._segments[-1][1].shape[1] < last:
-            self._segments = [
-                (max(low, first), part[:, max(first - low, 0) :].clone())
-                for low, part in self._segments
-                if low + part.shape[1] > first
-            ]
+            self._segments = [(low, part) for low, part in self._segments if low + part.shape[1] > first]
+            if self._segments:  # the iterator is about to overwrite the newest; the others are copies by now
+                low, part = self._segments.pop()
+                self._segments.append((max(low, first), part[:, max(first - low, 0) :].clone()))
             low, _, part = next(self._parts)
             self._segments.append((low, part))
         pieces = [

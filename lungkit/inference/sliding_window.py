@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -219,10 +219,10 @@ def gaussian_weights(patch: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def evaluation_mode(network: object) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the block; a module's own mode is put back after it."""
+def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the block, for each of ``modules``; its own mode is put back after it."""
     # Each module's own mode is kept, since parts of a network may have been frozen on purpose.
-    training = [m for m in network.modules() if m.training] if isinstance(network, nn.Module) else []
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
@@ -252,6 +252,9 @@ def _run_patches(
     """Every window's index on the grid and its logits, in the order of the grid."""
     grid = list(itertools.product(*(range(len(axis.starts)) for axis in windows)))
     depth = windows[0].weights.shape[1]
+    modules = (
+        [*module.modules()] if isinstance(module, nn.Module) else []
+    )  # takes longer to find than to look at
     done = 0
     while done < len(grid):
         indices = grid[done : done + batch_size]
@@ -261,7 +264,7 @@ def _run_patches(
         patches = patches.to(device_of(module, patches.device))
         try:
             # Entered for each batch and not round the loop: a generator must not hold the caller in no_grad.
-            with evaluation_mode(module):
+            with evaluation_mode(modules):
                 logits = first_output(network(patches))
         except torch.OutOfMemoryError:
             if len(indices) == 1:
