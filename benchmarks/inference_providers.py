@@ -3,8 +3,9 @@
 ``lungkit`` is :class:`lungkit.Predictor`: from the stored int16 scan to the mask, slab by slab, with preprocessing. The
 others start from a normalised float32 tensor, which is among their inputs: ``lungkit, tensor`` is
 :func:`lungkit.inference.predict_label`; ``MONAI`` stitches the logits of the whole volume by the same number of windows
-and the same Gaussian (cut off below 0.001 of its peak) and takes the largest; ``direct`` puts the volume through the
-network at once. All in float32, which is the same work for everyone; the predictor's own choice may be bf16.
+and the same Gaussian (cut off below 0.001 of its peak); ``direct`` puts the volume through the network at once. Both
+then take the largest logit as lungkit does, which is faster than any call of torch. All in float32, which is the same
+work for everyone; the predictor's own choice may be bf16.
 
 Networks: ``attention`` is an attention U-Net, in 3D with features 8, 16, 32, in 2D, where it sees whole slices, with
 16, 32, 64, 128. ``pointwise`` is one 1x1x1 convolution, which costs next to nothing: what is left is the stitching.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from lungkit import Predictor
 from lungkit.data import Preprocessing, Volume
 from lungkit.inference import Postprocessing, TrainedModel, predict_label
+from lungkit.inference.classes import largest
 from lungkit.nn import build_model
 
 _HU = Preprocessing(window=(-1000.0, 1000.0), mean=0.0, std=1000.0, units="HU", label_map={0: 0, 1: 1})
@@ -118,7 +120,7 @@ def _monai(case: InferenceCase, network: nn.Module, **weights: Any) -> Callable[
             logits = sliding_window_inference(
                 image, patch, case.batch, run_network, overlap=_OVERLAP, **(weights or {"mode": "gaussian"})
             )
-        return _classes(logits[0])
+        return largest(logits[0])
 
     return run
 
@@ -128,15 +130,10 @@ def _direct(case: InferenceCase, network: nn.Module) -> Callable[[Inputs], Tenso
         image = inputs[1]
         with torch.no_grad():
             if len(case.patch) == 2:  # all slices are one batch
-                return _classes(network(image[:, None]).transpose(0, 1))
-            return _classes(network(image[None, None])[0])
+                return largest(network(image[:, None]).transpose(0, 1))
+            return largest(network(image[None, None])[0])
 
     return run
-
-
-def _classes(logits: Tensor) -> Tensor:
-    """The largest of (K, *S), for all providers by the function that is fastest on a CPU."""
-    return logits.max(0).indices.to(torch.uint8)
 
 
 PROVIDERS: dict[str, Callable[..., Callable[[Inputs], Tensor]]] = {
