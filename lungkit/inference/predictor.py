@@ -21,8 +21,8 @@ from lungkit.errors import DataError, ResourceError, UsageError
 from lungkit.inference.classes import classes_from_logits, classes_from_probabilities
 from lungkit.inference.postprocessing import Postprocessing, postprocess
 from lungkit.inference.precision import Precision
-from lungkit.inference.rows import chunks
-from lungkit.inference.score_rows import CHUNK_VOXELS, NotFiniteError, Windowing, score_rows
+from lungkit.inference.rows import CHUNK_VOXELS, chunks
+from lungkit.inference.score_rows import NotFiniteError, Windowing, score_rows
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel
 from lungkit.inference.windows_plan import Tile, windows_of

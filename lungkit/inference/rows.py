@@ -29,7 +29,8 @@ class Rows(Protocol):
         r"""Rows ``first`` to ``last`` - 1 as float32 (C, last - first, \*S[1:]); ``first`` never goes back."""
 
 
-_AT_ONCE = 1 << 21  # voxels that are worked on in one go: they stay in the cache
+CHUNK_VOXELS = 1 << 21
+"""Voxels times channels that are worked on at once outside the network: few enough to stay in the cache."""
 
 
 class TensorRows:
@@ -143,7 +144,9 @@ class RecentRows:
         if last > self._last:
             kept = max(0, self._last - first)
             channels, _, *plane = self.shape
-            for low, high in chunks(last - first - kept, channels * math.prod(plane), most_voxels=_AT_ONCE):
+            for low, high in chunks(
+                last - first - kept, channels * math.prod(plane), most_voxels=CHUNK_VOXELS
+            ):
                 part = self._rows.read(first + kept + low, first + kept + high)
                 if low == 0:
                     self._make_room(part, first - self._first, kept, last - first)

@@ -15,15 +15,12 @@ from lungkit.data.volume import Volume
 from lungkit.errors import UsageError
 from lungkit.inference.precision import Precision, autocast, automatic_precision
 from lungkit.inference.predict import stream_case
-from lungkit.inference.rows import ResampledRows, Rows, ScanRows, StreamedRows, chunks
+from lungkit.inference.rows import CHUNK_VOXELS, ResampledRows, Rows, ScanRows, StreamedRows, chunks
 from lungkit.inference.sliding_window import Progress, first_output
 from lungkit.inference.trained_model import TrainedModel
 from lungkit.inference.windows_plan import Tile, smaller_tiles, windows_per_call
 from lungkit.nn import AttentionUNet
 from lungkit.nn.convolution import CHANNELS_LAST
-
-CHUNK_VOXELS = 1 << 21
-"""Voxels times channels that are worked on at once outside the network."""
 
 
 @dataclass(frozen=True)

@@ -252,9 +252,8 @@ def _run_patches(
     """Every window's index on the grid and its logits, in the order of the grid."""
     grid = list(itertools.product(*(range(len(axis.starts)) for axis in windows)))
     depth = windows[0].weights.shape[1]
-    modules = (
-        [*module.modules()] if isinstance(module, nn.Module) else []
-    )  # takes longer to find than to look at
+    # Listed once, since finding a network's modules takes longer than looking at them.
+    modules = [*module.modules()] if isinstance(module, nn.Module) else []
     done = 0
     while done < len(grid):
         indices = grid[done : done + batch_size]
