@@ -13,22 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_on_cpu.emulator import Emulator
+from op_kernels import (
+    CPU,
+    CUDA,
+    EMULATED,
+    Schedules,
+    device_op,
+    emulated_op,
+    kernel_param,
+    rerouted,
+    schedules_of,
+)
 
 from lungkit.ops import _library
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SANITIZED = "LUNGKIT_TEST_SANITIZED"  # set by test_sanitized.py for the tests that it runs again
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once for each instruction set of the CPU kernels that this processor has."""
-    if request.param not in _library.available_isas():
-        pytest.skip(
-            f"no {request.param} kernels here: {_library.CPU_LIBRARY.reason or 'the processor lacks it'}"
-        )
-    with _library.use_isa(request.param):
-        yield request.param
 
 
 def build_emulated(folder: Path, *options: str) -> Path:
@@ -63,9 +63,65 @@ def emulated_library() -> Path:
     return build_emulated(REPOSITORY / "build" / "emulator")
 
 
+@pytest.fixture(params=[kernel_param(kernel) for kernel in (*CPU, *EMULATED, *CUDA)])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on each set of kernels: instruction sets, the emulator in three thread orders, a CUDA device."""
+    name = request.param
+    if name in CPU:
+        if name not in _library.available_isas():
+            pytest.skip(f"no {name} kernels here: {_library.CPU_LIBRARY.reason or 'the processor lacks it'}")
+        with _library.use_isa(name):
+            yield name
+    elif name in EMULATED:
+        emulator: Emulator = request.getfixturevalue("emulator")
+        with emulator.order(name.removeprefix("emulated-"), seed=1), rerouted(emulated_op):
+            yield name
+    else:
+        skip_without_cuda_library()
+        with rerouted(device_op):
+            yield name
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each instruction set of the CPU kernels that this processor has."""
+    if request.param not in _library.available_isas():
+        pytest.skip(
+            f"no {request.param} kernels here: {_library.CPU_LIBRARY.reason or 'the processor lacks it'}"
+        )
+    with _library.use_isa(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["forward", "reverse", "random"])
-def emulated(request: pytest.FixtureRequest, emulated_library: Path) -> Iterator[object]:
+def emulated(request: pytest.FixtureRequest, emulator: Emulator) -> Iterator[object]:
     """``torch.ops.lungkit_emulated``: the CUDA kernels, run thread by thread in three thread orders."""
-    torch.ops.load_library(str(emulated_library))
-    with Emulator(emulated_library).order(request.param, seed=1):
+    with emulator.order(request.param, seed=1):
         yield torch.ops.lungkit_emulated
+
+
+@pytest.fixture(scope="session")
+def emulator(emulated_library: Path) -> Emulator:
+    """Control of the emulator; the library is loaded."""
+    torch.ops.load_library(str(emulated_library))
+    return Emulator(emulated_library)
+
+
+@pytest.fixture(params=[kernel_param(backend) for backend in ("cpu", "emulated", "cuda")])
+def schedules(request: pytest.FixtureRequest) -> Iterator[Schedules]:
+    """Everything that may schedule a kernel's parts differently, on each backend; results must not depend on it."""
+    if request.param == "cpu":
+        yield schedules_of("cpu")
+    elif request.param == "emulated":
+        emulator: Emulator = request.getfixturevalue("emulator")
+        with rerouted(emulated_op):
+            yield schedules_of("emulated", emulator)
+    else:
+        skip_without_cuda_library()
+        with rerouted(device_op):
+            yield schedules_of("cuda")
+
+
+def skip_without_cuda_library() -> None:
+    if not _library.CUDA_LIBRARY.loaded:
+        pytest.skip(f"no CUDA kernels here: {_library.CUDA_LIBRARY.reason}")

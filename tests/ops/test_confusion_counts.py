@@ -1,9 +1,10 @@
-"""confusion_counts: native kernels of every instruction set, emulated CUDA and the twin give the same integers."""
+"""confusion_counts: the kernels of every backend and the twin give the same integers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from op_kernels import on_cuda_kernels, on_kernels, on_the_cpu
 
 from lungkit.errors import UsageError
 from lungkit.ops import confusion_counts
@@ -20,6 +21,8 @@ CASES = [
     ((2, 41, 2000), 3),
     ((2, 33, 9), 300),
 ]
+# more classes than a block's shared memory holds
+EMULATED_CASES = [((1, 1), 2), ((2, 5, 7), 3), ((1, 65, 67), 2), ((2, 33, 9), 300), ((1, 9, 8), 3000)]
 
 
 def hard_case(shape, classes, dtype, seed=0):
@@ -36,46 +39,48 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
-@pytest.mark.parametrize(("shape", "classes"), CASES)
-def test_hard_labels_equal_the_twin(isa, shape, classes, dtype):
+@on_kernels("shape, classes", CASES, emulated=EMULATED_CASES)
+def test_hard_labels_equal_the_twin(kernels, shape, classes, dtype):
     pred, labels = hard_case(shape, classes, dtype)
-    assert_same(confusion_counts(pred, labels, classes), reference(pred, labels, classes))
+    for ignore_index in (None, 1):
+        actual = confusion_counts(pred, labels, classes, ignore_index)
+        assert_same(actual, reference(pred, labels, classes, ignore_index))
 
 
 @pytest.mark.parametrize("dtype", LOGIT_DTYPES)
-@pytest.mark.parametrize(("shape", "classes"), CASES)
-def test_logits_equal_the_twin(isa, shape, classes, dtype):
+@on_kernels("shape, classes", CASES, emulated=EMULATED_CASES[:4])
+def test_logits_equal_the_twin(kernels, shape, classes, dtype):
     _, labels = hard_case(shape, classes, torch.int64)
     logits = torch.randn(shape[0], classes, *shape[1:]).to(dtype)
     assert_same(confusion_counts(logits, labels, classes), reference(logits, labels, classes))
 
 
-def test_channels_last_logits_equal_the_twin(isa):
+def test_channels_last_logits_equal_the_twin(kernels):
     logits = torch.randn(2, 3, 9, 11).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 3, (2, 9, 11))
     assert_same(confusion_counts(logits, labels, 3), reference(logits, labels, 3))
 
 
-def test_transposed_inputs_equal_the_twin(isa):
+def test_transposed_inputs_equal_the_twin(kernels):
     logits = torch.randn(2, 3, 9, 11).transpose(2, 3)
     labels = torch.randint(0, 3, (2, 9, 11)).transpose(1, 2)
     assert_same(confusion_counts(logits, labels, 3), reference(logits, labels, 3))
 
 
-def test_one_logit_channel_is_a_sigmoid_model(isa):
+def test_one_logit_channel_is_a_sigmoid_model(kernels):
     logits = torch.tensor([[[-1.0, 0.0, 0.5, 2.0]]])
     counts, _ = confusion_counts(logits, torch.tensor([[1, 0, 1, 0]]), 2)
     assert counts[0, 1].tolist() == [1, 1, 1]
 
 
-def test_ties_take_the_lowest_class_and_nan_the_highest_rank(isa):
+def test_ties_take_the_lowest_class_and_nan_the_highest_rank(kernels):
     logits = torch.tensor([[[1.0, float("nan")], [1.0, 5.0]]])
     counts, _ = confusion_counts(logits, torch.zeros(1, 2, dtype=torch.long), 2)
     assert counts[0, 0].tolist() == [2, 0, 0]
 
 
 @pytest.mark.parametrize("ignore_index", [0, 255, -1])
-def test_ignored_voxels_are_not_counted(isa, ignore_index):
+def test_ignored_voxels_are_not_counted(kernels, ignore_index):
     pred, labels = hard_case((2, 31, 17), 3, torch.int16)
     labels[0, :4] = ignore_index
     actual = confusion_counts(pred, labels, 3, ignore_index)
@@ -83,20 +88,20 @@ def test_ignored_voxels_are_not_counted(isa, ignore_index):
     assert actual[1][0] == (labels[0] != ignore_index).sum()
 
 
-def test_a_prediction_may_be_anything_where_the_label_is_ignored(isa):
+def test_a_prediction_may_be_anything_where_the_label_is_ignored(kernels):
     counts, voxels = confusion_counts(torch.tensor([[9, 1]]), torch.tensor([[255, 1]]), 2, 255)
     assert counts[0, 1].tolist() == [1, 0, 0]
     assert voxels.tolist() == [1]
 
 
-def test_counts_add_up_to_the_voxels(isa):
+def test_counts_add_up_to_the_voxels(kernels):
     pred, labels = hard_case((2, 40, 50), 5, torch.uint8)
     counts, voxels = confusion_counts(pred, labels, 5)
     assert torch.equal(counts[..., 0].sum(1) + counts[..., 2].sum(1), voxels)  # each voxel is a TP or an FN
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 4)])
-def test_empty_input_counts_nothing(isa, shape):
+def test_empty_input_counts_nothing(kernels, shape):
     empty = torch.empty(shape, dtype=torch.uint8)
     counts, voxels = confusion_counts(empty, empty, 2)
     assert counts.shape == (shape[0], 2, 3)
@@ -104,12 +109,20 @@ def test_empty_input_counts_nothing(isa, shape):
     assert voxels.sum() == 0
 
 
+@on_the_cpu
 @pytest.mark.parametrize(("which", "value"), [("labels", 3), ("labels", -2), ("pred", 7)])
-def test_a_class_index_out_of_range_is_named(isa, which, value):
+def test_a_class_index_out_of_range_is_named(kernels, which, value):
     arrays = {"pred": torch.zeros(2, 5, dtype=torch.int64), "labels": torch.zeros(2, 5, dtype=torch.int64)}
     arrays[which][1, 2] = value
     with pytest.raises(RuntimeError, match=rf"{which} holds the value {value} in image 1; classes are 0..1"):
         confusion_counts(arrays["pred"], arrays["labels"], 2)
+
+
+@on_cuda_kernels
+def test_cuda_leaves_out_a_class_index_out_of_range(kernels):
+    counts, voxels = confusion_counts(torch.tensor([[0, 1, 9]]), torch.tensor([[0, -7, 1]]), 2)
+    assert counts[0].tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert voxels.tolist() == [1]
 
 
 def test_twin_names_a_class_index_out_of_range_alike():
@@ -144,16 +157,11 @@ def test_the_op_itself_refuses_shapes_that_do_not_fit():
         torch.ops.lungkit.confusion_counts(torch.zeros(1, 2, 4), torch.zeros(1, 5).long(), 2)
 
 
-def test_same_counts_for_any_number_of_threads():
-    pred, labels = hard_case((2, 300, 700), 3, torch.uint8)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = confusion_counts(pred, labels, 3)
-        torch.set_num_threads(3)
-        assert_same(confusion_counts(pred, labels, 3), one)
-    finally:
-        torch.set_num_threads(threads)
+def test_same_counts_in_every_schedule(schedules):
+    pred, labels = hard_case(
+        (2, 30, 70) if schedules.backend == "emulated" else (2, 300, 700), 3, torch.uint8
+    )
+    schedules.assert_same_bits(lambda: confusion_counts(pred, labels, 3))
 
 
 @pytest.mark.parametrize("logits", [False, True])
@@ -172,37 +180,3 @@ def test_compiles_without_graph_breaks_for_dynamic_shapes():
     for size in (5, 9):
         logits, labels = torch.randn(2, 3, size, 7), torch.randint(0, 3, (2, size, 7))
         assert torch.equal(compiled(logits, labels), score(logits, labels))
-
-
-EMULATED_CASES = [((1, 1), 2), ((2, 5, 7), 3), ((1, 65, 67), 2), ((2, 33, 9), 300), ((1, 9, 8), 3000)]
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
-@pytest.mark.parametrize(("shape", "classes"), EMULATED_CASES)
-def test_emulated_cuda_hard_labels_equal_the_twin(emulated, shape, classes, dtype):
-    pred, labels = hard_case(shape, classes, dtype)
-    labels.view(-1)[::3] = 1
-    assert_same(emulated.confusion_counts(pred, labels, classes, 1), reference(pred, labels, classes, 1))
-
-
-@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
-def test_emulated_cuda_logits_equal_the_twin(emulated, dtype):
-    logits = torch.randn(2, 3, 9, 11).to(dtype).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 3, (2, 1, 9, 11)).to(torch.int16)
-    assert_same(emulated.confusion_counts(logits, labels, 3), reference(logits, labels, 3))
-
-
-def test_emulated_cuda_leaves_out_a_class_index_out_of_range(emulated):
-    counts, voxels = emulated.confusion_counts(torch.tensor([[0, 1, 9]]), torch.tensor([[0, -7, 1]]), 2)
-    assert counts[0].tolist() == [[1, 0, 0], [0, 0, 0]]
-    assert voxels.tolist() == [1]
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize(("shape", "classes"), CASES)
-def test_cuda_equals_the_twin(shape, classes):
-    pred, labels = hard_case(shape, classes, torch.int64)
-    logits = torch.randn(shape[0], classes, *shape[1:])
-    for guess in (pred, logits):
-        actual = confusion_counts(guess.cuda(), labels.cuda(), classes)
-        assert_same([a.cpu() for a in actual], reference(guess, labels, classes))
