@@ -1,4 +1,4 @@
-"""Shapes, inputs and comparison that the tests of attention_gate on the CPU and on CUDA share."""
+"""Shapes, inputs and the comparison with the twin in the tests of attention_gate."""
 
 from __future__ import annotations
 
@@ -58,6 +58,20 @@ LARGE_CASES = [
     Case((30, 40, 40), (30, 40, 40), 16, 8),
 ]
 
+# What the CUDA kernels themselves take: their sizes of channels, tiles that end inside a row, boxes cut along x.
+CUDA_DTYPES = [torch.float32, *HALF_DTYPES]
+CUDA_CASES = [
+    *(case for case in CASES if case.inner <= 32 and case.x_channels <= 64),
+    Case((2, 3, 70), (2, 3, 35), 33, 17),
+    Case((2, 2, 9), (1, 1, 5), 64, 32),
+    Case((3, 300), (3, 150), 2, 32),
+]
+CUDA_WIDE_CASES = [
+    Case((3, 4, 5), (2, 2, 3), 128, 64),
+    Case((3, 7), (2, 4), 70, 3),
+    Case((3, 7), (2, 4), 3, 50),
+]
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -90,14 +104,18 @@ def random_gradients(x: Tensor, *, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def assert_matches_twin(
-    ops: object,
     inputs: Inputs,
     gradients: tuple[Tensor | None, Tensor | None],
+    *,
+    multiplied_as: torch.dtype | None = None,
 ) -> None:
-    """The ops' results, forward and backward, are those of the twin in fp64; NaN and infinity would not pass."""
+    """The ops' results, forward and backward, are those of the twin in fp64; NaN and infinity would not pass.
+
+    ``multiplied_as`` is the dtype that products are taken of where the weights' own is finer.
+    """
     found = [
-        *ops.attention_gate(*inputs),
-        *ops.attention_gate_backward(*gradients, *inputs, True, True, True, True),
+        *torch.ops.lungkit.attention_gate(*inputs),
+        *torch.ops.lungkit.attention_gate_backward(*gradients, *inputs, True, True, True, True),
     ]
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     results = reference(*exact)
@@ -112,7 +130,7 @@ def assert_matches_twin(
     names = ("out", "alpha", "grad_x", "grad_phi", "grad_w_x", "grad_w_psi", "grad_b_psi")
     for name, actual, exact_value in zip(names, found, expected, strict=True):
         wanted = exact_value.detach()
-        limit = TOLERANCE[actual.dtype]
+        limit = TOLERANCE[multiplied_as or actual.dtype]
         # The sum of both signs in the bias' gradient cancels; its terms are what rounding follows.
         scale = 1.0 if name == "grad_b_psi" else float(wanted.abs().max())
         limit *= 30 if name == "grad_b_psi" else 1

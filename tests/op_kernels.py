@@ -66,10 +66,11 @@ on_cuda_kernels = pytest.mark.parametrize(
 @contextmanager
 def rerouted(replacement: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
     """Inside, op ``name`` on CPU tensors is ``replacement(name)``, below its checks, its autograd and its casts."""
-    with torch.library._scoped_library("lungkit", "IMPL") as library, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-        for name in _library.defined_ops():
-            library.impl(name, replacement(name), "CPU")
+    with torch.library._scoped_library("lungkit", "IMPL") as library:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+            for name in _library.defined_ops():
+                library.impl(name, replacement(name), "CPU")
         yield
 
 

@@ -1,14 +1,18 @@
-"""attention_gate on the CPU: every instruction set against the twin in fp64, layouts, gradients, transformations."""
+"""attention_gate: the kernels of every backend against the twin in fp64, layouts, gradients, transformations."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
 from attention_gate_cases import (
     CASES,
+    CUDA_CASES,
+    CUDA_DTYPES,
+    CUDA_WIDE_CASES,
     DTYPES,
     HALF_DTYPES,
     LARGE_CASES,
@@ -18,6 +22,7 @@ from attention_gate_cases import (
     random_gradients,
     random_inputs,
 )
+from op_kernels import CPU, EMULATED, on_cuda_kernels, on_kernels
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +31,7 @@ from lungkit.ops.attention_gate import _reference_backward, attention_gate, refe
 
 OPS = torch.ops.lungkit
 SMALL = Case((4, 6, 5), (2, 3, 3), 5, 4, batch=2)
+SMALL_OF_SEVERAL_BLOCKS = Case((6, 8, 20), (3, 4, 10), 6, 5, batch=2)
 
 
 def leaves(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -41,43 +47,64 @@ def gate_and_gradients(inputs: list[Tensor], gate: Callable = attention_gate) ->
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_shape_equals_the_twin(isa, case, dtype, channels_last):
+@on_kernels(
+    "case, dtype",
+    product(CASES, DTYPES),
+    emulated=product(CUDA_CASES, CUDA_DTYPES),
+    cuda=product(CUDA_CASES, CUDA_DTYPES),
+    ids=str,
+)
+def test_every_shape_equals_the_twin(kernels, case, dtype, channels_last):
     inputs = random_inputs(case, dtype, channels_last=channels_last)
-    assert_matches_twin(OPS, inputs, random_gradients(inputs[0]))
+    assert_matches_twin(inputs, random_gradients(inputs[0]))
 
 
-@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
-def test_any_number_of_channels_equals_the_twin(isa, case):
-    inputs = random_inputs(case, torch.float32)
-    assert_matches_twin(OPS, inputs, random_gradients(inputs[0]))
+@on_kernels(
+    "case, dtype",
+    product(WIDE_CASES, [torch.float32]),
+    emulated=product(CUDA_WIDE_CASES, HALF_DTYPES),
+    cuda=product(CUDA_WIDE_CASES, HALF_DTYPES),
+    ids=str,
+)
+def test_any_number_of_channels_equals_the_twin(kernels, case, dtype):
+    inputs = random_inputs(case, dtype)
+    assert_matches_twin(inputs, random_gradients(inputs[0]))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
-def test_many_chunks_equal_the_twin(case, channels_last):
-    inputs = random_inputs(case, torch.float32, channels_last=channels_last)
-    assert_matches_twin(OPS, inputs, random_gradients(inputs[0]))
+@on_kernels(
+    "case, dtype",
+    product(LARGE_CASES, [torch.float32]),
+    emulated=[],
+    cuda=product(LARGE_CASES, CUDA_DTYPES),
+    ids=str,
+)
+def test_many_chunks_equal_the_twin(kernels, case, dtype, channels_last):
+    inputs = random_inputs(case, dtype, channels_last=channels_last)
+    assert_matches_twin(inputs, random_gradients(inputs[0]))
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_half_features_take_float_weights(isa, dtype):
+def test_half_features_take_float_weights(kernels, dtype):
     x, phi, *_ = random_inputs(SMALL, dtype)
-    inputs = (x, phi, *random_inputs(SMALL, torch.float32, seed=2)[2:])
-    assert_matches_twin(OPS, inputs, random_gradients(x))
+    weights = random_inputs(SMALL, torch.float32, seed=2)[2:]
+    on_tensor_cores = kernels not in CPU
+    if on_tensor_cores:
+        weights = tuple(weight.to(dtype).float() for weight in weights)
+    inputs = (x, phi, *weights)
+    assert_matches_twin(inputs, random_gradients(x), multiplied_as=dtype if on_tensor_cores else None)
     _, _, *found = OPS.attention_gate_backward(*random_gradients(x), *inputs, True, True, True, True)
     assert {grad.dtype for grad in found} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
-def test_an_open_gate_passes_every_value_bit_for_bit(isa, dtype):
+def test_an_open_gate_passes_every_value_bit_for_bit(kernels, dtype):
     """alpha = 1: what comes out went through the kernels' conversions of the half types and back."""
     if dtype == torch.float32:
         values = torch.randn(1 << 16) * torch.logspace(-45, 38, 1 << 16)
     else:
         values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
-    x = values[values.isfinite()].reshape(1, 1, 1, -1)
+    x = torch.where(values.isfinite(), values, 0).reshape(1, 1, 256, 256)
     out, alpha = attention_gate(
         x, torch.zeros_like(x), torch.zeros(1, 1), torch.zeros(1), torch.full((1,), 100.0)
     )
@@ -86,13 +113,13 @@ def test_an_open_gate_passes_every_value_bit_for_bit(isa, dtype):
 
 
 @pytest.mark.parametrize("gradients", ["out", "alpha"])
-def test_either_output_may_have_no_gradient(isa, gradients):
+def test_either_output_may_have_no_gradient(kernels, gradients):
     inputs = random_inputs(SMALL, torch.float32)
     grad_out, grad_alpha = random_gradients(inputs[0])
-    assert_matches_twin(OPS, inputs, (grad_out, None) if gradients == "out" else (None, grad_alpha))
+    assert_matches_twin(inputs, (grad_out, None) if gradients == "out" else (None, grad_alpha))
 
 
-def test_2d_equals_3d_with_one_slice(isa):
+def test_2d_equals_3d_with_one_slice(kernels):
     x, phi, *weights = random_inputs(Case((9, 14), (5, 7), 6, 4), torch.float32)
     flat, _ = attention_gate(x, phi, *weights)
     solid, _ = attention_gate(x[:, :, None], phi[:, :, None], *weights)
@@ -103,7 +130,7 @@ def test_2d_equals_3d_with_one_slice(isa):
 
 
 @pytest.mark.parametrize("bias", [-1e4, 1e4])
-def test_a_saturated_gate_is_finite(isa, bias):
+def test_a_saturated_gate_is_finite(kernels, bias):
     x, phi, w_x, w_psi, _ = random_inputs(SMALL, torch.float32)
     inputs = (x, phi, w_x, w_psi, torch.tensor([bias]))
     out, alpha = attention_gate(*inputs)
@@ -112,7 +139,7 @@ def test_a_saturated_gate_is_finite(isa, bias):
     torch.testing.assert_close(alpha, torch.full_like(alpha, float(bias > 0)))
 
 
-def test_nan_stays_in_its_voxel(isa):
+def test_nan_stays_in_its_voxel(kernels):
     x, *others = random_inputs(SMALL, torch.float32)
     x[1, 2, 0, 3, 4] = float("nan")
     out, alpha = attention_gate(x, *others)
@@ -121,7 +148,7 @@ def test_nan_stays_in_its_voxel(isa):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 6, 5), (2, 5, 0, 6, 5)])
-def test_nothing_in_gives_nothing_out(shape):
+def test_nothing_in_gives_nothing_out(kernels, shape):
     x = torch.zeros(shape, requires_grad=True)
     phi = torch.zeros(shape[0], 4, shape[2] // 2, 3, 3, requires_grad=True)
     weights = [torch.ones(4, 5), torch.ones(4), torch.ones(1)]
@@ -136,7 +163,7 @@ def test_nothing_in_gives_nothing_out(shape):
 
 
 @pytest.mark.parametrize("order", ["channels_last", "contiguous"])
-def test_results_lie_as_the_inputs_do(order):
+def test_results_lie_as_the_inputs_do(kernels, order):
     x, phi, *weights = random_inputs(SMALL, torch.float32, channels_last=order == "channels_last")
     out, alpha = attention_gate(x, phi, *weights)
     grad_x, grad_phi, *_ = OPS.attention_gate_backward(
@@ -159,29 +186,29 @@ def test_results_lie_as_the_inputs_do(order):
     ids=["channel slice", "transposed", "gaps", "channels-last slice", "misaligned"],
 )
 @pytest.mark.parametrize("which", [0, 1, "grad"])
-def test_any_strides_equal_the_twin(isa, which, view):
+def test_any_strides_equal_the_twin(kernels, which, view):
     inputs = list(random_inputs(SMALL, torch.float32))
     grad_out, grad_alpha = random_gradients(inputs[0])
     if which == "grad":
         grad_out = view(grad_out)
     else:
         inputs[which] = view(inputs[which])
-    assert_matches_twin(OPS, tuple(inputs), (grad_out, grad_alpha))
+    assert_matches_twin(tuple(inputs), (grad_out, grad_alpha))
 
 
 @pytest.mark.parametrize("order", ["contiguous", "channels_last"])
-def test_expanded_gradients_equal_the_twin(order):
+def test_expanded_gradients_equal_the_twin(kernels, order):
     inputs = random_inputs(SMALL, torch.float32, channels_last=order == "channels_last")
     x = inputs[0]
     grad_out = torch.tensor(0.5).expand_as(x)
-    assert_matches_twin(OPS, inputs, (grad_out, torch.tensor(2.0).expand(2, 1, *SMALL.fine)))
+    assert_matches_twin(inputs, (grad_out, torch.tensor(2.0).expand(2, 1, *SMALL.fine)))
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_batch_that_repeats_one_image_equals_the_twin(which):
+def test_a_batch_that_repeats_one_image_equals_the_twin(kernels, which):
     inputs = list(random_inputs(SMALL, torch.float32))
     inputs[which] = inputs[which][:1].expand_as(inputs[which])
-    assert_matches_twin(OPS, tuple(inputs), random_gradients(inputs[0]))
+    assert_matches_twin(tuple(inputs), random_gradients(inputs[0]))
 
 
 def test_backward_keeps_the_inputs_alone():
@@ -210,27 +237,38 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize("needed", range(5))
-def test_each_gradient_alone_is_that_of_all_together(needed):
+def test_each_gradient_alone_is_that_of_all_together(kernels, needed):
     together = gate_and_gradients(leaves(SMALL))[2 + needed]
     alone = list(random_inputs(SMALL, torch.float32))
     alone[needed].requires_grad_()
     (found,) = torch.autograd.grad(attention_gate(*alone), alone[needed], random_gradients(alone[0]))
-    assert torch.equal(found, together)
+    if kernels in CPU:
+        assert torch.equal(found, together)
+    else:  # another number of sums a block, so another order
+        torch.testing.assert_close(found, together)
 
 
-def test_the_cpu_multiplies_alike_whatever_is_allowed():
+@pytest.mark.parametrize("kernels", [*CPU, *EMULATED], indirect=True)
+@pytest.mark.parametrize("case", [SMALL, Case((3, 4, 5), (2, 2, 3), 33, 17)], ids=str)
+def test_without_tensor_cores_products_are_alike_whether_tf32_is_allowed(kernels, case):
+    """The emulator takes the TF32 kernels' path through memory, and multiplies in float32."""
     results = []
     for allowed in ((), (True,)):
-        inputs = leaves(SMALL)
+        inputs = leaves(case)
         out, alpha = OPS.attention_gate(*inputs, *allowed)
-        results.append((out, alpha, *torch.autograd.grad(out.sum() + alpha.sum(), inputs)))
+        results.append((out, alpha, *torch.autograd.grad((out, alpha), inputs, random_gradients(inputs[0]))))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_gradients_not_asked_for_are_not_made():
+def test_gradients_not_asked_for_are_not_made(kernels):
     inputs = random_inputs(SMALL, torch.float32)
-    found = OPS.attention_gate_backward(*random_gradients(inputs[0]), *inputs, False, False, True, False)
-    assert [grad.numel() for grad in found] == [0, 0, inputs[2].numel(), 0, 0]
+    for needed in range(4):
+        needs = [k == needed for k in range(4)]
+        found = OPS.attention_gate_backward(*random_gradients(inputs[0]), *inputs, *needs)
+        asked = [*needs, needs[3]]
+        assert [grad.numel() for grad in found] == [
+            a * tensor.numel() for a, tensor in zip(asked, inputs, strict=True)
+        ]
 
 
 def test_a_second_derivative_is_refused():
@@ -240,18 +278,11 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
-def test_same_bits_for_any_number_of_threads(case):
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            found.append(gate_and_gradients(leaves(case)))
-    finally:
-        torch.set_num_threads(threads)
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_in_every_schedule(schedules, dtype):
+    for case in [SMALL_OF_SEVERAL_BLOCKS] if schedules.backend == "emulated" else LARGE_CASES:
+        inputs = leaves(case, dtype)
+        schedules.assert_same_bits(lambda inputs=inputs: gate_and_gradients(inputs))
 
 
 def test_the_twins_backward_is_its_autograd():
@@ -374,3 +405,67 @@ def test_arguments_that_do_not_fit_are_named(arguments, message, call):
 def test_another_device_is_named():
     with pytest.raises(UsageError, match="x and w_x must be on the same device, got cpu and meta"):
         attention_gate(X, PHI, W_X.to("meta"), W_PSI, B_PSI)
+
+
+# ---- CUDA alone ---------------------------------------------------------------------------------------------------
+
+
+@on_cuda_kernels
+@pytest.mark.parametrize(
+    ("case", "dtype", "message"),
+    [
+        (Case((2, 2), (1, 1), 65, 4), torch.float32, "at most 64 channels of x and 32 inner channels"),
+        (Case((2, 2), (1, 1), 4, 65), torch.bfloat16, "at most 128 channels of x and 64 inner channels"),
+        (Case((2, 2), (1, 1), 4, 4), torch.float64, "take float32, float16 and bfloat16, got Double"),
+        (Case((1, 0x8000), (1, 2), 1, 1), torch.float32, "at most 32767 voxels along an axis"),
+    ],
+)
+def test_cuda_kernels_name_what_is_too_large(kernels, case, dtype, message):
+    with pytest.raises(RuntimeError, match=message):
+        OPS.attention_gate(*random_inputs(case, dtype))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cuda_takes_the_librarys_product_for_what_its_kernels_do_not(dtype):
+    inputs = tuple(tensor.cuda() for tensor in random_inputs(Case((4, 6), (2, 3), 256, 128), dtype))
+    for a, b in zip(attention_gate(*inputs), reference(*inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.cuda
+def test_cuda_forward_and_backward_are_captured_in_a_graph():
+    inputs = tuple(tensor.cuda() for tensor in random_inputs(SMALL, torch.bfloat16))
+    gradients = tuple(grad.cuda() for grad in random_gradients(inputs[0].cpu()))
+
+    def run() -> tuple[Tensor, ...]:
+        return (
+            *OPS.attention_gate(*inputs),
+            *OPS.attention_gate_backward(*gradients, *inputs, True, True, True, True),
+        )
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("case", [SMALL, LARGE_CASES[0], Case((2, 2, 9), (1, 1, 5), 64, 32)], ids=str)
+def test_cuda_multiplies_in_tf32_only_where_torch_allows_it(monkeypatch, case, allowed):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    inputs = [tensor.cuda().requires_grad_() for tensor in random_inputs(case, torch.float32)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, expected = (
+        (*results, *torch.autograd.grad(results[0].sum() + results[1].sum(), leaves))
+        for leaves, gate in ((inputs, attention_gate), (exact, reference))
+        for results in [gate(*leaves)]
+    )
+    largest = max(
+        float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    )
+    assert largest < (2e-2 if allowed else 1e-4)
+    assert not allowed or largest > 1e-5  # the mantissa of TF32 has 10 bits

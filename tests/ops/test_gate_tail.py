@@ -1,4 +1,4 @@
-"""The gate's tail: every instruction set and the emulated CUDA kernels against the twin in fp64."""
+"""The gate's tail: the kernels of every backend against the twin in fp64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_on_cpu.emulator import Emulator
 from torch import Tensor
 
 from lungkit.errors import UsageError
@@ -39,13 +38,13 @@ def assert_near(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     assert difference <= limit, f"differs by {difference}, allowed {limit}"
 
 
-def assert_psi_matches(ops: object, a: Tensor, b: Tensor, weight: Tensor, grad_psi: Tensor) -> None:
-    psi, q = ops.gate_psi(a, b, weight)
+def assert_psi_matches(a: Tensor, b: Tensor, weight: Tensor, grad_psi: Tensor) -> None:
+    psi, q = OPS.gate_psi(a, b, weight)
     exact = [tensor.double().clone().requires_grad_() for tensor in (a, b, weight)]
     expected, kept = reference_psi(*exact)
     assert_near(psi, expected.detach(), a.dtype)
     assert_near(q, kept.detach(), a.dtype)
-    grad_features, grad_weight = ops.gate_psi_backward(grad_psi, q, weight, True, True)
+    grad_features, grad_weight = OPS.gate_psi_backward(grad_psi, q, weight, True, True)
     # From the q that was kept: a sum next to zero may have been rounded to it.
     q_exact, weight_exact = q.double(), weight.double()
     column = weight_exact.reshape(-1, *(1,) * (q.dim() - 2))
@@ -55,34 +54,32 @@ def assert_psi_matches(ops: object, a: Tensor, b: Tensor, weight: Tensor, grad_p
     )
 
 
-def assert_scale_matches(ops: object, x: Tensor, alpha: Tensor, grad_out: Tensor) -> None:
-    assert_near(ops.gate_scale(x, alpha), x.double() * alpha.double(), x.dtype)
-    grad_x, grad_alpha = ops.gate_scale_backward(grad_out, x, alpha, True, True)
+def assert_scale_matches(x: Tensor, alpha: Tensor, grad_out: Tensor) -> None:
+    assert_near(OPS.gate_scale(x, alpha), x.double() * alpha.double(), x.dtype)
+    grad_x, grad_alpha = OPS.gate_scale_backward(grad_out, x, alpha, True, True)
     assert_near(grad_x, grad_out.double() * alpha.double(), x.dtype)
     assert_near(grad_alpha, (grad_out.double() * x.double()).sum(1, keepdim=True), x.dtype)
 
 
-def check_both(
-    ops: object, shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool = False
-) -> None:
+def check_both(shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool = False) -> None:
     a, b, x, grad = (draw(shape, dtype, seed, channels_last=channels_last) for seed in range(4))
     weight, small = draw((shape[1],), dtype, 4), draw(map_shape(shape), dtype, 5)
-    assert_psi_matches(ops, a, b, weight, small)
-    assert_scale_matches(ops, x, small, grad)
+    assert_psi_matches(a, b, weight, small)
+    assert_scale_matches(x, small, grad)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_equals_the_twin(isa, shape, dtype, channels_last):
-    check_both(OPS, shape, dtype, channels_last=channels_last)
+def test_every_shape_equals_the_twin(kernels, shape, dtype, channels_last):
+    check_both(shape, dtype, channels_last=channels_last)
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_half_features_take_float_weights(isa, dtype):
+def test_half_features_take_float_weights(kernels, dtype):
     a, b = draw(SHAPES[1], dtype, 0), draw(SHAPES[1], dtype, 1)
     weight, grad = draw((5,), torch.float32, 2).bfloat16().float(), draw(map_shape(SHAPES[1]), dtype, 3)
-    assert_psi_matches(OPS, a, b, weight, grad)
+    assert_psi_matches(a, b, weight, grad)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +93,7 @@ def test_half_features_take_float_weights(isa, dtype):
     ids=["channel slice", "transposed", "another order", "one image"],
 )
 @pytest.mark.parametrize("which", range(3))
-def test_any_strides_equal_the_twin(which, view):
+def test_any_strides_equal_the_twin(kernels, which, view):
     a, b, x, grad = (draw(SHAPES[1], torch.float32, seed) for seed in range(4))
     weight, small = draw((5,), torch.float32, 4), draw(map_shape(SHAPES[1]), torch.float32, 5)
     if which == 0:
@@ -105,11 +102,11 @@ def test_any_strides_equal_the_twin(which, view):
         b, grad = view(b), view(grad)
     else:
         small = small.transpose(3, 4).contiguous().transpose(3, 4)
-    assert_psi_matches(OPS, a, b, weight, small)
-    assert_scale_matches(OPS, x, small, grad)
+    assert_psi_matches(a, b, weight, small)
+    assert_scale_matches(x, small, grad)
 
 
-def test_results_lie_as_the_features_do():
+def test_results_lie_as_the_features_do(kernels):
     a = draw(SHAPES[1], torch.float32, 0, channels_last=True)
     alpha = draw(map_shape(SHAPES[1]), torch.float32, 1)
     psi, q = OPS.gate_psi(a, a.contiguous(), torch.ones(5))
@@ -118,20 +115,20 @@ def test_results_lie_as_the_features_do():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 6), (2, 5, 0, 6)])
-def test_nothing_in_gives_nothing_out(shape):
+def test_nothing_in_gives_nothing_out(kernels, shape):
     x, weight = torch.zeros(shape, requires_grad=True), torch.ones(5, requires_grad=True)
     (gate_psi(x, x, weight).sum() + gate_scale(x, torch.zeros(map_shape(shape))).sum()).backward()
     assert x.grad.shape == shape
     assert float(weight.grad.abs().sum()) == 0
 
 
-def test_nan_stays_in_its_voxel():
+def test_nan_stays_in_its_voxel(kernels):
     a = draw(SHAPES[1], torch.float32, 0)
     a[1, 2, 0, 3, 4] = float("nan")
     assert gate_psi(a, a, torch.ones(5)).isnan().nonzero().tolist() == [[1, 0, 0, 3, 4]]
 
 
-def test_psi_keeps_the_relu_in_place_of_its_operands():
+def test_psi_keeps_the_relu_in_place_of_its_operands(kernels):
     kept = []
     a, b = (draw(SHAPES[1], torch.float32, seed).requires_grad_() for seed in (0, 1))
     weight = torch.ones(5, requires_grad=True)
@@ -147,17 +144,19 @@ def leaves(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in drawn]
 
 
-def test_gradcheck():
+def test_gradcheck(kernels):
     a, b, weight, x, alpha = leaves()
     assert torch.autograd.gradcheck(gate_psi, (a, b, weight))
     assert torch.autograd.gradcheck(gate_scale, (x, alpha))
 
 
-def test_gradients_not_asked_for_are_not_made():
+def test_gradients_not_asked_for_are_not_made(kernels):
     a, _, weight, x, alpha = (tensor.detach() for tensor in leaves())
-    sizes = [g.numel() for g in OPS.gate_psi_backward(alpha, a.relu(), weight, False, True)]
-    assert sizes == [0, weight.numel()]
-    assert [g.numel() for g in OPS.gate_scale_backward(x, x, alpha, False, True)] == [0, alpha.numel()]
+    for needs in ((False, True), (True, False)):
+        sizes = [g.numel() for g in OPS.gate_psi_backward(alpha, a.relu(), weight, *needs)]
+        assert sizes == [needs[0] * a.numel(), needs[1] * weight.numel()]
+        sizes = [g.numel() for g in OPS.gate_scale_backward(x, x, alpha, *needs)]
+        assert sizes == [needs[0] * x.numel(), needs[1] * alpha.numel()]
 
 
 def test_a_second_derivative_is_refused():
@@ -168,19 +167,17 @@ def test_a_second_derivative_is_refused():
             grad.sum().backward()
 
 
-def test_same_bits_for_any_number_of_threads():
-    a, b = draw((2, 9, 30, 31, 32), torch.float32, 0), draw((2, 9, 30, 31, 32), torch.float32, 1)
-    weight, grad = draw((9,), torch.float32, 2), draw((2, 1, 30, 31, 32), torch.float32, 3)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            psi, q = OPS.gate_psi(a, b, weight)
-            found.append((psi, q, *OPS.gate_psi_backward(grad, q, weight, True, True)))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for others in found[1:] for x, y in zip(found[0], others, strict=True))
+def test_same_bits_in_every_schedule(schedules):
+    batch, channels, *grid = (2, 6, 33, 40) if schedules.backend == "emulated" else (2, 9, 30, 31, 32)
+    a, b = (draw((batch, channels, *grid), torch.float32, seed) for seed in (0, 1))
+    weight, grad = draw((channels,), torch.float32, 2), draw((batch, 1, *grid), torch.float32, 3)
+
+    def run() -> list[Tensor]:
+        psi, q = OPS.gate_psi(a, b, weight)
+        scaled = OPS.gate_scale_backward(a, b, grad, True, True)
+        return [psi, q, *OPS.gate_psi_backward(grad, q, weight, True, True), *scaled]
+
+    schedules.assert_same_bits(run)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -260,70 +257,6 @@ def test_arguments_that_do_not_fit_are_named(call, arguments, message):
 def test_the_ops_themselves_refuse_shapes_that_do_not_fit(call, arguments, message):
     with pytest.raises(RuntimeError, match=message):
         call(*arguments)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_emulated_kernels_equal_the_twin(emulated, shape, dtype, channels_last):
-    check_both(emulated, shape, dtype, channels_last=channels_last)
-
-
-def test_emulated_kernels_take_features_of_different_orders(emulated):
-    a, b, x, grad = (draw(SHAPES[1], torch.float32, seed, channels_last=seed % 2 == 1) for seed in range(4))
-    small = draw(map_shape(SHAPES[1]), torch.float32, 5)
-    assert_psi_matches(emulated, a, b, draw((5,), torch.float32, 4), small)
-    assert_scale_matches(emulated, x, small, grad)
-
-
-def test_emulated_kernels_take_nothing(emulated):
-    a, alpha = torch.zeros(0, 5, 4, 6), torch.zeros(0, 1, 4, 6)
-    _, q = emulated.gate_psi(a, a, torch.ones(5))
-    _, grad_weight = emulated.gate_psi_backward(alpha, q, torch.ones(5), True, True)
-    assert float(grad_weight.abs().sum()) == 0
-    assert emulated.gate_scale(a, alpha).shape == a.shape
-
-
-def test_emulated_kernels_leave_out_what_is_not_asked_for(emulated):
-    a, alpha, weight = (
-        draw(SHAPES[1], torch.float32, 0),
-        draw(map_shape(SHAPES[1]), torch.float32, 1),
-        torch.ones(5),
-    )
-    for needs in ((True, False), (False, True)):
-        for found in (
-            emulated.gate_psi_backward(alpha, a, weight, *needs),
-            emulated.gate_scale_backward(a, a, alpha, *needs),
-        ):
-            assert tuple(grad.numel() > 0 for grad in found) == needs
-
-
-def test_emulated_results_have_the_same_bits_in_every_order(emulated_library):
-    torch.ops.load_library(str(emulated_library))
-    ops, emulator = torch.ops.lungkit_emulated, Emulator(emulated_library)
-    a, b = draw((2, 6, 33, 40), torch.float32, 0), draw((2, 6, 33, 40), torch.float32, 1)
-    weight, grad = draw((6,), torch.float32, 2), draw((2, 1, 33, 40), torch.float32, 3)
-    _, q = emulator.in_every_order(lambda: ops.gate_psi(a, b, weight))
-    emulator.in_every_order(lambda: ops.gate_psi_backward(grad, q, weight, True, True))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("shape", SHAPES)
-def test_cuda_equals_the_twin(shape, dtype, channels_last):
-    class OnGpu:
-        def __getattr__(self, name: str) -> Callable[..., object]:
-            op = getattr(OPS, name)
-
-            def call(*arguments: object) -> object:
-                moved = (arg.cuda() if isinstance(arg, Tensor) else arg for arg in arguments)
-                result = op(*moved)
-                return result.cpu() if isinstance(result, Tensor) else [part.cpu() for part in result]
-
-            return call
-
-    check_both(OnGpu(), shape, dtype, channels_last=channels_last)
 
 
 @pytest.mark.parametrize(("coarse", "fine"), [((3, 4), (6, 9)), ((2, 1, 3), (5, 4, 3)), ((1, 1), (1, 1))])
