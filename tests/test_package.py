@@ -13,7 +13,7 @@ HEAVY = (
     "matplotlib",
     "monai",
     "nibabel",
-    "jsonargparse",
+    "yaml",
     "rich",
     "lungkit.cli",
 )

@@ -22,7 +22,6 @@ _PACKAGES = (
     "isal",
     "safetensors",
     "lightning-fabric",
-    "jsonargparse",
     "rich",
     "matplotlib",
     "cupy",

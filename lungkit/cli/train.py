@@ -22,8 +22,18 @@ _LOG = logging.getLogger("lungkit")
 _PREVIEW_PATCHES = 5
 
 _EPILOG = """
-Every option of the configuration can be given as --part.name VALUE; --help-options says what they are and do,
---print-config shows them as a YAML file for --config.
+options of the configuration, those that are used most:
+  --data DIR                 dataset: nnU-Net raw, Decathlon, or images/ and masks/ (default: the built-in phantom)
+  --model NAME               unet or attention-unet (default: attention-unet)
+  --epochs N                 (default: by the dataset), likewise --steps_per_epoch N and --batch_size N
+  --data.patch_size Y X      in voxels, or Z Y X; --data.spacing_mm, --data.window (default: by the dataset)
+  --model.features 32 64 ..  channels per level (default: by the dataset)
+  --optimiser.learning_rate, --loss.dice_weight, --loss.ce_weight, --augment.enabled false, --engine.precision ...
+  --data.fold K              which fold validates (default: 0), of --data.folds N (default: 5)
+  --seed N                   of weights, patches, augmentation and dropout (default: 0)
+  --runs DIR, --name NAME    the run is kept in DIR/NAME (default: runs, and a name from data and model)
+  --config FILE              a YAML file of options; options after it change what it says
+All of them: --help-options says what they are and do, --print-config shows them as a YAML file for --config.
 Examples:
   lungkit-train                                         the CT phantom, a few minutes on a laptop
   lungkit-train --data DIR --model unet                 your scans: nnU-Net raw, Decathlon, or images/ and masks/

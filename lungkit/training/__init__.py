@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The trainer brings Fabric, jsonargparse and matplotlib along; a configuration needs none of them.
+    # The trainer brings Fabric and matplotlib along; a configuration needs none of them.
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'lungkit.training' has no attribute {name!r}")

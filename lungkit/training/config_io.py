@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
+import math
 import os
 import re
+import reprlib
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
 from lungkit.errors import UsageError
 from lungkit.training.config import TrainConfig
 
-_NUMBER = re.compile(r"[-+]?(\d|\.\d)")
 # Where things lie does not change the weights, nor does what follows the last epoch: these may differ when a run is
 # continued.
 MOVABLE = ("data.root", "data.cache", "data.max_voxels", "choose_postprocessing")
@@ -30,28 +34,56 @@ _SHORTHANDS = {
     "max_voxels": "data.max_voxels",
     "deterministic": "engine.deterministic",
 }
+_NUMBER = re.compile(r"[-+]?(\d|\.\d)")
+_WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    bool: ("true or false", "true or false"),
+    type(None): ("null", "null"),
+}
 
 
-class ConfigParser(ArgumentParser):
-    """jsonargparse's parser, whose errors are :class:`~lungkit.errors.UsageError` in one line."""
+class Option(NamedTuple):
+    """One field of the configuration; the docstring of its class tells the meaning."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(" ".join(message.split())) from ex
+    type: Any
+    default: Any
+    meaning: str
+
+    def takes(self, kind: type) -> bool:
+        """Whether ``kind`` is its type or one of several."""
+        return any(
+            kind in (part, typing.get_origin(part)) for part in (self.type, *typing.get_args(self.type))
+        )
 
 
-def make_parser() -> ConfigParser:
-    """Parser of ``TrainConfig``: dotted options and ``--config FILE``."""
-    parser = ConfigParser(exit_on_error=True, add_help=False, default_env=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; options after it change what it says")
-    parser.add_class_arguments(TrainConfig, nested_key=None, fail_untyped=False)
-    return parser
+@cache
+def options(cls: type = TrainConfig, prefix: str = "") -> Mapping[str, Option]:
+    """Every option by its dotted name."""
+    hints, documented = typing.get_type_hints(cls), inspect.getdoc(cls) or ""
+    found: dict[str, Option] = {}
+    for field in dataclasses.fields(cls):
+        name, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= options(typing.cast(type, hint), f"{name}.")
+            continue
+        told = re.search(rf"^    {field.name}: (.+(?:\n      .+)*)", documented, re.MULTILINE)
+        meaning = re.sub(r"\s+", " ", told[1].replace("None", "null")) if told else ""
+        found[name] = Option(hint, field.default, meaning)
+    return found
+
+
+_GROUPS = tuple(dict.fromkeys(name.partition(".")[0] for name in options() if "." in name))
 
 
 def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
     """A configuration from command-line arguments such as ``--config run.yaml --model.features 16 32``.
 
+    Later arguments change what earlier ones and the files of ``--config`` say.
+
     Raises:
-        UsageError: an unknown option or a value of the wrong type.
+        UsageError: an unknown option, a value of the wrong type, or a file that is no configuration.
 
     Example:
         >>> config = parse_arguments(["--model", "unet", "--model.features", "8", "16", "--epochs", "2"])
@@ -61,8 +93,16 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         Traceback (most recent call last):
         lungkit.errors.UsageError: unknown option 'modle.features'; did you mean 'model.features'?
     """
-    parser = make_parser()
-    return _build(parser, parser.parse_args(list(_normalise(arguments))))
+    values: dict[str, Any] = {}
+    for name, words in _split(arguments):
+        values |= _read_file(words[0]) if name == "config" else {name: _from_words(name, words)}
+    config = TrainConfig()
+    given: dict[str, dict[str, Any]] = {group: {} for group in ("", *_GROUPS)}
+    for name, value in values.items():
+        group, _, field = name.rpartition(".")
+        given[group][field] = value
+    parts = {group: dataclasses.replace(getattr(config, group), **given[group]) for group in _GROUPS}
+    return dataclasses.replace(config, **parts, **given[""])
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
@@ -71,33 +111,28 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     Raises:
         UsageError: the file cannot be read, is not YAML, or names an unknown option.
     """
-    return parse_arguments(["--config", str(path)])
+    return parse_arguments([f"--config={os.fspath(path)}"])
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain values: tuples are lists."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
-    return plain
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def config_to_yaml(config: TrainConfig) -> str:
-    """The configuration as ``config.yaml`` holds it."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None)
-
-
-def option_names(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all options.
-
-    Example:
-        >>> "engine.precision" in set(option_names())
-        True
-    """
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from option_names(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
+    """The configuration as ``config.yaml`` holds it: every option below a comment that says what it means."""
+    text, group = "", ""
+    values = _flat(config_to_dict(config))
+    for name in sorted(
+        values, key=lambda name: "." in name
+    ):  # after a group, the top level would be its part
+        head, _, field = name.rpartition(".")
+        if head != group:
+            group, text = head, f"{text}\n{head}:\n"
+        value = yaml.safe_dump(values[name], default_flow_style=True, width=math.inf).removesuffix("...\n")
+        comment = [f"# {line}" for line in textwrap.wrap(options()[name].meaning, 100)]
+        text += textwrap.indent("\n".join([*comment, f"{field}: {value.strip()}\n"]), "  " if head else "")
+    return text
 
 
 def config_differences(saved: TrainConfig, asked: TrainConfig) -> dict[str, str]:
@@ -116,152 +151,124 @@ def config_differences(saved: TrainConfig, asked: TrainConfig) -> dict[str, str]
 
 
 def describe_options() -> str:
-    """Every option with its default and its meaning, a line each."""
-    lines = []
-    for name, (default, meaning) in _described(TrainConfig, "").items():
+    """Every option with its type and default on one line, its meaning on the next."""
+    text = ""
+    for name, (kind, default, meaning) in options().items():
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        lines.append(f"--{name}  ({'unset' if shown is None else shown})\n    {meaning}")
-    return "\n".join(lines) + "\n"
+        text += f"--{name}  {_describe(kind)} ({'unset' if shown is None else shown})\n    {meaning}\n"
+    return text
 
 
-def _described(cls: type, prefix: str) -> dict[str, tuple[Any, str]]:
-    """Default and meaning of every option; the meaning is that of the class's docstring."""
-    hints, documented = typing.get_type_hints(cls), inspect.getdoc(cls) or ""
-    found: dict[str, tuple[Any, str]] = {}
-    for field in dataclasses.fields(cls):
-        name = prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            found |= _described(hints[field.name], f"{name}.")
-            continue
-        meaning = re.search(rf"^    {field.name}: (.+(?:\n      .+)*)", documented, re.MULTILINE)
-        found[name] = (field.default, " ".join(meaning[1].split()) if meaning else "")
-    return found
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _build(parser: ConfigParser, parsed: Namespace) -> TrainConfig:
-    try:
-        instantiate = (
-            getattr(parser, "instantiate", None) or parser.instantiate_classes
-        )  # its name before 4.49
-        options: dict[str, Any] = instantiate(parsed).as_dict()  # nested dataclasses, flat top level
-        options.pop("config", None)
-        return TrainConfig(**options)
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
-
-
-def _normalise(arguments: Sequence[str]) -> Iterator[str]:
-    """Write shorthands out and turn ``--name 1 2 3`` into ``--name=[1, 2, 3]``."""
-    known = {"config", *option_names()}
-    lists, switches = set(_options_of(TrainConfig, _holds_tuple)), set(_options_of(TrainConfig, _is_switch))
-    index = 0
-    while index < len(arguments):
-        argument = arguments[index]
-        index += 1
+def _split(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """The full name of each option and the words that follow it."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
         if not argument.startswith("--"):
             raise UsageError(f"unexpected argument {argument!r}; options start with --")
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         name = _SHORTHANDS.get(name, name)
-        if name not in known:
+        option = Option(str, None, "") if name == "config" else options().get(name)
+        if option is None:
             raise UsageError(_unknown(name))
-        values = [value] if equals else []
-        if not equals:
-            while index < len(arguments) and _is_value(arguments[index]):
-                values.append(arguments[index])
-                index += 1
-        if not values:
-            if name not in switches:
-                raise UsageError(f"--{name} needs a value")
-            values = ["true"]
-        if name in lists and not values[0].startswith("[") and (len(values) > 1 or _NUMBER.match(values[0])):
-            values = [f"[{', '.join(values)}]"]
-        if name == "config":
-            _check_file(values[0])
-        if len(values) > 1:
-            raise UsageError(f"--{name} takes one value, got {' '.join(values)}")
-        yield f"--{name}={values[0]}"
+        words = [value] if equals else []
+        while not equals and rest and (not rest[0].startswith("-") or _NUMBER.match(rest[0])):
+            words.append(rest.pop(0))
+        if not words and not option.takes(bool):
+            raise UsageError(f"--{name} needs a value")
+        if len(words) > 1 and not option.takes(tuple):
+            raise UsageError(f"--{name} takes one value, got {' '.join(words)}")
+        yield name, words or ["true"]
 
 
-def _check_file(path: str) -> None:
-    """Refuse a YAML file that cannot be read or names an unknown option, with the file's name."""
+def _from_words(name: str, words: list[str]) -> Any:
+    """The value that words of a command line stand for: YAML, or text where the option takes text."""
+    values: list[Any] = list(words)
+    for index, word in enumerate(words):
+        with contextlib.suppress(
+            yaml.YAMLError, ValueError, RecursionError
+        ):  # "[", a date that does not exist
+            values[index] = yaml.safe_load(word) if word else word
+    option, value = options()[name], values[0]
+    if len(words) > 1 or (option.takes(tuple) and isinstance(value, (int, float))):
+        return _checked(name, values)
+    is_text = (
+        option.takes(str) and value is not None and not (option.takes(tuple) and isinstance(value, list))
+    )
+    return _checked(name, words[0] if is_text else value)
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """The options that a YAML file sets, by their dotted names; errors begin with the file's name."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected options and their values, as --print-config shows them")
-    known = set(option_names())
-    groups = {name.rpartition(".")[0] for name in known} - {""}
-    for name, value in _keys(content, groups):
-        if name not in known | groups:
-            raise UsageError(f"{path}: {_unknown(name)}")
-        if name in groups and not isinstance(value, dict):
-            raise UsageError(f"{path}: {name} is {value!r}, but it is a group of options: {_members(name)}")
+    try:
+        return {name: _checked(name, value) for name, value in _flat(content).items()}
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
-def _keys(content: dict[Any, Any], groups: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        yield name, value
-        if isinstance(value, dict) and name in groups:
-            yield from _keys(value, groups, f"{name}.")
+def _checked(name: str, value: Any) -> Any:
+    """``value`` in the type of option ``name``."""
+    if name in _GROUPS:
+        members = ", ".join(option for option in options() if option.startswith(f"{name}."))
+        raise UsageError(f"{name} is {reprlib.repr(value)}, but it is a group of options: {members}")
+    if name not in options():
+        raise UsageError(_unknown(name))
+    kind = options()[name].type
+    try:
+        return _converted(kind, value)
+    except (ValueError, OverflowError):
+        raise UsageError(f"{name} is {reprlib.repr(value)}; give {_describe(kind)}") from None
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """``value``, as YAML gives it, in the type ``kind``; a ``ValueError`` where it is of another."""
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for alternative in of:
+            with contextlib.suppress(ValueError, OverflowError):
+                return _converted(alternative, value)
+    elif origin is tuple and isinstance(value, list) and (of[-1] is ... or len(of) == len(value)):
+        return tuple(_converted(of[0], entry) for entry in value)
+    elif kind is float:
+        if type(value) in (int, float, str) and math.isfinite(float(value)):
+            return float(value)  # YAML reads 1e-3 as text
+    elif type(value) is kind or (
+        origin is Literal and (type(value), value) in [(type(word), word) for word in of]
+    ):
+        return value
+    raise ValueError
+
+
+def _describe(kind: Any, plural: bool = False) -> str:
+    """A type in words."""
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return ", ".join(map(str, of))
+    if origin is tuple:
+        count = len(of) if of[-1] is not ... else "lists of" if plural else "a list of"
+        return f"{count} {_describe(of[0], plural=True)}"
+    return _WORDS[kind][plural] if kind in _WORDS else " or ".join(_describe(part, plural) for part in of)
 
 
 def _unknown(name: str) -> str:
-    known = list(option_names())
-    known += sorted({option.rpartition(".")[0] for option in known} - {""})
+    known = [*options(), *_GROUPS]
     nearest = [option for option in known if option.startswith(name)]
     nearest += difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "--print-config shows all options"
     return f"unknown option {name!r}; {hint}"
 
 
-def _members(group: str) -> str:
-    return ", ".join(name for name in option_names() if name.startswith(f"{group}."))
-
-
-def _is_value(argument: str) -> bool:
-    return not argument.startswith("-") or _NUMBER.match(argument) is not None
-
-
-def _options_of(cls: type, fits: Callable[[Any], bool], prefix: str = "") -> Iterator[str]:
-    """Names of the options with a type that fits."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from _options_of(hint, fits, f"{prefix}{field.name}.")
-        elif any(fits(part) for part in _alternatives(hint)):
-            yield prefix + field.name
-
-
-def _holds_tuple(hint: Any) -> bool:
-    return typing.get_origin(hint) is tuple
-
-
-def _is_switch(hint: Any) -> bool:
-    return hint is bool
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
-    return (hint,)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The options of a group or of all, by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if name in _GROUPS and isinstance(value, dict) else {name: value}
+    return flat
