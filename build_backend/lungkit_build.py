@@ -3,16 +3,20 @@
 The native libraries need torch's headers, and plain ``torch`` in an isolated build environment would download several
 GB of CUDA packages for them. So a build uses the torch of the environment that lungkit is installed into, where there
 is one, and asks for the pinned release below only where there is none.
+
+What was compiled stays in ``build/`` of the source tree, and an installation compiles only what has changed since.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sysconfig
 from pathlib import Path
 from typing import Any
 
+import scikit_build_core
 from scikit_build_core import build as _backend
 
 OLDEST_TORCH = (2, 10)
@@ -44,10 +48,27 @@ def _requires(requires: list[str]) -> list[str]:
     return requires if "LUNGKIT_TORCH_DIR" in os.environ or installed_torch() else [*requires, PINNED_TORCH]
 
 
-def _point_to_torch() -> None:
+def _prepare() -> None:
+    _keep_compiled()
     folder = installed_torch()
     if folder is not None:
         os.environ.setdefault("LUNGKIT_TORCH_DIR", str(folder))
+
+
+def _keep_compiled() -> None:
+    """Have scikit-build-core go on in its build folder, which it clears where its own path has changed.
+
+    In pip's isolated build environments that path is another one each time. CMake configures anew all the same, with
+    the compiler, torch and Python of the moment, and compiles what they change.
+    """
+    current = str(Path(scikit_build_core.__file__).resolve().parent)
+    for record in Path("build").glob("*/.skbuild-info.json"):
+        try:
+            content = json.loads(record.read_text())
+            if content["skbuild_path"] != current:
+                record.write_text(json.dumps({**content, "skbuild_path": current}))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # the folder is then cleared, which is slow but right
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
@@ -61,12 +82,12 @@ def get_requires_for_build_editable(config_settings: dict[str, Any] | None = Non
 def build_wheel(
     wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None
 ) -> str:
-    _point_to_torch()
+    _prepare()
     return _backend.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(
     wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None
 ) -> str:
-    _point_to_torch()
+    _prepare()
     return _backend.build_editable(wheel_directory, config_settings, metadata_directory)

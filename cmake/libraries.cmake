@@ -49,11 +49,22 @@ endif()
 find_package(Python 3.10 COMPONENTS Interpreter Development.Module)
 execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir OUTPUT_VARIABLE pybind11_folder
                 OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+unset(pybind11_DIR CACHE) # of a build environment that may be gone
 find_package(pybind11 2.13 CONFIG HINTS ${pybind11_folder})
 if(Python_Development.Module_FOUND AND pybind11_FOUND AND EXISTS ${csrc}/geometry)
+  # From a folder of our own: that of an isolated build environment has another name each time, which would have the
+  # module compiled anew.
+  set(headers ${CMAKE_CURRENT_BINARY_DIR}/headers)
+  file(GLOB_RECURSE pybind11_headers RELATIVE ${pybind11_INCLUDE_DIR} ${pybind11_INCLUDE_DIR}/pybind11/*.h)
+  foreach(header ${pybind11_headers})
+    get_filename_component(folder ${header} DIRECTORY)
+    file(MAKE_DIRECTORY ${headers}/${folder})
+    file(COPY_FILE ${pybind11_INCLUDE_DIR}/${header} ${headers}/${header} ONLY_IF_DIFFERENT)
+  endforeach()
   file(GLOB geometry_sources CONFIGURE_DEPENDS ${csrc}/geometry/*.cpp)
   find_package(Threads REQUIRED)
-  pybind11_add_module(_geometry MODULE ${geometry_sources})
+  python_add_library(_geometry MODULE WITH_SOABI ${geometry_sources})
+  target_include_directories(_geometry SYSTEM PRIVATE ${headers})
   target_link_libraries(_geometry PRIVATE Threads::Threads)
   target_compile_options(_geometry PRIVATE ${kernel_flags})
   lungkit_place_library(_geometry)

@@ -23,6 +23,14 @@ set(LUNGKIT_TORCH_VERSION "${torch_major}.${torch_minor}")
 if(LUNGKIT_TORCH_VERSION VERSION_LESS LUNGKIT_OLDEST_TORCH)
   message(FATAL_ERROR "lungkit: torch ${LUNGKIT_TORCH_VERSION} at ${LUNGKIT_TORCH_DIR} is older than ${LUNGKIT_OLDEST_TORCH}")
 endif()
+# A build for the CPU says `cuda: Optional[str] = None`.
+set(LUNGKIT_TORCH_HAS_CUDA TRUE)
+if(EXISTS "${LUNGKIT_TORCH_DIR}/version.py")
+  file(STRINGS "${LUNGKIT_TORCH_DIR}/version.py" without_cuda REGEX "^cuda[^=]*= *None")
+  if(without_cuda)
+    set(LUNGKIT_TORCH_HAS_CUDA FALSE)
+  endif()
+endif()
 message(STATUS "lungkit: headers of torch ${LUNGKIT_TORCH_VERSION} at ${LUNGKIT_TORCH_DIR}")
 
 # TORCH_TARGET_VERSION keeps the code to what the oldest promised torch already has.
