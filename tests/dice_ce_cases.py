@@ -1,14 +1,14 @@
-"""Inputs and tolerances that the tests of dice_ce share, on the CPU, on the emulator and on a GPU."""
+"""Inputs, tolerances and the comparison with the twin in the tests of dice_ce."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lungkit.ops.dice_ce import reference_statistics
+from lungkit.ops.dice_ce import dice_ce_loss, dice_ce_statistics, reference, reference_statistics
 
 LOGIT_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INDEX_DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -20,7 +20,7 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16:
 
 
 class Form(NamedTuple):
-    """How a statistic is computed: the arguments of the op after the tensors, without ``ignore_index``."""
+    """How the statistics are computed: options of ``dice_ce_statistics``."""
 
     activation: str = "softmax"
     cross_entropy: str = "softmax"
@@ -56,6 +56,20 @@ CASES = [
     ((1, 20, 33), 130),
     ((1, 7, 11), 300),
 ]
+# Few classes in whole 16-byte packs take CUDA kernels of their own; 13 x 11 voxels do not.
+PACKED_CASES = [(shape, classes) for shape in ((2, 8, 24), (1, 13, 11)) for classes in (2, 3, 4, 5)]
+# nnU-Net's loss, and every option at once
+NNUNET = {"include_background": False, "batch": True}
+ALL_OPTIONS = {
+    "ignore_index": 1,
+    "jaccard": True,
+    "reduction": "sum",
+    "smooth_nr": 1e-3,
+    "smooth_dr": 1e-2,
+    "lambda_dice": 0.7,
+    "lambda_ce": 0.3,
+    "label_smoothing": 0.2,
+}
 
 
 def random_logits(shape: tuple[int, ...], classes: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -74,7 +88,6 @@ def random_vectors(shape: tuple[int, ...], classes: int, dtype: torch.dtype, see
 
 
 def assert_matches_twin(
-    ops: object,
     logits: Tensor,
     labels: Tensor,
     form: Form,
@@ -83,28 +96,37 @@ def assert_matches_twin(
     ignore_index: int | None = None,
 ) -> None:
     """Statistics and their gradient, with random slopes, against the twin in fp64."""
-    statistics = ops.dice_ce_statistics(logits, labels, mask, *form, ignore_index)
+    z = logits.detach().requires_grad_()
+    statistics = dice_ce_statistics(z, labels, mask=mask, ignore_index=ignore_index, **form._asdict())
     slopes = torch.randn(statistics.shape, generator=torch.Generator().manual_seed(3)).to(statistics)
-    gradient = ops.dice_ce_backward(slopes, None, logits, labels, mask, *form, ignore_index)
+    (gradient,) = torch.autograd.grad(statistics, z, slopes)
     expected, expected_gradient = twin_in_double(logits, labels, form, slopes, mask, ignore_index)
     assert gradient.dtype == logits.dtype
     assert gradient.shape == logits.shape
     # Without an activation the sums have terms of both signs: what they lose is relative to the sum of sizes.
     size = expected.abs() + (logits[0, 0].numel() if form.activation == "none" else 0.0)
-    error = ((statistics.double() - expected).abs() / size.clamp_min(1.0)).max().item()
+    error = ((statistics.detach().double() - expected).abs() / size.clamp_min(1.0)).max().item()
     assert error <= STATISTICS_TOLERANCE[logits.dtype], f"statistics differ by {error:.1e}"
     largest = expected_gradient.abs().max().clamp_min(1e-3)
     error = ((gradient.double() - expected_gradient).abs().max() / largest).item()
     assert error <= GRADIENT_TOLERANCE[logits.dtype], f"gradients differ by {error:.1e}"
 
 
+def assert_loss_matches_twin(logits: Tensor, labels: Tensor, **options: Any) -> None:
+    """The finished loss and its gradient against the twin in the logits' dtype."""
+    found, expected = (loss(logits, labels, **options) for loss in (dice_ce_loss, reference))
+    torch.testing.assert_close(found, expected)
+    found, expected = (gradient_of(loss, logits, labels, **options) for loss in (dice_ce_loss, reference))
+    torch.testing.assert_close(found, expected)
+
+
 def statistics_and_gradient(
-    ops: object, logits: Tensor, labels: Tensor, mask: Tensor | None, form: Form
+    logits: Tensor, labels: Tensor, mask: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor]:
     """The statistics, and the gradient of their sum."""
-    statistics = ops.dice_ce_statistics(logits, labels, mask, *form, None)
-    slopes = torch.ones_like(statistics)
-    return statistics, ops.dice_ce_backward(slopes, None, logits, labels, mask, *form, None)
+    z = logits.detach().requires_grad_()
+    statistics = dice_ce_statistics(z, labels, mask=mask, **form._asdict())
+    return statistics.detach(), torch.autograd.grad(statistics.sum(), z)[0]
 
 
 def twin_in_double(
@@ -121,11 +143,8 @@ def twin_in_double(
         z,
         labels.double() if labels.is_floating_point() else labels,
         mask=mask,
-        activation=form.activation,
-        cross_entropy=form.cross_entropy,
-        squared=form.squared,
-        gamma=form.gamma,
         ignore_index=ignore_index,
+        **form._asdict(),
     )
     (gradient,) = torch.autograd.grad((slopes.double() * statistics).sum(), z)
     return statistics.detach(), gradient

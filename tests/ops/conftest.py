@@ -17,6 +17,7 @@ from op_kernels import (
     CPU,
     CUDA,
     EMULATED,
+    SANITIZED,
     Schedules,
     device_op,
     emulated_op,
@@ -28,7 +29,6 @@ from op_kernels import (
 from lungkit.ops import _library
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SANITIZED = "LUNGKIT_TEST_SANITIZED"  # set by test_sanitized.py for the tests that it runs again
 
 
 def build_emulated(folder: Path, *options: str) -> Path:
@@ -80,24 +80,6 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         skip_without_cuda_library()
         with rerouted(device_op):
             yield name
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once for each instruction set of the CPU kernels that this processor has."""
-    if request.param not in _library.available_isas():
-        pytest.skip(
-            f"no {request.param} kernels here: {_library.CPU_LIBRARY.reason or 'the processor lacks it'}"
-        )
-    with _library.use_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=["forward", "reverse", "random"])
-def emulated(request: pytest.FixtureRequest, emulator: Emulator) -> Iterator[object]:
-    """``torch.ops.lungkit_emulated``: the CUDA kernels, run thread by thread in three thread orders."""
-    with emulator.order(request.param, seed=1):
-        yield torch.ops.lungkit_emulated
 
 
 @pytest.fixture(scope="session")

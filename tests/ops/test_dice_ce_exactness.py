@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from dice_ce_cases import (
     LOGIT_DTYPES,
-    Form,
     gradient_of,
     random_indices,
     random_logits,
 )
+from op_kernels import on_kernels
 
 from lungkit.ops.dice_ce import (
     Statistics,
@@ -20,8 +22,6 @@ from lungkit.ops.dice_ce import (
     reference_statistics,
 )
 
-OPS = torch.ops.lungkit
-
 
 def test_float_loss_is_right_to_1e_6_on_a_large_batch():
     logits = torch.randn(2, 2, 192, 192, 192, generator=torch.Generator().manual_seed(0))
@@ -30,11 +30,15 @@ def test_float_loss_is_right_to_1e_6_on_a_large_batch():
     assert abs(dice_ce_loss(logits, labels) / exact - 1) < 1e-6
 
 
-@pytest.mark.parametrize("margin", [0.7, 1e-4, 16.0])
-def test_equal_logits_everywhere_do_not_drift(isa, margin):
+@on_kernels(
+    "margin, voxels",
+    product([0.7, 1e-4, 16.0], [3_000_000]),
+    emulated=product([0.7, 1e-4, 16.0], [30_000]),
+)
+def test_equal_logits_everywhere_do_not_drift(kernels, margin, voxels):
     # All roundings point the same way: the worst case of a sum in fp32.
-    logits = torch.tensor([0.1, 0.1 + margin]).view(1, 2, 1).expand(1, 2, 3_000_000).contiguous()
-    labels = torch.ones(1, 3_000_000, dtype=torch.uint8)
+    logits = torch.tensor([0.1, 0.1 + margin]).view(1, 2, 1).expand(1, 2, voxels).contiguous()
+    labels = torch.ones(1, voxels, dtype=torch.uint8)
     exact = Statistics(*reference_statistics(logits.double(), labels))
     sums = Statistics(*dice_ce_statistics(logits, labels).double())
     for actual, expected in zip(sums, exact, strict=True):
@@ -52,19 +56,21 @@ def test_half_logits_of_a_large_volume_give_the_float_answer(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_half_gradients_are_right_to_their_own_rounding(isa, classes, dtype):
+def test_half_gradients_are_right_to_their_own_rounding(kernels, classes, dtype):
     logits = random_logits((1, 40, 50), classes, dtype)
     labels = random_indices((1, 40, 50), classes, torch.uint8)
     slopes = torch.randn(6, 1, classes, generator=torch.Generator().manual_seed(0))
-    gradient = OPS.dice_ce_backward(slopes, None, logits, labels, None, *Form(), None)
-    exact = OPS.dice_ce_backward(slopes.double(), None, logits.double(), labels, None, *Form(), None)
+    gradient, exact = (
+        gradient_of(lambda z: (slopes * dice_ce_statistics(z, labels)).sum(), z)
+        for z in (logits, logits.double())
+    )
     half_a_unit = torch.finfo(dtype).eps / 2
     torch.testing.assert_close(gradient.double(), exact, rtol=1.001 * half_a_unit, atol=2e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("dtype", LOGIT_DTYPES)
-def test_huge_logits_stay_finite(isa, classes, dtype):
+def test_huge_logits_stay_finite(kernels, classes, dtype):
     logits = random_logits((2, 9, 11), classes, dtype).sign() * 1e4
     labels = random_indices((2, 9, 11), classes, torch.uint8)
     loss = dice_ce_loss(logits, labels)
@@ -75,7 +81,7 @@ def test_huge_logits_stay_finite(isa, classes, dtype):
 @pytest.mark.parametrize("ignore_index", [None, 0])
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("shape", [(2, 9, 11), (1, 1)])
-def test_all_background_or_all_ignored_is_finite(shape, batch, ignore_index):
+def test_all_background_or_all_ignored_is_finite(kernels, shape, batch, ignore_index):
     logits, labels = random_logits(shape, 2, torch.float32), torch.zeros(shape, dtype=torch.uint8)
     options = {"batch": batch, "include_background": False, "ignore_index": ignore_index, "smooth_dr": 0.0}
     assert torch.isfinite(dice_ce_loss(logits, labels, **options))
@@ -84,7 +90,7 @@ def test_all_background_or_all_ignored_is_finite(shape, batch, ignore_index):
     assert (ignore_index is None) == bool(gradient.any())
 
 
-def test_a_confident_cross_entropy_keeps_its_digits(isa):
+def test_a_confident_cross_entropy_keeps_its_digits(kernels):
     logits = torch.tensor([0.0, 18.0]).view(1, 2, 1).expand(1, 2, 1000).contiguous()
     labels = torch.ones(1, 1000, dtype=torch.uint8)
     exact = reference_statistics(logits.double(), labels)[3, 0, 1]
@@ -94,7 +100,7 @@ def test_a_confident_cross_entropy_keeps_its_digits(isa):
 
 
 @pytest.mark.parametrize("right", [0, 1])
-def test_small_overlaps_and_predictions_keep_their_digits(isa, right):
+def test_small_overlaps_and_predictions_keep_their_digits(kernels, right):
     # Confident and wrong but for `right` voxels: every sum has terms that 1 - p would lose.
     generator = torch.Generator().manual_seed(4)
     logits = torch.stack((torch.zeros(1, 5000), 9 + torch.rand(1, 5000, generator=generator)), 1)
@@ -104,31 +110,25 @@ def test_small_overlaps_and_predictions_keep_their_digits(isa, right):
     torch.testing.assert_close(dice_ce_statistics(logits, labels).double(), exact, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", [2, 3, 6])
+@pytest.mark.parametrize("voxels", [32, 33, 99])
 @pytest.mark.parametrize("dtype", LOGIT_DTYPES)
-def test_a_nan_logit_makes_loss_and_its_gradient_nan(isa, classes, dtype):
-    logits = random_logits((1, 9, 11), classes, dtype)
-    logits[0, 1, 4, 5] = torch.nan
-    labels = random_indices((1, 9, 11), classes, torch.uint8)
+def test_a_nan_logit_makes_loss_and_its_gradient_nan(kernels, voxels, classes, dtype):
+    logits = random_logits((1, voxels), classes, dtype)
+    logits[0, 1, 7] = torch.nan
+    labels = random_indices((1, voxels), classes, torch.uint8)
     assert dice_ce_loss(logits, labels).isnan()
-    assert gradient_of(dice_ce_loss, logits, labels)[0, :, 4, 5].isnan().all()
+    assert gradient_of(dice_ce_loss, logits, labels)[0, :, 7].isnan().all()
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_same_bits_for_any_number_of_threads(classes):
-    logits, labels = (
-        random_logits((2, 300, 170), classes, torch.float32),
-        random_indices((2, 300, 170), classes, torch.int64),
-    )
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = dice_ce_statistics(logits, labels), gradient_of(dice_ce_loss, logits, labels)
-        torch.set_num_threads(3)
-        three = dice_ce_statistics(logits, labels), gradient_of(dice_ce_loss, logits, labels)
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+def test_same_bits_in_every_schedule(schedules, classes):
+    for shape in [(2, 40, 48), (2, 13, 11)] if schedules.backend == "emulated" else [(2, 300, 170)]:
+        logits = random_logits(shape, classes, torch.float32)
+        labels = random_indices(shape, classes, torch.int64)
+        schedules.assert_same_bits(
+            lambda z=logits, y=labels: (dice_ce_statistics(z, y), gradient_of(dice_ce_loss, z, y))
+        )
 
 
 def test_nothing_per_voxel_is_kept_for_backward():

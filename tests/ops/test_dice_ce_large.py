@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from dice_ce_cases import gradient_of, random_indices, random_logits
+from dice_ce_cases import Form, assert_matches_twin, gradient_of, random_indices, random_logits
 from dice_ce_providers import DiceCECase
 from harness import OURS
+from op_kernels import SANITIZED, on_kernels, on_the_emulator
 from peak_memory import MemoryWorker
 
 from lungkit.ops import _library
@@ -32,16 +34,31 @@ def test_memory_beyond_inputs_and_gradient_is_below_2_percent_of_the_logits(memo
 
 
 # Batch stride, channel stride, voxel stride; the gaps between the elements are never touched and take no memory.
-@pytest.mark.parametrize(
-    "strides",
-    [(2**31 + 64, 1000, 1), (2000, 2**31 + 64, 1), (1, 2, 2**24)],
-    ids=["batch", "channel", "voxel"],
-)
-def test_offsets_beyond_32_bits(isa, strides):
-    logits, labels = random_logits((2, 200), 2, torch.float16), random_indices((2, 200), 2, torch.uint8)
-    far, far_labels = (
-        torch.empty(2**32, dtype=like.dtype).as_strided(like.shape, steps).copy_(like)
-        for like, steps in ((logits, strides), (labels, (strides[0], strides[2])))
-    )
+FAR = [
+    ((2, 200), (2**31 + 64, 1000, 1)),
+    ((2, 200), (2000, 2**31 + 64, 1)),
+    ((2, 200), (1, 2, 2**24)),
+]
+FAR_IN_TWO_KERNELS = [((2, 192), (2**31 + 64, 192, 1)), ((2, 35), (2**31 + 64, 35, 1))]
+
+
+@on_kernels("shape, strides", FAR, emulated=[*FAR[:2], *FAR_IN_TWO_KERNELS], cuda=[])
+def test_offsets_beyond_32_bits(kernels, shape, strides):
+    logits, labels = random_logits(shape, 2, torch.float16), random_indices(shape, 2, torch.uint8)
+    far, far_labels = spread(logits, strides), spread(labels, (strides[0], strides[2]))
     assert torch.equal(dice_ce_statistics(far, far_labels), dice_ce_statistics(logits, labels))
     assert torch.equal(gradient_of(dice_ce_loss, far, far_labels), gradient_of(dice_ce_loss, logits, labels))
+
+
+@on_the_emulator
+def test_a_voxel_stride_beyond_32_bits_equals_the_twin(kernels):
+    """Logits that lie so take another CUDA kernel than dense ones, whose sums have another order."""
+    logits, labels = random_logits((2, 200), 2, torch.float16), random_indices((2, 200), 2, torch.uint8)
+    assert_matches_twin(spread(logits, (1, 2, 2**24)), spread(labels, (1, 2**24)), Form())
+
+
+def spread(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """A copy with these strides."""
+    if SANITIZED in os.environ:
+        pytest.skip("the sanitizer keeps a byte for every eight, touched or not")
+    return torch.empty(2**32, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-SANITIZED = "LUNGKIT_TEST_SANITIZED"
+from op_kernels import SANITIZED
 
 
 @pytest.mark.timeout(2400)  # compiling every kernel under the sanitizers takes minutes on two cores
