@@ -15,6 +15,10 @@ class UsageError(LungkitError, ValueError):
     exit_code = 2
 
 
+class LabelError(UsageError, RuntimeError):
+    """Labels hold a value that is no class. Compiled code raises it as the RuntimeError that it is as well."""
+
+
 class DataError(LungkitError, ValueError):
     """A scan, a mask or a dataset cannot be used; the message names the file."""
 

@@ -4,7 +4,7 @@
 // channel, of channels-last features a voxel.
 #pragma once
 
-#include "../support/simd.h"
+#include "../support/simd_maths.h"
 #include "kernel.h"
 
 namespace lungkit::LUNGKIT_ISA {

@@ -8,6 +8,7 @@
 
 #include "../support/check.h"
 #include "../support/dispatch.h"
+#include "../support/host_device.h"
 #include "../support/layout.h"
 #include "options.h"
 
@@ -38,7 +39,7 @@ inline CrossEntropy cross_entropy_from(const std::string& name) {
   return CrossEntropy::none;
 }
 
-inline bool is_floating(ScalarType type) {
+LUNGKIT_HD bool is_floating(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
          type == ScalarType::BFloat16;
 }
@@ -61,30 +62,35 @@ inline bool covers(const Tensor& tensor, const Tensor& logits, int64_t channels)
   return true;
 }
 
+// The op runs where the logits are; the dispatcher does not ask where the other tensors are.
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& logits) {
+  LUNGKIT_CHECK(tensor.device() == logits.device(), "dice_ce: ", name,
+                " must be on the device of the logits, but their device types and indices are ",
+                static_cast<int>(tensor.device().type()), ":", static_cast<int>(tensor.device().index()),
+                " and ", static_cast<int>(logits.device().type()), ":",
+                static_cast<int>(logits.device().index()));
+}
+
 inline DiceCeArguments check_dice_ce(const Tensor& logits, const Tensor& labels,
-                                     const std::optional<Tensor>& mask, const std::string& activation,
-                                     const std::string& cross_entropy, bool squared, double gamma,
-                                     std::optional<int64_t> ignore_index) {
+                                     const std::optional<Tensor>& mask, const DiceCeOptions& options) {
   LUNGKIT_CHECK(logits.dim() >= 3 && is_floating(logits.scalar_type()),
                 "dice_ce: logits must be (B, C, *S) of a floating dtype, got ", shape_of(logits));
   LUNGKIT_CHECK(logits.size(1) >= 1 && logits.size(1) < INT32_MAX, "dice_ce: logits ", shape_of(logits),
                 " have no channel, or more than there are class indices");
   const bool one_channel = covers(labels, logits, 1);
-  const bool class_indices = one_channel && is_class_index(labels.scalar_type());
-  LUNGKIT_CHECK(
-      class_indices || (covers(labels, logits, logits.size(1)) &&
-                        (is_floating(labels.scalar_type()) || is_class_index(labels.scalar_type()))),
-      "dice_ce: labels ", shape_of(labels), " do not fit logits ", shape_of(logits),
-      "; expected integer class indices (B, *S) or (B, 1, *S), or vectors (B, C, *S)");
+  const bool floating = is_floating(labels.scalar_type());
+  // Beside one channel floating numbers are soft labels.
+  const bool class_indices = one_channel && !(floating && logits.size(1) == 1);
+  LUNGKIT_CHECK((class_indices || covers(labels, logits, logits.size(1))) &&
+                    (floating || is_class_index(labels.scalar_type())),
+                "dice_ce: labels ", shape_of(labels), " do not fit logits ", shape_of(logits),
+                "; expected class indices (B, *S) or (B, 1, *S), or vectors (B, C, *S)");
   LUNGKIT_CHECK(!mask || (covers(*mask, logits, 1) && (mask->scalar_type() == ScalarType::Bool ||
                                                        mask->scalar_type() == ScalarType::Byte)),
                 "dice_ce: mask must be bool or uint8, (B, *S) or (B, 1, *S) over the voxels of logits ",
                 shape_of(logits));
-  const auto same_device = [&](const Tensor& tensor) {
-    return tensor.is_cuda() == logits.is_cuda() && tensor.get_device_index() == logits.get_device_index();
-  };
-  LUNGKIT_CHECK(same_device(labels) && (!mask || same_device(*mask)),
-                "dice_ce: logits, labels and mask must be on the same device");
+  check_device("labels", labels, logits);
+  if (mask) check_device("mask", *mask, logits);
   const auto first_spatial = [&](const Tensor& tensor) { return tensor.dim() == logits.dim() ? 2 : 1; };
   DiceCeArguments a{.logits = with_flat_voxels(logits, 2),
                     .labels = with_flat_voxels(labels, first_spatial(labels)),
@@ -93,12 +99,7 @@ inline DiceCeArguments check_dice_ce(const Tensor& logits, const Tensor& labels,
                     .labels_layout = {},
                     .mask_layout = {},
                     .class_indices = class_indices,
-                    .options = {.activation = activation_from(activation),
-                                .cross_entropy = cross_entropy_from(cross_entropy),
-                                .squared = squared,
-                                .gamma = gamma,
-                                .has_ignore_index = ignore_index.has_value(),
-                                .ignore_index = ignore_index.value_or(0)}};
+                    .options = options};
   a.logits_layout = channel_layout(a.logits);
   a.labels_layout = class_indices || labels.dim() < logits.dim() ? label_layout(a.labels, logits.dim())
                                                                  : channel_layout(a.labels);
@@ -115,6 +116,8 @@ inline ScalarType statistics_type(const Tensor& logits) {
 }
 
 inline void check_slopes(const Tensor& slopes, const std::optional<Tensor>& scale, const DiceCeArguments& a) {
+  check_device("slopes", slopes, a.logits);
+  if (scale) check_device("scale", *scale, a.logits);
   const ScalarType expected = statistics_type(a.logits);
   LUNGKIT_CHECK(slopes.dim() == 3 && slopes.size(0) == statistic_rows &&
                     slopes.size(1) == a.logits_layout.batch && slopes.size(2) == a.logits_layout.channels &&
@@ -125,6 +128,7 @@ inline void check_slopes(const Tensor& slopes, const std::optional<Tensor>& scal
 }
 
 inline void check_weight(const std::optional<Tensor>& weight, const DiceCeArguments& a) {
+  if (weight) check_device("weight", *weight, a.logits);
   LUNGKIT_CHECK(!weight || (weight->dim() == 1 && weight->size(0) == a.logits_layout.channels &&
                             weight->scalar_type() == statistics_type(a.logits)),
                 "dice_ce: weight must be (C,) = (", a.logits_layout.channels,

@@ -1,5 +1,5 @@
 #include <atomic>
-#include <cstdlib>
+#include <cmath>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -8,16 +8,16 @@
 
 #include "../support/huge_pages.h"
 #include "../support/parallel.h"
-#include "arguments.h"
 #include "finish.h"
 #include "kernel.h"
+#include "ops.h"
 
 namespace lungkit {
 namespace {
 
 constexpr int64_t chunk_voxels = 1 << 14;
 
-// The chunk of image b that begins at voxel `first`.
+// The chunk of image b that begins at voxel `first`, without scratch.
 DiceCeChunk chunk_of(const DiceCeArguments& a, int64_t b, int64_t first, int64_t last) {
   const auto at = [&](const Tensor& tensor, const VoxelLayout& layout) {
     const int64_t offset = b * layout.batch_stride + first * layout.voxel_stride;
@@ -40,25 +40,50 @@ DiceCeChunk chunk_of(const DiceCeArguments& a, int64_t b, int64_t first, int64_t
           .scratch = nullptr};
 }
 
-// Names the first class index that is out of range; runs only once an error is certain.
-[[noreturn]] void fail_on_invalid(const DiceCeArguments& a) {
+// The same with the scratch that its kernel needs.
+struct Work {
+  DiceCeChunk chunk;
+  std::unique_ptr<double[]> scratch;
+
+  Work(const DiceCeKernels& kernels, const DiceCeArguments& a, int64_t b, int64_t first, int64_t last)
+      : chunk(chunk_of(a, b, first, last)),
+        scratch(std::make_unique_for_overwrite<double[]>(
+            ceil_div(kernels.scratch_bytes(chunk), sizeof(double)))) {
+    chunk.scratch = scratch.get();
+  }
+};
+
+// Names the first class index that is none; runs only once an error is certain.
+template <class Label>
+void fail_on_invalid(const DiceCeArguments& a) {
   const int64_t classes = a.logits_layout.channels == 1 ? 2 : a.logits_layout.channels;
-  dispatch_labels(a.labels.scalar_type(), "dice_ce", [&](auto zero) {
-    const auto* labels = static_cast<const decltype(zero)*>(a.labels.const_data_ptr());
-    const auto* mask = a.mask ? static_cast<const uint8_t*>(a.mask->const_data_ptr()) : nullptr;
-    for (int64_t b = 0; b < a.labels_layout.batch; ++b) {
-      for (int64_t v = 0; v < a.labels_layout.voxels; ++v) {
-        const int64_t label = labels[b * a.labels_layout.batch_stride + v * a.labels_layout.voxel_stride];
-        const bool counts = (!a.options.has_ignore_index || label != a.options.ignore_index) &&
-                            (!mask || mask[b * a.mask_layout.batch_stride + v * a.mask_layout.voxel_stride]);
-        LUNGKIT_CHECK(!counts || (label >= 0 && label < classes), "dice_ce: labels hold the value ", label,
-                      " in image ", b, "; classes are 0..", classes - 1, " and ",
-                      a.options.has_ignore_index ? "ignore_index is " + std::to_string(a.options.ignore_index)
-                                                 : std::string("no ignore_index is set"));
+  const DiceCeOptions& o = a.options;
+  const auto* labels = static_cast<const Label*>(a.labels.const_data_ptr());
+  const auto* mask = a.mask ? static_cast<const uint8_t*>(a.mask->const_data_ptr()) : nullptr;
+  const std::string ignored = o.has_ignore_index ? "ignore_index is " + std::to_string(o.ignore_index)
+                                                 : std::string("no ignore_index is set");
+  for (int64_t b = 0; b < a.labels_layout.batch; ++b) {
+    for (int64_t v = 0; v < a.labels_layout.voxels; ++v) {
+      if (mask && !mask[b * a.mask_layout.batch_stride + v * a.mask_layout.voxel_stride]) continue;
+      const Label stored = labels[b * a.labels_layout.batch_stride + v * a.labels_layout.voxel_stride];
+      using Shown = std::conditional_t<std::is_integral_v<Label>, int64_t, double>;
+      const auto value = static_cast<Shown>(stored), whole = static_cast<Shown>(std::round(value));
+      const bool is_whole = std::abs(value - whole) <= index_tolerance;
+      if (is_whole && o.has_ignore_index && whole == static_cast<Shown>(o.ignore_index)) continue;
+      if (is_whole && whole >= 0 && whole < static_cast<Shown>(classes)) continue;
+      const char* advice = "";
+      if (value == 255 && classes == 2) {
+        advice =
+            "; of a mask of 0 and 255 pass (mask > 0), or ignore_index=255 where 255 marks voxels to leave "
+            "out";
+      } else if (!is_whole) {
+        advice = "; class indices are whole numbers, and soft labels need one channel a class, (B, C, *S)";
       }
+      fail("dice_ce: labels hold the value ", value, " in image ", b, "; classes are 0..", classes - 1,
+           " and ", ignored, advice);
     }
-  });
-  fail("dice_ce: labels changed while they were read");
+  }
+  fail("dice_ce: labels hold the value of no class, but changed while they were read");
 }
 
 // Sums (statistic_rows, B, C). Each chunk writes its own, and they are added in order afterwards.
@@ -70,13 +95,13 @@ std::vector<double> statistics_of(const DiceCeArguments& a) {
   std::vector<double> partial(images * chunks * width);
   std::atomic<bool> valid{true};
   for_each_chunk(images, voxels, chunk_voxels, [&](int64_t b, int64_t chunk, int64_t first, int64_t last) {
-    DiceCeChunk work = chunk_of(a, b, first, last);
-    const auto scratch =
-        std::make_unique_for_overwrite<double[]>(ceil_div(kernels.scratch_bytes(work), sizeof(double)));
-    work.scratch = scratch.get();
-    if (!kernels.sums(work, &partial[(b * chunks + chunk) * width])) valid = false;
+    const Work work(kernels, a, b, first, last);
+    if (!kernels.sums(work.chunk, &partial[(b * chunks + chunk) * width])) valid = false;
   });
-  if (!valid) fail_on_invalid(a);
+  if (!valid) {
+    dispatch_elements(a.labels.scalar_type(), "dice_ce",
+                      [&](auto zero) { fail_on_invalid<decltype(zero)>(a); });
+  }
   std::vector<double> sums(images * width);
   for (int64_t b = 0; b < images; ++b) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -109,126 +134,64 @@ std::vector<double> doubles_of(const Tensor& tensor) {
   return values;
 }
 
-// The loss; `slopes` receives its gradient with respect to `sums`.
-double finish(const std::vector<double>& sums, const std::vector<double>& weight, const DiceCeArguments& a,
-              const LossOptions& options, std::vector<double>& slopes) {
-  const int64_t images = a.logits_layout.batch, classes = a.logits_layout.channels;
-  const bool binary = a.options.cross_entropy == CrossEntropy::binary;
-  const auto at = [&](int row, int64_t b, int64_t c) { return (row * images + b) * classes + c; };
-  const auto weight_of = [&](int64_t c) { return weight.empty() ? 1.0 : weight[c]; };
+// One thread alone, for finish().
+struct Alone {
+  int64_t rank() const { return 0; }
+  int64_t size() const { return 1; }
+  double sum(double value) const { return value; }
+};
 
-  const int64_t first = first_dice_class(classes, options);
-  const int64_t groups = options.batch ? std::min<int64_t>(images, 1) : images;
-  const int64_t images_a_group = options.batch ? images : 1;
-  const int64_t terms = groups * (classes - first);
-  double dice = 0;
-  for (int64_t group = 0; group < groups; ++group) {
-    for (int64_t c = first; c < classes; ++c) {
-      double intersection = 0, total = 0;
-      for (int64_t b = group; b < group + images_a_group; ++b) {
-        intersection += sums[at(row_intersection, b, c)];
-        total += sums[at(row_prediction, b, c)] + sums[at(row_label, b, c)];
+struct Cpu {
+  static Tensor statistics(const DiceCeArguments& a) {
+    return tensor_of(statistics_of(a), a.logits,
+                     {statistic_rows, a.logits_layout.batch, a.logits_layout.channels});
+  }
+
+  static std::tuple<Tensor, Tensor> loss(const DiceCeArguments& a, const std::optional<Tensor>& weight) {
+    const int64_t images = a.logits_layout.batch, classes = a.logits_layout.channels;
+    const std::vector<double> sums = statistics_of(a);
+    const std::vector<double> weights =
+        weight ? doubles_of(*weight) : std::vector<double>(static_cast<size_t>(classes), 1.0);
+    std::vector<double> slopes(sums.size());
+    const auto at = [&](int64_t row, int64_t b, int64_t c) { return (row * images + b) * classes + c; };
+    const double loss = finish(
+        Alone{}, images, classes, a.class_indices, a.options,
+        [&](Row row, int64_t b, int64_t c) { return sums[at(row, b, c)]; },
+        [&](int64_t c) { return weights[c]; },
+        [&](Row row, int64_t b, int64_t c, double value) { slopes[at(row, b, c)] = value; });
+    return {tensor_of({loss}, a.logits, {}), tensor_of(slopes, a.logits, {statistic_rows, images, classes})};
+  }
+
+  static void differentiate(const DiceCeArguments& a, const Tensor& slopes,
+                            const std::optional<Tensor>& scale, Tensor& gradient) {
+    prefer_huge_pages(gradient);
+    const VoxelLayout out = channel_layout(gradient);
+    const int64_t out_size = element_size(gradient.scalar_type());
+    char* const data = static_cast<char*>(gradient.mutable_data_ptr());
+    std::vector<double> of_statistics = doubles_of(slopes);
+    if (scale) {
+      const double factor = doubles_of(*scale)[0];
+      for (double& slope : of_statistics) slope *= factor;
+    }
+    const DiceCeKernels& kernels = LUNGKIT_SELECT_KERNELS(dice_ce_kernels);
+    for_each_chunk(out.batch, out.voxels, chunk_voxels, [&](int64_t b, int64_t, int64_t first, int64_t last) {
+      const Work work(kernels, a, b, first, last);
+      std::vector<double> of_image(statistic_rows * out.channels);
+      for (int64_t row = 0; row < statistic_rows; ++row) {
+        std::copy_n(&of_statistics[(row * out.batch + b) * out.channels], out.channels,
+                    &of_image[row * out.channels]);
       }
-      const DiceTerm term = dice_term(intersection, total, options);
-      const double scale =
-          (classes - first > 1 ? weight_of(c) : 1.0) / (options.mean ? static_cast<double>(terms) : 1.0);
-      dice += scale * term.loss;
-      for (int64_t b = group; b < group + images_a_group; ++b) {
-        slopes[at(row_intersection, b, c)] = options.lambda_dice * scale * term.intersection;
-        slopes[at(row_prediction, b, c)] = options.lambda_dice * scale * term.prediction;
-      }
-    }
+      kernels.gradient(work.chunk, of_image.data(),
+                       data + (b * out.batch_stride + first * out.voxel_stride) * out_size,
+                       out.channel_stride, out.voxel_stride);
+    });
   }
-
-  double entropy = 0, divisor = 0;
-  for (int64_t b = 0; b < images; ++b) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const EntropyWeights w = entropy_weights(weight_of(c), classes, binary, options);
-      entropy += w.label * sums[at(row_cross_entropy, b, c)] + w.rest * sums[at(row_rest, b, c)];
-      divisor += entropy_divisor(weight_of(c), sums[at(row_label, b, c)], sums[at(row_voxels, b, c)], c,
-                                 binary, a.class_indices);
-    }
-  }
-  if (!options.mean || divisor == 0) divisor = 1;
-  for (int64_t b = 0; b < images; ++b) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const EntropyWeights w = entropy_weights(weight_of(c), classes, binary, options);
-      slopes[at(row_cross_entropy, b, c)] = options.lambda_ce * w.label / divisor;
-      slopes[at(row_rest, b, c)] = options.lambda_ce * w.rest / divisor;
-    }
-  }
-  return options.lambda_dice * dice + options.lambda_ce * entropy / divisor;
-}
-
-Tensor dice_ce_statistics_cpu(const Tensor& logits, const Tensor& labels, std::optional<Tensor> mask,
-                              std::string activation, std::string cross_entropy, bool squared, double gamma,
-                              std::optional<int64_t> ignore_index) {
-  const DiceCeArguments a =
-      check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
-  return tensor_of(statistics_of(a), logits, {statistic_rows, logits.size(0), logits.size(1)});
-}
-
-std::tuple<Tensor, Tensor> dice_ce_loss_cpu(const Tensor& logits, const Tensor& labels,
-                                            std::optional<Tensor> mask, std::optional<Tensor> weight,
-                                            std::string activation, std::string cross_entropy, bool squared,
-                                            double gamma, std::optional<int64_t> ignore_index,
-                                            bool include_background, bool jaccard, bool batch, bool mean,
-                                            double smooth_nr, double smooth_dr, double lambda_dice,
-                                            double lambda_ce, double label_smoothing) {
-  DiceCeArguments a =
-      check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
-  check_weight(weight, a);
-  a.options.needs_rest = label_smoothing > 0 || a.options.cross_entropy == CrossEntropy::binary;
-  const LossOptions options{include_background, jaccard,     batch,     mean,           smooth_nr,
-                            smooth_dr,          lambda_dice, lambda_ce, label_smoothing};
-  const std::vector<double> sums = statistics_of(a);
-  std::vector<double> slopes(sums.size());
-  const double loss = finish(sums, weight ? doubles_of(*weight) : std::vector<double>{}, a, options, slopes);
-  return {tensor_of({loss}, logits, {}),
-          tensor_of(slopes, logits, {statistic_rows, logits.size(0), logits.size(1)})};
-}
-
-Tensor dice_ce_backward_cpu(const Tensor& slopes, std::optional<Tensor> scale, const Tensor& logits,
-                            const Tensor& labels, std::optional<Tensor> mask, std::string activation,
-                            std::string cross_entropy, bool squared, double gamma,
-                            std::optional<int64_t> ignore_index) {
-  const DiceCeArguments a =
-      check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
-  check_slopes(slopes, scale, a);
-  Tensor gradient = new_gradient(logits);
-  prefer_huge_pages(gradient);
-  const VoxelLayout out = channel_layout(gradient);
-  const int64_t classes = out.channels;
-  const int64_t out_size = element_size(gradient.scalar_type());
-  char* const data = static_cast<char*>(gradient.mutable_data_ptr());
-  std::vector<double> of_statistics = doubles_of(slopes);
-  if (scale) {
-    const double factor = doubles_of(*scale)[0];
-    for (double& slope : of_statistics) slope *= factor;
-  }
-  const DiceCeKernels& kernels = LUNGKIT_SELECT_KERNELS(dice_ce_kernels);
-  for_each_chunk(out.batch, out.voxels, chunk_voxels, [&](int64_t b, int64_t, int64_t first, int64_t last) {
-    DiceCeChunk work = chunk_of(a, b, first, last);
-    const auto scratch =
-        std::make_unique_for_overwrite<double[]>(ceil_div(kernels.scratch_bytes(work), sizeof(double)));
-    work.scratch = scratch.get();
-    std::vector<double> of_image(statistic_rows * classes);
-    for (int64_t row = 0; row < statistic_rows; ++row) {
-      std::copy_n(&of_statistics[(row * out.batch + b) * classes], classes, &of_image[row * classes]);
-    }
-    kernels.gradient(work, of_image.data(),
-                     data + (b * out.batch_stride + first * out.voxel_stride) * out_size, out.channel_stride,
-                     out.voxel_stride);
-  });
-  return gradient;
-}
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lungkit, CPU, m) {
-  m.impl("dice_ce_statistics", TORCH_BOX(&dice_ce_statistics_cpu));
-  m.impl("dice_ce_loss", TORCH_BOX(&dice_ce_loss_cpu));
-  m.impl("dice_ce_backward", TORCH_BOX(&dice_ce_backward_cpu));
+  DiceCeOps<Cpu>::add_to(m);
 }
 
 }  // namespace lungkit

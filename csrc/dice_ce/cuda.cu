@@ -5,16 +5,13 @@
 // A class index out of range cannot raise without a synchronisation: all sums of its image become NaN, and so
 // do the loss and its gradient.
 #include <optional>
-#include <string>
 #include <tuple>
-
-#include <torch/csrc/stable/library.h>
 
 #define LUNGKIT_ISA cuda
 #include "../support/cuda_launch.h"
+#include "../support/cuda_maths.h"
 #include "../support/parallel.h"
-#include "arguments.h"
-#include "cuda_scalar.h"
+#include "ops.h"
 
 #include "cuda_any_classes.h"
 #include "cuda_few_classes.h"
@@ -33,9 +30,10 @@ bool is_aligned(const Tensor& tensor, const VoxelLayout& layout, int64_t pack) {
 bool takes_few_classes(const DiceCeArguments& a) {
   const int64_t pack = 16 / element_size(a.logits.scalar_type());
   const DiceCeOptions& o = a.options;
-  return a.class_indices && a.logits_layout.channels >= 2 && a.logits_layout.channels <= most_few_classes &&
-         o.activation == Activation::softmax && o.cross_entropy != CrossEntropy::binary && !o.squared &&
-         o.gamma == 0 && a.logits_layout.voxels % pack == 0 && is_aligned(a.logits, a.logits_layout, pack) &&
+  return a.class_indices && is_class_index(a.labels.scalar_type()) && a.logits_layout.channels >= 2 &&
+         a.logits_layout.channels <= most_few_classes && o.activation == Activation::softmax &&
+         o.cross_entropy != CrossEntropy::binary && !o.squared && o.gamma == 0 &&
+         a.logits_layout.voxels % pack == 0 && is_aligned(a.logits, a.logits_layout, pack) &&
          is_aligned(a.labels, a.labels_layout, pack);
 }
 
@@ -97,7 +95,7 @@ Sums sum_chunks(const DiceCeArguments& a) {
   const bool few = takes_few_classes(a);
   const int warps = warps_for(classes);
   LUNGKIT_CHECK(few || warps > 0, "dice_ce: ", classes, " classes are more than the CUDA kernel's limit of ",
-                granted_shared_bytes / (few_rows * static_cast<int64_t>(sizeof(double))));
+                (granted_shared_bytes / static_cast<int64_t>(sizeof(double)) - 1) / class_rows);
   const int64_t step = few ? few_threads * (16 / element_size(a.logits.scalar_type()))
                            : static_cast<int64_t>(warps) * warp_voxels;
   const View view = view_of(a, chunk_for_sums(a, step, few ? 4 * step : step));
@@ -119,7 +117,7 @@ Sums sum_chunks(const DiceCeArguments& a) {
           }
         });
       } else {
-        const size_t shared = warps * few_rows * classes * sizeof(double);
+        const auto shared = static_cast<size_t>(warps * warp_bytes(classes));
         LUNGKIT_LAUNCH((any_class_sums<T>), blocks, 32 * warps, shared, current_stream(a.logits), view,
                        partial);
       }
@@ -133,102 +131,72 @@ void with_statistics_type(const Tensor& logits, const Body& body) {
   return statistics_type(logits) == ScalarType::Double ? body(double{}) : body(float{});
 }
 
-Tensor dice_ce_statistics_cuda(const Tensor& logits, const Tensor& labels, std::optional<Tensor> mask,
-                               std::string activation, std::string cross_entropy, bool squared, double gamma,
-                               std::optional<int64_t> ignore_index) {
-  LUNGKIT_CHECK(on_device(logits), "dice_ce: logits must be on the GPU");
-  const DeviceGuard guard(logits);
-  const DiceCeArguments a =
-      check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
-  const Sums sums = sum_chunks(a);
-  const Tensor statistics = torch::stable::new_empty(logits, {statistic_rows, logits.size(0), logits.size(1)},
-                                                     statistics_type(logits));
-  if (sums.outputs() == 0) return statistics;
-  const auto blocks =
-      static_cast<unsigned>(std::min<int64_t>(ceil_div(sums.outputs(), finish_threads / 32), 1024));
-  with_statistics_type(logits, [&](auto zero) {
-    using A = decltype(zero);
-    LUNGKIT_LAUNCH((collect_statistics<A>), blocks, finish_threads, 0, current_stream(logits), sums.of<A>(),
-                   static_cast<A*>(statistics.mutable_data_ptr()));
-  });
-  return statistics;
-}
+struct Cuda {
+  static Tensor statistics(const DiceCeArguments& a) {
+    const DeviceGuard guard(a.logits);
+    const Sums sums = sum_chunks(a);
+    const Tensor statistics = torch::stable::new_empty(a.logits, {statistic_rows, sums.images, sums.classes},
+                                                       statistics_type(a.logits));
+    if (sums.outputs() == 0) return statistics;
+    const auto blocks =
+        static_cast<unsigned>(std::min<int64_t>(ceil_div(sums.outputs(), finish_threads / 32), 1024));
+    with_statistics_type(a.logits, [&](auto zero) {
+      using A = decltype(zero);
+      LUNGKIT_LAUNCH((collect_statistics<A>), blocks, finish_threads, 0, current_stream(a.logits),
+                     sums.of<A>(), static_cast<A*>(statistics.mutable_data_ptr()));
+    });
+    return statistics;
+  }
 
-std::tuple<Tensor, Tensor> dice_ce_loss_cuda(const Tensor& logits, const Tensor& labels,
-                                             std::optional<Tensor> mask, std::optional<Tensor> weight,
-                                             std::string activation, std::string cross_entropy, bool squared,
-                                             double gamma, std::optional<int64_t> ignore_index,
-                                             bool include_background, bool jaccard, bool batch, bool mean,
-                                             double smooth_nr, double smooth_dr, double lambda_dice,
-                                             double lambda_ce, double label_smoothing) {
-  LUNGKIT_CHECK(on_device(logits), "dice_ce: logits must be on the GPU");
-  const DeviceGuard guard(logits);
-  DiceCeArguments a =
-      check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
-  check_weight(weight, a);
-  LUNGKIT_CHECK(!weight || (on_device(*weight) && weight->stride(0) == 1),
-                "dice_ce: weight must be contiguous and on the GPU");
-  a.options.needs_rest = label_smoothing > 0 || a.options.cross_entropy == CrossEntropy::binary;
-  const LossOptions options{include_background, jaccard,     batch,     mean,           smooth_nr,
-                            smooth_dr,          lambda_dice, lambda_ce, label_smoothing};
-  const bool binary = a.options.cross_entropy == CrossEntropy::binary;
-  const Sums sums = sum_chunks(a);
-  const ScalarType type = statistics_type(logits);
-  const Tensor loss = torch::stable::new_empty(logits, {}, type);
-  const Tensor slopes = torch::stable::new_empty(logits, {statistic_rows, sums.images, sums.classes}, type);
-  const Tensor totals = torch::stable::new_empty(logits, {sums.outputs()}, ScalarType::Double);
-  with_statistics_type(logits, [&](auto zero) {
-    using A = decltype(zero);
-    LUNGKIT_LAUNCH((finish_loss<A>), 1, finish_threads, 0, current_stream(logits), sums.of<A>(),
-                   weight ? static_cast<const A*>(weight->const_data_ptr()) : nullptr, a.class_indices,
-                   binary, options, static_cast<double*>(totals.mutable_data_ptr()),
-                   static_cast<A*>(loss.mutable_data_ptr()), static_cast<A*>(slopes.mutable_data_ptr()));
-  });
-  return {loss, slopes};
-}
+  static std::tuple<Tensor, Tensor> loss(const DiceCeArguments& a, const std::optional<Tensor>& weight) {
+    const DeviceGuard guard(a.logits);
+    const Sums sums = sum_chunks(a);
+    const ScalarType type = statistics_type(a.logits);
+    const Tensor loss = torch::stable::new_empty(a.logits, {}, type);
+    const Tensor slopes =
+        torch::stable::new_empty(a.logits, {statistic_rows, sums.images, sums.classes}, type);
+    const Tensor totals = torch::stable::new_empty(a.logits, {sums.outputs()}, ScalarType::Double);
+    with_statistics_type(a.logits, [&](auto zero) {
+      using A = decltype(zero);
+      LUNGKIT_LAUNCH((finish_loss<A>), 1, finish_threads, 0, current_stream(a.logits), sums.of<A>(),
+                     weight ? static_cast<const A*>(weight->const_data_ptr()) : nullptr, a.class_indices,
+                     a.options, static_cast<double*>(totals.mutable_data_ptr()),
+                     static_cast<A*>(loss.mutable_data_ptr()), static_cast<A*>(slopes.mutable_data_ptr()));
+    });
+    return {loss, slopes};
+  }
 
-Tensor dice_ce_backward_cuda(const Tensor& slopes, std::optional<Tensor> scale, const Tensor& logits,
-                             const Tensor& labels, std::optional<Tensor> mask, std::string activation,
-                             std::string cross_entropy, bool squared, double gamma,
-                             std::optional<int64_t> ignore_index) {
-  LUNGKIT_CHECK(on_device(logits) && on_device(slopes) && (!scale || on_device(*scale)),
-                "dice_ce: logits, slopes and scale must be on the GPU");
-  const DeviceGuard guard(logits);
-  const DiceCeArguments a =
-      check_dice_ce(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index);
-  check_slopes(slopes, scale, a);
-  const Tensor contiguous_slopes = torch::stable::contiguous(slopes);
-  const Tensor gradient = new_gradient(logits);
-  const VoxelLayout out = channel_layout(gradient);
-  const bool few = takes_few_classes(a) && out.voxel_stride == 1;
-  const int64_t step = few ? few_threads * (16 / element_size(logits.scalar_type())) : most_warps * 32;
-  const View view = view_of(a, 2 * step);
-  const unsigned blocks = blocks_of(view);
-  if (blocks == 0) return gradient;
-  dispatch_floating(logits.scalar_type(), "dice_ce", [&](auto zero) {
-    using T = decltype(zero);
-    using A = accumulate_t<T>;
-    const auto* of_statistics = static_cast<const A*>(contiguous_slopes.const_data_ptr());
-    const auto* factor = scale ? static_cast<const A*>(scale->const_data_ptr()) : nullptr;
-    auto* to = static_cast<T*>(gradient.mutable_data_ptr());
-    if (few) {
-      with_few_classes(out.channels, [&](auto c) {
-        LUNGKIT_LAUNCH((few_class_gradient<T, decltype(c)::value>), blocks, few_threads, 0,
-                       current_stream(logits), view, of_statistics, factor, to);
-      });
-    } else {
-      LUNGKIT_LAUNCH((any_class_gradient<T>), blocks, most_warps * 32, 0, current_stream(logits), view,
-                     of_statistics, factor, out, to);
-    }
-  });
-  return gradient;
-}
+  static void differentiate(const DiceCeArguments& a, const Tensor& slopes,
+                            const std::optional<Tensor>& scale, Tensor& gradient) {
+    const DeviceGuard guard(a.logits);
+    const VoxelLayout out = channel_layout(gradient);
+    const bool few = takes_few_classes(a) && out.voxel_stride == 1;
+    const int64_t step = few ? few_threads * (16 / element_size(a.logits.scalar_type())) : most_warps * 32;
+    const View view = view_of(a, 2 * step);
+    const unsigned blocks = blocks_of(view);
+    if (blocks == 0) return;
+    dispatch_floating(a.logits.scalar_type(), "dice_ce", [&](auto zero) {
+      using T = decltype(zero);
+      using A = accumulate_t<T>;
+      const auto* of_statistics = static_cast<const A*>(slopes.const_data_ptr());
+      const auto* factor = scale ? static_cast<const A*>(scale->const_data_ptr()) : nullptr;
+      auto* to = static_cast<T*>(gradient.mutable_data_ptr());
+      if (few) {
+        with_few_classes(out.channels, [&](auto c) {
+          LUNGKIT_LAUNCH((few_class_gradient<T, decltype(c)::value>), blocks, few_threads, 0,
+                         current_stream(a.logits), view, of_statistics, factor, to);
+        });
+      } else {
+        LUNGKIT_LAUNCH((any_class_gradient<T>), blocks, most_warps * 32, 0, current_stream(a.logits), view,
+                       of_statistics, factor, out, to);
+      }
+    });
+  }
+};
 
 }  // namespace
 }  // namespace lungkit::LUNGKIT_ISA
 
 LUNGKIT_CUDA_LIBRARY(m) {
-  m.impl("dice_ce_statistics", TORCH_BOX(&lungkit::cuda::dice_ce_statistics_cuda));
-  m.impl("dice_ce_loss", TORCH_BOX(&lungkit::cuda::dice_ce_loss_cuda));
-  m.impl("dice_ce_backward", TORCH_BOX(&lungkit::cuda::dice_ce_backward_cuda));
+  lungkit::DiceCeOps<lungkit::cuda::Cuda>::add_to(m);
 }

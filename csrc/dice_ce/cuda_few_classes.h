@@ -22,20 +22,18 @@ constexpr int pack_voxels = 16 / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int packs_in_a_row = 32 / pack_voxels<T>;
 
-constexpr int few_rows = 5;  // all rows but row_voxels, which is kept once a chunk
-
-// Width of the sums of a chunk: few_rows for each class, then the voxels. The sums of an image are
+// Width of the sums of a chunk: class_rows for each class, then the voxels. The sums of an image are
 // partial[(image * width + k) * chunks + chunk].
 LUNGKIT_HD int64_t partial_width(int64_t classes) {
-  return few_rows * classes + 1;
+  return class_rows * classes + 1;
 }
 
 // Sums of one thread over a few voxels that count. `values` of them move on; `row` makes a row of the
 // statistics from their totals. Without `rest` there is no row_rest.
 template <class A, int C, bool rest>
 struct FewTerms {
-  static constexpr int values = few_rows * C;
-  A terms[few_rows][C] = {};
+  static constexpr int values = class_rows * C;
+  A terms[class_rows][C] = {};
 
   __device__ __forceinline__ void count(int) {}  // the labels are counted one by one
 
@@ -68,79 +66,39 @@ struct FewTerms {
   __device__ static double row(int row, int c, const double* totals) { return totals[row * C + c]; }
 };
 
-// Two classes need one exponential. The cross-entropy of a voxel is log(1 + e), plus |d| where the label is
-// the less probable class. Its logarithms are added as that of a product: (1 + e1)(1 + e2) = 1 + q, with q
-// kept apart from the 1 so that small e survive.
+// Two classes need one exponential.
 template <class A, bool rest>
 struct FewTerms<A, 2, rest> {
-  enum {
-    prediction0,
-    prediction1,
-    overlap0,
-    overlap1,
-    ones,
-    against0,
-    against1,
-    log0,
-    log1,
-    zeros,
-    favour0,
-    favour1
-  };
-  static constexpr int values = rest ? 12 : 10;
-  A prediction[2] = {}, overlap[2] = {}, against[2] = {}, favour[2] = {}, product[2] = {};
+  static constexpr int sums = rest ? 5 : 4;  // that LabelTerms move on
+  static constexpr int values = 2 * sums + 2;
+  LabelTerms<A, false, rest> zeros, ones;
   int voxels = 0, of_one = 0;
 
   __device__ __forceinline__ void count(int n) { voxels += n; }
 
   __device__ __forceinline__ void add(const A (&z)[2], int code) {
-    const TwoProbabilities<A> p(z[0], z[1]);
-    prediction[0] += p.p0;
-    prediction[1] += p.p1;
+    const A difference = z[1] - z[0], e = exp_nonpositive(-absolute(difference));
+    const TwoProbabilities<A> p(difference, e, reciprocal(e + A(1)));
+    zeros.template add<0>(code == 0, p);
+    ones.template add<1>(code == 1, p);
     of_one += code;
-    const A margin =
-        code == 1 ? p.difference : -p.difference;  // negative where the label is the less probable class
-    if (code == 1) {
-      overlap[1] += p.p1;
-      against[1] += larger(-margin, A(0));
-      if constexpr (rest) favour[1] += larger(margin, A(0));
-      product[1] += p.e * (product[1] + A(1));
-    } else {
-      overlap[0] += p.p0;
-      against[0] += larger(-margin, A(0));
-      if constexpr (rest) favour[0] += larger(margin, A(0));
-      product[0] += p.e * (product[0] + A(1));
-    }
   }
   template <class Move>
   __device__ __forceinline__ void move(const Move& move) {
-    move(prediction0, prediction[0]);
-    move(prediction1, prediction[1]);
-    move(overlap0, overlap[0]);
-    move(overlap1, overlap[1]);
-    move(ones, static_cast<A>(of_one));
-    move(against0, against[0]);
-    move(against1, against[1]);
-    move(log0, log1p_nonnegative(product[0]));
-    move(log1, log1p_nonnegative(product[1]));
-    move(zeros, static_cast<A>(voxels - of_one));
-    if constexpr (rest) {
-      move(favour0, favour[0]);
-      move(favour1, favour[1]);
-    }
-    *this = {};
+    zeros.move([&](int k, A value) { move(k, value); });
+    ones.move([&](int k, A value) { move(sums + k, value); });
+    move(2 * sums, static_cast<A>(voxels - of_one));
+    move(2 * sums + 1, static_cast<A>(of_one));
+    voxels = of_one = 0;
   }
   __device__ static double row(int row, int c, const double* totals) {
-    const int other = 1 - c;
-    switch (row) {
-      case row_intersection: return totals[overlap0 + c];
-      case row_prediction: return totals[prediction0 + c];
-      case row_label: return totals[c == 1 ? ones : zeros];
-      case row_cross_entropy: return totals[against0 + c] + totals[log0 + c];
-      default: break;
-    }
-    if constexpr (!rest) return 0;
-    return totals[against0 + c] + totals[log0 + c] + totals[favour0 + other] + totals[log0 + other];
+    return LabelTotals::row(row, of_label(c, totals), of_label(1 - c, totals), false);
+  }
+
+ private:
+  __device__ static LabelTotals of_label(int label, const double* totals) {
+    const double* t = totals + label * sums;
+    return {t[0], t[1], t[2], t[3], rest ? t[sums - 1] : 0.0, 0.0, totals[2 * sums + label]};
   }
 };
 
@@ -210,11 +168,11 @@ __global__ void __launch_bounds__(few_threads, few_blocks<T, C>)
     totals[threadIdx.x] = total;
   }
   __syncthreads();
-  constexpr int width = few_rows * C + 1;
+  constexpr int width = class_rows * C + 1;
   if (threadIdx.x >= width) return;
   const int row = threadIdx.x / C;
   double total = 0;
-  if (row == few_rows) {
+  if (row == class_rows) {
     for (int c = 0; c < C; ++c) total += Terms::row(row_label, c, totals);
   } else if (row < row_cross_entropy || view.options.cross_entropy != CrossEntropy::none) {
     total = Terms::row(row, threadIdx.x % C, totals);
@@ -268,7 +226,8 @@ struct FewSlopes<A, 2> {
   template <class At>
   __device__ FewSlopes(const At& at, bool has_entropy) : slopes(at, false, has_entropy) {}
   __device__ __forceinline__ void differentiate(A (&z)[2], int code) const {
-    const A g = slopes.gradient(TwoProbabilities<A>(z[0], z[1]), code == 1);
+    const A difference = z[1] - z[0], e = exp_nonpositive(-absolute(difference));
+    const A g = slopes.gradient(TwoProbabilities<A>(difference, e, reciprocal(e + A(1))), code == 1);
     z[1] = code >= 0 ? g : A(0);
     z[0] = -z[1];
   }

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "../support/layout.h"
+#include "arguments.h"
 #include "maths.h"
 
 namespace lungkit::LUNGKIT_ISA {
@@ -105,21 +106,7 @@ __device__ __forceinline__ void load_codes(const View& view, int64_t image, int6
   for (int k = 0; k < count; ++k) codes[k] = view.is_masked(image, v + k) ? left_out : codes[k];
 }
 
-// Code of one voxel anywhere; beside label vectors it only says whether the voxel counts.
-__device__ __forceinline__ int load_code(const View& view, int64_t image, int64_t v) {
-  const bool masked = view.is_masked(image, v);
-  if (!view.class_indices) return masked ? left_out : 0;
-  int code = left_out;
-  with_label_type(view.labels_type, [&](auto zero) {
-    const auto* labels = static_cast<const decltype(zero)*>(view.labels);
-    const int64_t offset = image * view.labels_layout.batch_stride + v * view.labels_layout.voxel_stride;
-    code = view.options.has_ignore_index ? encode<true>(view, labels[offset])
-                                         : encode<false>(view, labels[offset]);
-  });
-  return masked ? left_out : code;
-}
-
-// Element of a label vector, of any dtype.
+// Element of a label vector, or a class index, of any dtype.
 template <class A>
 __device__ __forceinline__ A load_label(const View& view, int64_t image, int64_t c, int64_t v) {
   const VoxelLayout& l = view.labels_layout;
@@ -138,6 +125,28 @@ __device__ __forceinline__ A load_label(const View& view, int64_t image, int64_t
     value = static_cast<A>(static_cast<const decltype(zero)*>(view.labels)[offset]);
   });
   return value;
+}
+
+// Code of one voxel anywhere; beside label vectors it only says whether the voxel counts.
+__device__ __forceinline__ int load_code(const View& view, int64_t image, int64_t v) {
+  if (view.is_masked(image, v)) return left_out;
+  if (!view.class_indices) return 0;
+  if (is_floating(view.labels_type)) {
+    const float label = load_label<float>(view, image, 0, v), whole = rintf(label);
+    if (!(fabsf(label - whole) <= static_cast<float>(index_tolerance))) return invalid;
+    if (view.options.has_ignore_index && whole == static_cast<float>(view.options.ignore_index))
+      return left_out;
+    return whole >= 0 && whole < static_cast<float>(view.logits_layout.channels) ? static_cast<int>(whole)
+                                                                                 : invalid;
+  }
+  int code = left_out;
+  with_label_type(view.labels_type, [&](auto zero) {
+    const auto* labels = static_cast<const decltype(zero)*>(view.labels);
+    const int64_t offset = image * view.labels_layout.batch_stride + v * view.labels_layout.voxel_stride;
+    code = view.options.has_ignore_index ? encode<true>(view, labels[offset])
+                                         : encode<false>(view, labels[offset]);
+  });
+  return code;
 }
 
 // Sum over the lanes of a warp, in lane 0; the order of additions is fixed.

@@ -1,6 +1,5 @@
-// From statistics to the loss and its slopes, the gradient with respect to the statistics: the arithmetic
-// that the CPU and the CUDA kernel share. All in double: there is little of it, and the Dice terms subtract
-// nearly equal numbers.
+// From statistics to the loss and its slopes, the gradient with respect to the statistics, for both backends.
+// All in double: there is little of it, and the Dice terms subtract nearly equal numbers.
 #pragma once
 
 #include <cstdint>
@@ -10,18 +9,6 @@
 
 namespace lungkit {
 
-struct LossOptions {
-  bool include_background;
-  bool jaccard;
-  bool batch;  // sum over the images before the division
-  bool mean;   // else the sum over images, classes and voxels
-  double smooth_nr;
-  double smooth_dr;
-  double lambda_dice;
-  double lambda_ce;
-  double label_smoothing;
-};
-
 struct DiceTerm {
   double loss;
   double intersection;  // its derivatives
@@ -30,7 +17,7 @@ struct DiceTerm {
 
 // 1 - (2 I + smooth_nr) / (T + smooth_dr) with T = P + Y, or 2 (P + Y - I) for Jaccard; 0 where the divisor
 // is 0.
-LUNGKIT_HD DiceTerm dice_term(double intersection, double total, const LossOptions& options) {
+LUNGKIT_HD DiceTerm dice_term(double intersection, double total, const DiceCeOptions& options) {
   const double numerator = 2 * intersection + options.smooth_nr;
   const double divisor = (options.jaccard ? 2 * (total - intersection) : total) + options.smooth_dr;
   if (divisor == 0) return {0, 0, 0};
@@ -39,31 +26,64 @@ LUNGKIT_HD DiceTerm dice_term(double intersection, double total, const LossOptio
           (options.jaccard ? 2 : 1) * ratio / divisor};
 }
 
-// First class of the Dice term, and whether its terms are weighted: one class alone is not.
-LUNGKIT_HD int64_t first_dice_class(int64_t classes, const LossOptions& options) {
-  return options.include_background || classes == 1 ? 0 : 1;
-}
+// The loss of statistics sum(row, b, c), with class weights weight(c); slope(row, b, c, value) receives its
+// gradient. Members of a team share the work: member `rank` of `size` takes every size-th term, and each must
+// call team.sum(value), which gives the sum over the team to all of them.
+template <class Team, class Sum, class Weight, class Slope>
+LUNGKIT_HD double finish(const Team& team, int64_t images, int64_t classes, bool class_indices,
+                         const DiceCeOptions& options, const Sum& sum, const Weight& weight,
+                         const Slope& slope) {
+  const int64_t first = options.include_background || classes == 1 ? 0 : 1, counted = classes - first;
+  const int64_t groups = !options.batch ? images : images > 0 ? 1 : 0;
+  const int64_t images_a_group = options.batch ? images : 1;
+  const double terms = options.mean ? static_cast<double>(groups * counted) : 1.0;
+  double dice = 0;
+  for (int64_t i = team.rank(); i < groups * classes; i += team.size()) {
+    const int64_t group = i / classes, c = i % classes;
+    double intersection = 0, total = 0;
+    for (int64_t b = group; b < group + images_a_group; ++b) {
+      intersection += sum(row_intersection, b, c);
+      total += sum(row_prediction, b, c) + sum(row_label, b, c);
+    }
+    const DiceTerm term = c < first ? DiceTerm{0, 0, 0} : dice_term(intersection, total, options);
+    // A class that counts alone is not weighted.
+    const double scale = options.lambda_dice * (counted > 1 ? weight(c) : 1.0) / terms;
+    dice += scale * term.loss;
+    for (int64_t b = group; b < group + images_a_group; ++b) {
+      slope(row_intersection, b, c, scale * term.intersection);
+      slope(row_prediction, b, c, scale * term.prediction);
+      slope(row_label, b, c, 0);
+      slope(row_voxels, b, c, 0);
+    }
+  }
 
-// The cross-entropy is sum_bc (a_c L + r_c R) / divisor, L and R being row_cross_entropy and row_rest.
-struct EntropyWeights {
-  double label;
-  double rest;
-};
-
-LUNGKIT_HD EntropyWeights entropy_weights(double class_weight, int64_t classes, bool binary,
-                                          const LossOptions& options) {
-  if (binary) return {class_weight, 1};
-  return {class_weight * (1 - options.label_smoothing),
-          class_weight * options.label_smoothing / static_cast<double>(classes)};
-}
-
-// What image b and class c add to the divisor of the mean: the weights of the voxels for class indices, else
-// voxels.
-LUNGKIT_HD double entropy_divisor(double class_weight, double labels, double voxels, int64_t c, bool binary,
-                                  bool class_indices) {
-  if (binary) return voxels;
-  if (class_indices) return class_weight * labels;
-  return c == 0 ? voxels : 0;
+  // The cross-entropy is sum_bc (a_c L + r_c R) / divisor, L and R being row_cross_entropy and row_rest. Its
+  // mean divides by the weights of the voxels for class indices, else by the voxels.
+  const bool binary = options.cross_entropy == CrossEntropy::binary;
+  const auto of_label = [&](int64_t c) { return weight(c) * (binary ? 1 : 1 - options.label_smoothing); };
+  const auto of_rest = [&](int64_t c) {
+    return binary ? 1 : weight(c) * options.label_smoothing / static_cast<double>(classes);
+  };
+  double entropy = 0, divisor = 0;
+  for (int64_t i = team.rank(); i < images * classes; i += team.size()) {
+    const int64_t b = i / classes, c = i % classes;
+    entropy += of_label(c) * sum(row_cross_entropy, b, c) + of_rest(c) * sum(row_rest, b, c);
+    if (class_indices && !binary) {
+      divisor += weight(c) * sum(row_label, b, c);
+    } else if (binary || c == 0) {
+      divisor += sum(row_voxels, b, c);
+    }
+  }
+  dice = team.sum(dice);
+  entropy = team.sum(entropy);
+  divisor = team.sum(divisor);
+  if (!options.mean || divisor == 0) divisor = 1;
+  for (int64_t i = team.rank(); i < images * classes; i += team.size()) {
+    const int64_t b = i / classes, c = i % classes;
+    slope(row_cross_entropy, b, c, options.lambda_ce * of_label(c) / divisor);
+    slope(row_rest, b, c, options.lambda_ce * of_rest(c) / divisor);
+  }
+  return dice + options.lambda_ce * entropy / divisor;
 }
 
 }  // namespace lungkit

@@ -1,21 +1,53 @@
 // A tile: some hundred voxels of a chunk, brought from whatever dtype and stride they have to contiguous
-// numbers. Included by kernel_cpu.cpp alone, as vector.h is.
+// numbers. Included by kernel_cpu.cpp alone, as simd_maths.h is.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-
-#include "half.h"
+#include "../support/simd_maths.h"
 #include "kernel.h"
+#include "maths.h"
 
 namespace lungkit::LUNGKIT_ISA {
 namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int32_t left_out = -1;  // code of a voxel that does not count
+constexpr int32_t left_out = -1;         // code of a voxel that does not count
+constexpr int32_t no_class = INT32_MIN;  // and, before it is one, of a floating label that is not whole
+constexpr int most_tile_voxels = 512;
+
+// How many vectors are added in A before the sum moves on to a WideSum: more would lose digits.
+constexpr int additions_in_a_row = 16;
+
+// A sum carried in double, lane by lane. Narrower lanes are added in two halves.
+template <class A>
+struct WideSum {
+  static constexpr int parts = sizeof(double) / sizeof(A);
+  Vec<double> value[parts] = {};
+
+  void add(Vec<A> v) {
+    typename VectorOf<A, lanes<double>* static_cast<int>(sizeof(A))>::type part[parts];
+    std::memcpy(part, &v, sizeof v);
+    for (int i = 0; i < parts; ++i) value[i] += __builtin_convertvector(part[i], Vec<double>);
+  }
+  double total() const {
+    double sum = 0;
+    for (const Vec<double>& part : value) {
+      for (int i = 0; i < lanes<double>; ++i) sum += part[i];
+    }
+    return sum;
+  }
+};
+
+// Codes are 32-bit for every A; a lane of the mask is as wide as A.
+template <class A>
+Mask<A> codes_at(const int32_t* codes) {
+  typename VectorOf<int32_t, lanes<A> * 4>::type narrow;
+  std::memcpy(&narrow, codes, sizeof narrow);
+  return __builtin_convertvector(narrow, Mask<A>);
+}
 
 template <class From, class To>
-inline void convert(const From* from, int64_t stride, int n, To* to) {
+void convert(const From* from, int64_t stride, int n, To* to) {
   if (stride == 1) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
@@ -24,33 +56,21 @@ inline void convert(const From* from, int64_t stride, int n, To* to) {
   }
 }
 
-// Half types are raw 16-bit patterns. What is strided, or does not become float, goes through a short buffer.
-constexpr int buffer_elements = 64;
-
-template <class To>
-inline void convert_16bit(const uint16_t* from, int64_t stride, int n, To* to,
-                          void (*to_floats)(const uint16_t*, int, float*)) {
+// From a half type, a vector at a time.
+template <class Half, class To>
+void convert_half(const Half* from, int64_t stride, int n, To* to) {
+  constexpr int step = lanes<float>;
+  int i = 0;
   if constexpr (std::is_same_v<To, float>) {
-    if (stride == 1) return to_floats(from, n, to);
+    for (; stride == 1 && i + step <= n; i += step) store(to + i, load(from + i));
   }
-  uint16_t raw[buffer_elements];
-  float floats[buffer_elements];
-  for (int first = 0; first < n; first += buffer_elements) {
-    const int count = n - first < buffer_elements ? n - first : buffer_elements;
-    for (int i = 0; i < count; ++i) raw[i] = from[(first + i) * stride];
-    to_floats(raw, count, floats);
-    for (int i = 0; i < count; ++i) to[first + i] = static_cast<To>(floats[i]);
-  }
-}
-
-inline void convert_to_16bit(const float* from, int n, uint16_t* to, int64_t stride,
-                             void (*from_floats)(const float*, int, uint16_t*)) {
-  if (stride == 1) return from_floats(from, n, to);
-  uint16_t raw[buffer_elements];
-  for (int first = 0; first < n; first += buffer_elements) {
-    const int count = n - first < buffer_elements ? n - first : buffer_elements;
-    from_floats(from + first, count, raw);
-    for (int i = 0; i < count; ++i) to[(first + i) * stride] = raw[i];
+  for (; i < n; i += step) {
+    const int count = n - i < step ? n - i : step;
+    Half packed[step] = {};
+    float numbers[step];
+    for (int k = 0; k < count; ++k) packed[k] = from[(i + k) * stride];
+    store(numbers, load(packed));
+    for (int k = 0; k < count; ++k) to[i + k] = static_cast<To>(numbers[k]);
   }
 }
 
@@ -61,33 +81,37 @@ void load_elements(const void* data, ScalarType type, int64_t offset, int64_t st
   switch (type) {
     case ScalarType::Float: return convert(from(float{}), stride, n, to);
     case ScalarType::Double: return convert(from(double{}), stride, n, to);
-    case ScalarType::Half: return convert_16bit<A>(from(uint16_t{}), stride, n, to, from_half_array);
-    case ScalarType::BFloat16: return convert_16bit<A>(from(uint16_t{}), stride, n, to, from_bfloat16_array);
+    case ScalarType::Half: return convert_half(from(Float16{}), stride, n, to);
+    case ScalarType::BFloat16: return convert_half(from(BFloat16{}), stride, n, to);
     case ScalarType::Short: return convert(from(int16_t{}), stride, n, to);
     case ScalarType::Int: return convert(from(int32_t{}), stride, n, to);
     case ScalarType::Long: return convert(from(int64_t{}), stride, n, to);
-    default:
-      return convert(from(uint8_t{}), stride, n, to);  // uint8 and bool; cpu.cpp has refused all others
+    default: return convert(from(uint8_t{}), stride, n, to);  // and bool; arguments.h has refused all others
   }
 }
 
-// The way back, for the gradient: to the dtype of the logits.
+// The way back: n numbers of a tile, whose arrays are padded to whole vectors.
+template <class Stored, class A>
+void store_as(const A* from, int n, Stored* to, int64_t stride) {
+  constexpr int step = lanes<A>;
+  int i = 0;
+  for (; stride == 1 && i + step <= n; i += step) store(to + i, load(from + i));
+  for (; i < n; i += step) {
+    Stored packed[step];
+    store(packed, load(from + i));
+    for (int k = 0; k < step && i + k < n; ++k) to[(i + k) * stride] = packed[k];
+  }
+}
+
+// To the dtype of the logits.
 template <class A>
 void store_elements(const A* from, int n, void* data, ScalarType type, int64_t offset, int64_t stride) {
-  if constexpr (std::is_same_v<A, double>) {
-    double* to = static_cast<double*>(data) + offset;
-    for (int i = 0; i < n; ++i) to[i * stride] = from[i];
-  } else if (type == ScalarType::Float) {
-    float* to = static_cast<float*>(data) + offset;
-    if (stride == 1) {
-      std::memcpy(to, from, n * sizeof(float));
-    } else {
-      for (int i = 0; i < n; ++i) to[i * stride] = from[i];
-    }
-  } else {
-    uint16_t* to = static_cast<uint16_t*>(data) + offset;
-    convert_to_16bit(from, n, to, stride, type == ScalarType::Half ? to_half_array : to_bfloat16_array);
+  const auto to = [&](auto zero) { return static_cast<decltype(zero)*>(data) + offset; };
+  if constexpr (std::is_same_v<A, float>) {
+    if (type == ScalarType::Half) return store_as(from, n, to(Float16{}), stride);
+    if (type == ScalarType::BFloat16) return store_as(from, n, to(BFloat16{}), stride);
   }
+  store_as(from, n, to(A{}), stride);
 }
 
 // Class indices to codes: the index, or left_out. False where an index that counts is outside 0 .. values
@@ -136,6 +160,20 @@ bool encode(const Label* labels, int64_t stride, const uint8_t* mask, int64_t ma
   return invalid == 0;
 }
 
+// Floating class indices to the nearest whole number, or no_class.
+inline void round_labels(const float* labels, int n, int32_t* indices) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const float label = labels[i];
+    const bool fits = (label > -1e9f) & (label < 1e9f);  // false for NaN
+    const float bounded = fits ? label : 0.5f;
+    const int32_t whole = static_cast<int32_t>(bounded + (bounded < 0 ? -0.5f : 0.5f));
+    const float error = bounded - static_cast<float>(whole);
+    const float tolerance = static_cast<float>(index_tolerance);
+    indices[i] = (error <= tolerance) & (error >= -tolerance) ? whole : no_class;
+  }
+}
+
 // Codes of voxels first .. first + n - 1 of the chunk, and left_out up to `padded`. Beside label vectors a
 // code says only whether the voxel counts.
 inline bool load_codes(const DiceCeChunk& chunk, int64_t first, int n, int padded, int32_t* codes) {
@@ -148,17 +186,26 @@ inline bool load_codes(const DiceCeChunk& chunk, int64_t first, int n, int padde
     return true;
   }
   const int64_t values = chunk.classes == 1 ? 2 : chunk.classes;  // one channel is the probability of class 1
+  const int64_t stride = chunk.labels_voxel_stride;
+  const auto encode_from = [&](const auto* labels, int64_t step) {
+    return encode(labels, step, mask, chunk.mask_voxel_stride, n, values, chunk.options, codes);
+  };
   const auto encode_as = [&](auto zero) {
-    const int64_t stride = chunk.labels_voxel_stride;
-    const auto* labels = static_cast<const decltype(zero)*>(chunk.labels) + first * stride;
-    return encode(labels, stride, mask, chunk.mask_voxel_stride, n, values, chunk.options, codes);
+    return encode_from(static_cast<const decltype(zero)*>(chunk.labels) + first * stride, stride);
   };
   switch (chunk.labels_type) {
+    case ScalarType::Byte:
+    case ScalarType::Bool: return encode_as(uint8_t{});
     case ScalarType::Short: return encode_as(int16_t{});
     case ScalarType::Int: return encode_as(int32_t{});
     case ScalarType::Long: return encode_as(int64_t{});
-    default: return encode_as(uint8_t{});
+    default: break;
   }
+  float labels[most_tile_voxels];
+  int32_t indices[most_tile_voxels];
+  load_elements(chunk.labels, chunk.labels_type, first * stride, stride, n, labels);
+  round_labels(labels, n, indices);
+  return encode_from(indices, 1);
 }
 
 // Logits of one class of the same voxels, and 0 up to `padded`.

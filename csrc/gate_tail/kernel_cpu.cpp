@@ -6,7 +6,7 @@
 // passes; a channels-last one voxel by voxel, with the channels in vectors.
 #include "kernel.h"
 
-#include "../support/simd.h"
+#include "../support/simd_maths.h"
 
 namespace lungkit::LUNGKIT_ISA {
 namespace {

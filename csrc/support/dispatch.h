@@ -61,4 +61,16 @@ void dispatch_labels(ScalarType type, const char* op, Body&& body) {
   }
 }
 
+// Either of the two.
+template <class Body>
+void dispatch_elements(ScalarType type, const char* op, Body&& body) {
+  switch (type) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return dispatch_floating(type, op, body);
+    default: return dispatch_labels(type, op, body);
+  }
+}
+
 }  // namespace lungkit

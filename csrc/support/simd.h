@@ -64,6 +64,24 @@ using Real = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
 using Bits16 = VectorOf<uint16_t, lanes<float> * 2>::type;
 using Bits32 = Vec<uint32_t>;
 
+// GCC takes three instructions for these conversions where the processor has one.
+inline Bits32 widen(Bits16 bits) {
+#if defined(__AVX512F__)
+  return bit_cast<Bits32>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  return bit_cast<Bits32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, Bits32);
+#endif
+}
+inline Bits16 narrow(Bits32 bits) {
+#if defined(__AVX512F__)
+  return bit_cast<Bits16>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, Bits16);
+#endif
+}
+
 // How a vector of each stored type lies in memory, and the way from there and back.
 template <class Stored>
 struct Format {
@@ -76,16 +94,14 @@ template <>
 struct Format<BFloat16> {
   using Packed = Bits16;
 
-  static Vec<float> unpack(Packed bits) {
-    return bit_cast<Vec<float>>(__builtin_convertvector(bits, Bits32) << 16);
-  }
+  static Vec<float> unpack(Packed bits) { return bit_cast<Vec<float>>(widen(bits) << 16); }
 
   // To the nearest, ties to even; NaN keeps its sign and becomes quiet.
   static Packed pack(Vec<float> v) {
     const Bits32 bits = bit_cast<Bits32>(v);
     const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Bits32 quiet = (bits >> 16) | 0x40;
-    return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded, Bits16);
+    return narrow((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
   }
 };
 
@@ -103,7 +119,7 @@ struct Format<Float16> {
   static Packed pack(Vec<float> v) { return bit_cast<Packed>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 #else
   static Vec<float> unpack(Packed bits) {
-    const Bits32 half = __builtin_convertvector(bits, Bits32);
+    const Bits32 half = widen(bits);
     const Bits32 magnitude = (half & 0x7fff) << 13;
     // The exponents' biases differ by 112: one multiplication moves them, subnormal numbers included.
     const Bits32 finite = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
@@ -119,7 +135,7 @@ struct Format<Float16> {
     const Bits32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
     const Bits32 special = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
-    return __builtin_convertvector(sign | (magnitude >= 0x47800000 ? special : finite), Bits16);
+    return narrow(sign | (magnitude >= 0x47800000 ? special : finite));
   }
 #endif
 };
@@ -232,36 +248,6 @@ Vec<T> sum_of_rows(Vec<T> (&rows)[lanes<T>]) {
   } else {
     return rows[0];
   }
-}
-
-// exp by its Taylor-like minimax polynomial on [-ln 2 / 2, ln 2 / 2] and a shift of the exponent (Cephes).
-inline Vec<float> exponential(Vec<float> x) {
-  using Int = Vec<int32_t>;
-  x = x < -87.f ? broadcast(-87.f) : x;
-  x = x > 88.f ? broadcast(88.f) : x;
-  // Truncation towards zero after adding a half of x's sign rounds to the nearest integer.
-  const Vec<float> scaled = x * 1.44269504088896341f;
-  const Int exponent =
-      __builtin_convertvector(scaled + (scaled < 0.f ? broadcast(-0.5f) : broadcast(0.5f)), Int);
-  const Vec<float> whole = __builtin_convertvector(exponent, Vec<float>);
-  const Vec<float> r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  return p * bit_cast<Vec<float>>((exponent + 127) << 23);
-}
-
-inline Vec<double> exponential(Vec<double> x) {
-  for (int l = 0; l < lanes<double>; ++l) x[l] = std::exp(x[l]);
-  return x;
-}
-
-template <class V>
-V sigmoid(V x) {
-  return 1 / (1 + exponential(-x));
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,13 +10,13 @@ from lungkit.errors import UsageError
 from lungkit.losses._options import (
     activation_name,
     check_choice,
+    check_labels,
     check_not_negative,
     check_one_channel,
-    labels_for,
     weight_tensor,
 )
 from lungkit.losses._ranks import sum_over_ranks
-from lungkit.ops.dice_ce import dice_ce_loss, dice_ce_statistics, loss_of_statistics
+from lungkit.ops.dice_ce import DiceCEOptions, fused_loss, fused_statistics, loss_of_statistics
 
 
 class DiceCELoss(nn.Module):
@@ -58,13 +57,14 @@ class DiceCELoss(nn.Module):
 
     Shapes:
         input: logits (B, C, \*S), one to three spatial axes; float64, float32, bfloat16 or float16.
-        target: class indices (B, 1, \*S) or (B, \*S), best uint8; or one-hot or soft vectors (B, C, \*S).
+        target: class indices (B, 1, \*S) or (B, \*S), best uint8, also floating; or one-hot or soft vectors
+            (B, C, \*S). Beside one channel floating numbers are soft labels.
         returns: a scalar.
 
     Raises:
         UsageError: options, shapes or dtypes that do not fit; the message names what came and what was expected.
-        RuntimeError: a class index outside 0..C-1, on the CPU. On CUDA the loss is NaN then: raising would cost a
-            synchronisation.
+        LabelError: a class index outside 0..C-1 or further than 1e-3 from a whole number, on the CPU. On CUDA the
+            loss is NaN then: raising would cost a synchronisation.
 
     Source: Milletari et al., "V-Net", 2016; Isensee et al., "nnU-Net", 2021.
 
@@ -107,21 +107,23 @@ class DiceCELoss(nn.Module):
             raise UsageError(
                 "synchronise=True needs batch=True: Dice of single images is the same on any number of ranks"
             )
-        self.include_background = include_background
-        self.to_onehot_y = to_onehot_y
-        self.activation = activation_name(sigmoid=sigmoid, softmax=softmax)
-        self.squared_pred = squared_pred
-        self.jaccard = jaccard
-        self.reduction = reduction
-        self.smooth_nr = float(smooth_nr)
-        self.smooth_dr = float(smooth_dr)
-        self.batch = batch
+        self.options = DiceCEOptions(
+            activation=activation_name(sigmoid=sigmoid, softmax=softmax),
+            squared=squared_pred,
+            ignore_index=ignore_index,
+            include_background=include_background,
+            jaccard=jaccard,
+            batch=batch,
+            mean=reduction == "mean",
+            smooth_nr=float(smooth_nr),
+            smooth_dr=float(smooth_dr),
+            lambda_dice=float(lambda_dice),
+            lambda_ce=float(lambda_ce),
+            label_smoothing=float(label_smoothing),
+        )
         self.weight: Tensor | None
         self.register_buffer("weight", weight_tensor(weight))
-        self.lambda_dice = float(lambda_dice)
-        self.lambda_ce = float(lambda_ce)
-        self.label_smoothing = float(label_smoothing)
-        self.ignore_index = ignore_index
+        self.to_onehot_y = to_onehot_y
         self.synchronise = synchronise
 
     @classmethod
@@ -143,42 +145,11 @@ class DiceCELoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of logits ``input`` against ``target``; ``mask`` (B, *S) or (B, 1, *S) marks the voxels that count."""
-        check_one_channel(input, self.activation)
-        labels = labels_for(input, target, to_onehot_y=self.to_onehot_y)
+        check_one_channel(input, self.options.activation)
+        check_labels(input, target, to_onehot_y=self.to_onehot_y)
         if not self.synchronise:
-            return dice_ce_loss(
-                input,
-                labels,
-                mask=mask,
-                activation=self.activation,
-                squared_pred=self.squared_pred,
-                ignore_index=self.ignore_index,
-                **self._arithmetic(),
-            )
-        statistics = dice_ce_statistics(
-            input,
-            labels,
-            mask=mask,
-            activation=self.activation,
-            cross_entropy="binary" if input.shape[1] == 1 else "softmax",
-            squared=self.squared_pred,
-            ignore_index=self.ignore_index,
-        )
+            return fused_loss(input, target, self.options, mask=mask, weight=self.weight)
+        statistics = fused_statistics(input, target, self.options.for_logits(input), mask=mask)
         # Batch Dice and the cross-entropy are functions of sums over the batch, so ranks need not share more.
         whole_batch = sum_over_ranks(statistics.sum(1, keepdim=True))
-        return loss_of_statistics(whole_batch, input, labels, **self._arithmetic())
-
-    def _arithmetic(self) -> dict[str, Any]:
-        """What the loss does with the statistics."""
-        return {
-            "include_background": self.include_background,
-            "jaccard": self.jaccard,
-            "reduction": self.reduction,
-            "smooth_nr": self.smooth_nr,
-            "smooth_dr": self.smooth_dr,
-            "batch": self.batch,
-            "weight": self.weight,
-            "lambda_dice": self.lambda_dice,
-            "lambda_ce": self.lambda_ce,
-            "label_smoothing": self.label_smoothing,
-        }
+        return loss_of_statistics(whole_batch, input, target, self.options, weight=self.weight)

@@ -10,12 +10,12 @@ from lungkit.errors import UsageError
 from lungkit.losses._options import (
     activation_name,
     check_choice,
+    check_labels,
     check_not_negative,
-    labels_for,
     weight_tensor,
 )
-from lungkit.ops._dice_ce_twin import dice_terms, reduce_terms
-from lungkit.ops.dice_ce import Statistics, dice_ce_statistics
+from lungkit.ops.dice_ce import DiceCEOptions, Statistics, fused_statistics
+from lungkit.ops.dice_ce_arithmetic import dice_terms, reduce_terms
 
 
 class DiceFocalLoss(nn.Module):
@@ -79,48 +79,43 @@ class DiceFocalLoss(nn.Module):
         check_not_negative(gamma=gamma, lambda_dice=lambda_dice, lambda_focal=lambda_focal)
         if alpha is not None and not 0 <= alpha <= 1:
             raise UsageError(f"alpha must lie in [0, 1], got {alpha}")
-        self.include_background = include_background
-        self.to_onehot_y = to_onehot_y
-        self.activation = activation_name(sigmoid=sigmoid, softmax=softmax)
-        self.squared_pred = squared_pred
-        self.jaccard = jaccard
-        self.reduction = reduction
-        self.smooth_nr = float(smooth_nr)
-        self.smooth_dr = float(smooth_dr)
-        self.batch = batch
-        self.gamma = float(gamma)
+        self.options = DiceCEOptions(
+            activation=activation_name(sigmoid=sigmoid, softmax=softmax),
+            cross_entropy="binary",
+            squared=squared_pred,
+            gamma=float(gamma),
+            ignore_index=ignore_index,
+            include_background=include_background,
+            jaccard=jaccard,
+            batch=batch,
+            mean=reduction == "mean",
+            smooth_nr=float(smooth_nr),
+            smooth_dr=float(smooth_dr),
+            lambda_dice=float(lambda_dice),
+        )
         self.weight: Tensor | None
         self.register_buffer("weight", weight_tensor(weight))
-        self.lambda_dice = float(lambda_dice)
+        self.to_onehot_y = to_onehot_y
+        self.reduction = reduction
         self.lambda_focal = float(lambda_focal)
         self.alpha = alpha
-        self.ignore_index = ignore_index
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of logits ``input`` against ``target``; ``mask`` (B, *S) or (B, 1, *S) marks the voxels that count."""
-        statistics = dice_ce_statistics(
-            input,
-            labels_for(input, target, to_onehot_y=self.to_onehot_y),
-            mask=mask,
-            activation=self.activation,
-            cross_entropy="binary",
-            squared=self.squared_pred,
-            gamma=self.gamma,
-            ignore_index=self.ignore_index,
-        )
-        if not self.include_background and statistics.shape[2] > 1:
+        check_labels(input, target, to_onehot_y=self.to_onehot_y)
+        statistics = fused_statistics(input, target, self.options, mask=mask)
+        if not self.options.include_background and statistics.shape[2] > 1:
             statistics = statistics[:, :, 1:]
         sums = Statistics(*statistics)
         weight = self._weight_of(sums.voxels)
-        return self.lambda_dice * self._dice(sums, weight) + self.lambda_focal * self._focal(sums, weight)
+        dice, focal = self._dice(sums, weight), self._focal(sums, weight)
+        return self.options.lambda_dice * dice + self.lambda_focal * focal
 
     def _dice(self, sums: Statistics, weight: Tensor | None) -> Tensor:
         overlap, total = sums.intersection, sums.prediction + sums.label
-        if self.batch:
+        if self.options.batch:
             overlap, total = overlap.sum(0, keepdim=True), total.sum(0, keepdim=True)
-        terms = dice_terms(
-            overlap, total, jaccard=self.jaccard, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr
-        )
+        terms = dice_terms(overlap, total, self.options)
         if weight is not None and terms.shape[1] > 1:
             terms = terms * weight
         return reduce_terms(terms, self.reduction)

@@ -11,12 +11,12 @@ from lungkit.errors import UsageError
 from lungkit.losses._options import (
     activation_name,
     check_choice,
+    check_labels,
     check_not_negative,
-    labels_for,
     weight_tensor,
 )
-from lungkit.ops._dice_ce_twin import dice_terms, ratio_or_one, reduce_terms
-from lungkit.ops.dice_ce import Statistics, dice_ce_statistics
+from lungkit.ops.dice_ce import DiceCEOptions, Statistics, fused_statistics
+from lungkit.ops.dice_ce_arithmetic import dice_terms, ratio_or_one, reduce_terms
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -37,34 +37,32 @@ class _OverlapLoss(nn.Module):
         batch: bool,
         ignore_index: int | None,
         squared_pred: bool = False,
+        jaccard: bool = False,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, _REDUCTIONS)
         check_not_negative(smooth_nr=smooth_nr, smooth_dr=smooth_dr)
-        self.include_background = include_background
+        self.options = DiceCEOptions(
+            activation=activation_name(sigmoid=sigmoid, softmax=softmax),
+            cross_entropy="none",
+            squared=squared_pred,
+            ignore_index=ignore_index,
+            include_background=include_background,
+            jaccard=jaccard,
+            batch=batch,
+            smooth_nr=float(smooth_nr),
+            smooth_dr=float(smooth_dr),
+        )
         self.to_onehot_y = to_onehot_y
-        self.activation = activation_name(sigmoid=sigmoid, softmax=softmax)
-        self.squared_pred = squared_pred
         self.reduction = reduction
-        self.smooth_nr = float(smooth_nr)
-        self.smooth_dr = float(smooth_dr)
-        self.batch = batch
-        self.ignore_index = ignore_index
 
     def _sums(self, input: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """I, P and Y: (B, C), or (1, C) of the whole batch; without class 0 where the background does not count."""
-        statistics = dice_ce_statistics(
-            input,
-            labels_for(input, target, to_onehot_y=self.to_onehot_y),
-            mask=mask,
-            activation=self.activation,
-            cross_entropy="none",
-            squared=self.squared_pred,
-            ignore_index=self.ignore_index,
-        )
-        if self.batch:
+        check_labels(input, target, to_onehot_y=self.to_onehot_y)
+        statistics = fused_statistics(input, target, self.options, mask=mask)
+        if self.options.batch:
             statistics = statistics.sum(1, keepdim=True)
-        if not self.include_background and statistics.shape[2] > 1:
+        if not self.options.include_background and statistics.shape[2] > 1:
             statistics = statistics[:, :, 1:]
         sums = Statistics(*statistics)
         return sums.intersection, sums.prediction, sums.label
@@ -73,7 +71,7 @@ class _OverlapLoss(nn.Module):
         """Mean or sum; "none" keeps an axis of length 1 for each spatial axis, so that terms broadcast over voxels."""
         if self.reduction != "none":
             return reduce_terms(terms, self.reduction)
-        kept = terms[0] if self.batch else terms
+        kept = terms[0] if self.options.batch else terms
         return kept.reshape(*kept.shape, *(1,) * spatial_axes)
 
 
@@ -131,22 +129,20 @@ class DiceLoss(_OverlapLoss):
             sigmoid=sigmoid,
             softmax=softmax,
             squared_pred=squared_pred,
+            jaccard=jaccard,
             reduction=reduction,
             smooth_nr=smooth_nr,
             smooth_dr=smooth_dr,
             batch=batch,
             ignore_index=ignore_index,
         )
-        self.jaccard = jaccard
         self.weight: Tensor | None
         self.register_buffer("weight", weight_tensor(weight))
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of ``input`` against ``target``; ``mask`` (B, *S) or (B, 1, *S) marks the voxels that count."""
         overlap, pred, label = self._sums(input, target, mask)
-        terms = dice_terms(
-            overlap, pred + label, jaccard=self.jaccard, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr
-        )
+        terms = dice_terms(overlap, pred + label, self.options)
         if self.weight is not None and terms.shape[1] > 1:
             if self.weight.dim() == 1 and self.weight.shape[0] != terms.shape[1]:
                 raise UsageError(
@@ -238,10 +234,12 @@ class TverskyLoss(_OverlapLoss):
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of ``input`` against ``target``; ``mask`` (B, *S) or (B, 1, *S) marks the voxels that count."""
         overlap, pred, label = self._sums(input, target, mask)
-        divisor = overlap + self.alpha * (pred - overlap) + self.beta * (label - overlap) + self.smooth_dr
-        terms = 1.0 - ratio_or_one(overlap + self.smooth_nr, divisor)
+        divisor = (
+            overlap + self.alpha * (pred - overlap) + self.beta * (label - overlap) + self.options.smooth_dr
+        )
+        terms = 1.0 - ratio_or_one(overlap + self.options.smooth_nr, divisor)
         if self.reduction == "none":
-            return terms[0] if self.batch else terms
+            return terms[0] if self.options.batch else terms
         return reduce_terms(terms, self.reduction)
 
 
@@ -303,8 +301,8 @@ class GeneralizedDiceLoss(_OverlapLoss):
         """Loss of ``input`` against ``target``; ``mask`` (B, *S) or (B, 1, *S) marks the voxels that count."""
         overlap, pred, label = self._sums(input, target, mask)
         weight = self._volume_weight(label)
-        numerator = 2.0 * (weight * overlap).sum(1, keepdim=True) + self.smooth_nr
-        divisor = (weight * (pred + label)).sum(1, keepdim=True) + self.smooth_dr
+        numerator = 2.0 * (weight * overlap).sum(1, keepdim=True) + self.options.smooth_nr
+        divisor = (weight * (pred + label)).sum(1, keepdim=True) + self.options.smooth_dr
         return self._reduce(1.0 - ratio_or_one(numerator, divisor), input.dim() - 2)
 
     def _volume_weight(self, label: Tensor) -> Tensor:

@@ -3,28 +3,25 @@ r"""Soft Dice + cross-entropy: statistics of logits against labels in one pass, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lungkit.errors import UsageError
-from lungkit.ops._dice_ce_twin import (
-    Statistics,
-    accumulate_dtype,
-    backward_twin,
-    empty_gradient,
-    has_class_indices,
-    loss_from_statistics,
-    loss_twin,
-    statistics_twin,
-)
+from lungkit.errors import LabelError, UsageError
+from lungkit.ops._dice_ce_tensors import accumulate_dtype, empty_gradient, has_class_indices
+from lungkit.ops._dice_ce_twin import backward_twin, loss_twin, statistics_twin
 from lungkit.ops._library import define_op
+from lungkit.ops.dice_ce_arithmetic import DiceCEOptions, Statistics, loss_from_statistics
 
 __all__ = [
+    "DiceCEOptions",
     "Statistics",
     "dice_ce_loss",
     "dice_ce_statistics",
+    "fused_loss",
+    "fused_statistics",
     "loss_of_statistics",
     "reference",
     "reference_statistics",
@@ -60,8 +57,9 @@ def dice_ce_statistics(
 
     Args:
         logits: z, (B, C, \*S) with one to three spatial axes; float64, float32, bfloat16 or float16.
-        labels: class indices (B, \*S) or (B, 1, \*S) of dtype uint8, int16, int32, int64 or bool; or one vector a
-            voxel, one-hot or soft, (B, C, \*S) of these or the floating dtypes. For C = 1 an index is 0 or 1.
+        labels: class indices (B, \*S) or (B, 1, \*S) of dtype uint8, int16, int32, int64 or bool, or floating
+            within 1e-3 of a whole number; or one vector a voxel, one-hot or soft, (B, C, \*S) of any of these
+            dtypes. For C = 1 an index is an integer, 0 or 1, and floating numbers are soft labels.
         mask: voxels that count, (B, \*S) or (B, 1, \*S), bool or uint8; None counts all.
         activation: "softmax" over C, "sigmoid" for each channel, or "none" where logits are p already.
         cross_entropy: "softmax", "binary" or "none" (L and R are then 0).
@@ -76,8 +74,9 @@ def dice_ce_statistics(
 
     Raises:
         UsageError: shapes, dtypes or options that do not fit; the message names both sides.
-        RuntimeError: on the CPU, a class index outside 0..C-1. On CUDA, where raising would cost a synchronisation,
-            all sums of that image are NaN instead, and with them the loss.
+        LabelError: on the CPU, a class index outside 0..C-1 or not near a whole number (a RuntimeError in compiled
+            code). On CUDA, where raising would cost a synchronisation, all sums of that image are NaN instead, and
+            with them the loss.
 
     Example:
         >>> import torch
@@ -87,10 +86,8 @@ def dice_ce_statistics(
         >>> sums.intersection.tolist(), sums.prediction.tolist(), sums.label.tolist()
         ([[0.0, 8.0]], [[8.0, 8.0]], [[0.0, 16.0]])
     """
-    mask, ignore_index = _prepare(logits, labels, mask, activation, cross_entropy, gamma, ignore_index)
-    return torch.ops.lungkit.dice_ce_statistics(
-        logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index
-    )
+    options = DiceCEOptions(activation, cross_entropy, squared, gamma, ignore_index)
+    return fused_statistics(logits, labels, options, mask=mask)
 
 
 def dice_ce_loss(
@@ -127,7 +124,7 @@ def dice_ce_loss(
 
     Raises:
         UsageError: arguments that do not fit; the message names what came and what was expected.
-        RuntimeError: on the CPU, a class index outside 0..C-1; on CUDA the loss is NaN instead.
+        LabelError: on the CPU, a class index outside 0..C-1 or not near a whole number; on CUDA the loss is NaN.
 
     Source: Milletari et al., "V-Net", 2016 (soft Dice); Isensee et al., "nnU-Net", 2021 (the sum of both).
 
@@ -140,85 +137,10 @@ def dice_ce_loss(
         >>> round(loss.item(), 4), logits.grad.shape
         (1.3598, torch.Size([1, 2, 8, 8]))
     """
-    entropy = "binary" if logits.dim() > 1 and logits.shape[1] == 1 else "softmax"
-    mask, ignore_index = _prepare(logits, labels, mask, activation, entropy, 0.0, ignore_index)
-    _check_reduction(reduction)
-    loss, _ = torch.ops.lungkit.dice_ce_loss(
-        logits,
-        labels,
-        mask,
-        _class_weight(weight, logits),
-        activation,
-        entropy,
-        squared_pred,
-        0.0,
-        ignore_index,
-        include_background,
-        jaccard,
-        batch,
-        reduction == "mean",
-        smooth_nr,
-        smooth_dr,
-        lambda_dice,
-        lambda_ce,
-        label_smoothing,
-    )
-    return loss
-
-
-def reference_statistics(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    activation: str = "softmax",
-    cross_entropy: str = "softmax",
-    squared: bool = False,
-    gamma: float = 0.0,
-    ignore_index: int | None = None,
-) -> Tensor:
-    """Twin of :func:`dice_ce_statistics` in plain PyTorch: same arguments, same result, any device."""
-    mask, ignore_index = _prepare(logits, labels, mask, activation, cross_entropy, gamma, ignore_index)
-    return statistics_twin(logits, labels, mask, activation, cross_entropy, squared, gamma, ignore_index)
-
-
-def reference(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    include_background: bool = True,
-    activation: str = "softmax",
-    squared_pred: bool = False,
-    jaccard: bool = False,
-    reduction: str = "mean",
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
-    batch: bool = False,
-    weight: Tensor | Sequence[float] | None = None,
-    lambda_dice: float = 1.0,
-    lambda_ce: float = 1.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int | None = None,
-) -> Tensor:
-    """Twin of :func:`dice_ce_loss` in plain PyTorch: same arguments, same result, any device."""
-    binary = logits.dim() > 1 and logits.shape[1] == 1
-    _check_reduction(reduction)
-    statistics = reference_statistics(
-        logits,
-        labels,
-        mask=mask,
-        activation=activation,
-        cross_entropy="binary" if binary else "softmax",
-        squared=squared_pred,
-        ignore_index=ignore_index,
-    )
-    return loss_of_statistics(
-        statistics,
-        logits,
-        labels,
-        weight=weight,
+    options = _loss_options(
         include_background=include_background,
+        activation=activation,
+        squared_pred=squared_pred,
         jaccard=jaccard,
         reduction=reduction,
         smooth_nr=smooth_nr,
@@ -227,53 +149,110 @@ def reference(
         lambda_dice=lambda_dice,
         lambda_ce=lambda_ce,
         label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
     )
+    return fused_loss(logits, labels, options, mask=mask, weight=weight)
+
+
+def reference_statistics(
+    logits: Tensor, labels: Tensor, *, mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Twin of :func:`dice_ce_statistics` in plain PyTorch: same arguments, same result, any device."""
+    mask, prepared = _prepare(logits, labels, mask, DiceCEOptions(**options))
+    return statistics_twin(logits, labels, mask, prepared)
+
+
+def reference(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    weight: Tensor | Sequence[float] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Twin of :func:`dice_ce_loss` in plain PyTorch: same arguments, same result, any device."""
+    mask, prepared = _prepare(logits, labels, mask, _loss_options(**options).for_logits(logits))
+    statistics = statistics_twin(logits, labels, mask, prepared)
+    return loss_of_statistics(statistics, logits, labels, prepared, weight=weight)
+
+
+def fused_statistics(
+    logits: Tensor, labels: Tensor, options: DiceCEOptions, *, mask: Tensor | None = None
+) -> Tensor:
+    """:func:`dice_ce_statistics` with its options in one object."""
+    mask, options = _prepare(logits, labels, mask, options)
+    return _run(torch.ops.lungkit.dice_ce_statistics, logits, labels, mask, *options.of_statistics())
+
+
+def fused_loss(
+    logits: Tensor,
+    labels: Tensor,
+    options: DiceCEOptions,
+    *,
+    mask: Tensor | None = None,
+    weight: Tensor | Sequence[float] | None = None,
+) -> Tensor:
+    """:func:`dice_ce_loss` with its options in one object; ``cross_entropy`` follows from the channels of logits."""
+    mask, options = _prepare(logits, labels, mask, options.for_logits(logits))
+    class_weight = _class_weight(weight, logits)
+    loss, _ = _run(torch.ops.lungkit.dice_ce_loss, logits, labels, mask, class_weight, *options.of_loss())
+    return loss
 
 
 def loss_of_statistics(
     statistics: Tensor,
     logits: Tensor,
     labels: Tensor,
+    options: DiceCEOptions,
     *,
-    weight: Tensor | Sequence[float] | None,
-    **options: Any,
+    weight: Tensor | Sequence[float] | None = None,
 ) -> Tensor:
     """The loss of :func:`dice_ce_loss` from statistics in hand, e.g. summed over ranks.
 
-    ``logits`` and ``labels`` say of which kind they are; their values are not read. ``options`` are those of
-    :func:`dice_ce_loss` from ``include_background`` to ``label_smoothing``.
+    ``logits`` and ``labels`` say of which kind they are; their values are not read.
     """
     return loss_from_statistics(
         statistics,
+        options.for_logits(logits),
         weight=_class_weight(weight, logits),
         class_indices=has_class_indices(logits, labels),
-        binary=logits.shape[1] == 1,
-        **options,
     )
 
 
+def _loss_options(*, squared_pred: bool = False, reduction: str = "mean", **options: Any) -> DiceCEOptions:
+    if reduction not in ("mean", "sum"):
+        raise UsageError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    return DiceCEOptions(squared=squared_pred, mean=reduction == "mean", **options)
+
+
+def _run(op: Any, *arguments: Any) -> Any:
+    """Call an op whose labels may hold a value that is no class; from a kernel that is a bare RuntimeError."""
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if str(error).startswith("dice_ce: labels hold"):
+            raise LabelError(str(error).splitlines()[0]) from None
+        raise
+
+
 def _prepare(
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    activation: str,
-    cross_entropy: str,
-    gamma: float,
-    ignore_index: int | None,
-) -> tuple[Tensor | None, int | None]:
+    logits: Tensor, labels: Tensor, mask: Tensor | None, options: DiceCEOptions
+) -> tuple[Tensor | None, DiceCEOptions]:
     """Check what goes into an op; turn an ``ignore_index`` beside label vectors into a mask."""
-    _check_arguments(logits, labels, mask, activation, cross_entropy)
-    if gamma < 0:
-        raise UsageError(f"gamma must not be negative, got {gamma}")
+    _check_arguments(logits, labels, mask, options)
+    ignore_index = options.ignore_index
     if ignore_index is None or has_class_indices(logits, labels):
-        return mask, ignore_index
+        return mask, options
     if labels.shape[1] == 1:
         kept = labels != ignore_index
     elif 0 <= ignore_index < labels.shape[1]:
         kept = labels[:, ignore_index : ignore_index + 1] == 0
     else:
         kept = (labels != 0).any(1, keepdim=True)
-    return (kept if mask is None else kept & (mask != 0).reshape(kept.shape)), None
+    kept = kept if mask is None else kept & (mask != 0).reshape(kept.shape)
+    return kept, replace(options, ignore_index=None)
 
 
 def _class_weight(weight: Tensor | Sequence[float] | None, logits: Tensor) -> Tensor | None:
@@ -288,18 +267,14 @@ def _class_weight(weight: Tensor | Sequence[float] | None, logits: Tensor) -> Te
     return weight.detach().to(logits.device, accumulate_dtype(logits.dtype)).contiguous()
 
 
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum"):
-        raise UsageError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-
-
-def _check_arguments(
-    logits: Tensor, labels: Tensor, mask: Tensor | None, activation: str, cross_entropy: str
-) -> None:
+def _check_arguments(logits: Tensor, labels: Tensor, mask: Tensor | None, options: DiceCEOptions) -> None:
+    activation, cross_entropy = options.activation, options.cross_entropy
     if activation not in _ACTIVATIONS:
         raise UsageError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
     if cross_entropy not in _CROSS_ENTROPIES:
         raise UsageError(f"cross_entropy must be one of {_CROSS_ENTROPIES}, got {cross_entropy!r}")
+    if options.gamma < 0:
+        raise UsageError(f"gamma must not be negative, got {options.gamma}")
     if logits.dtype not in _LOGIT_DTYPES:
         raise UsageError(f"logits must be float64, float32, bfloat16 or float16, got {logits.dtype}")
     if not 3 <= logits.dim() <= 5:
@@ -317,13 +292,11 @@ def _check_arguments(
         _check_voxels("mask", mask, logits, grid, channels=(1,))
         if mask.dtype not in (torch.bool, torch.uint8):
             raise UsageError(f"mask must be bool or uint8, got {mask.dtype}")
-    allowed: tuple[torch.dtype, ...] = _INDEX_DTYPES
-    if not has_class_indices(logits, labels):
-        allowed = _INDEX_DTYPES + _LOGIT_DTYPES
+    allowed = _INDEX_DTYPES + _LOGIT_DTYPES
     if labels.dtype not in allowed:
         raise UsageError(
-            f"labels of shape {tuple(labels.shape)} beside logits of shape {tuple(logits.shape)} must be one of "
-            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in allowed)}, got {labels.dtype}"
+            f"labels must be one of {', '.join(str(dtype).removeprefix('torch.') for dtype in allowed)}, "
+            f"got {labels.dtype}"
         )
 
 
@@ -347,17 +320,30 @@ def _check_voxels(
 
 # ---- the ops ----------------------------------------------------------------------------------------------------
 
-_VOXELS = "Tensor logits, Tensor labels, Tensor? mask, "
-_FORM = "str activation, str cross_entropy, bool squared, float gamma, int? ignore_index"
-
-define_op(f"dice_ce_statistics({_VOXELS}{_FORM}) -> Tensor", statistics_twin)
-define_op(
-    f"dice_ce_loss({_VOXELS}Tensor? weight, {_FORM}, bool include_background, bool jaccard, bool batch, bool mean, "
-    "float smooth_nr, float smooth_dr, float lambda_dice, float lambda_ce, float label_smoothing) "
-    "-> (Tensor loss, Tensor slopes)",
-    loss_twin,
+# The scalars are those of DiceCEOptions, in its order.
+_VOXELS = "Tensor logits, Tensor labels, Tensor? mask"
+_OF_STATISTICS = "str activation, str cross_entropy, bool squared, float gamma, int? ignore_index"
+_OF_LOSS = (
+    f"{_OF_STATISTICS}, bool include_background, bool jaccard, bool batch, bool mean, float smooth_nr, "
+    "float smooth_dr, float lambda_dice, float lambda_ce, float label_smoothing"
 )
-define_op(f"dice_ce_backward(Tensor slopes, Tensor? scale, {_VOXELS}{_FORM}) -> Tensor", backward_twin)
+
+define_op(
+    f"dice_ce_statistics({_VOXELS}, {_OF_STATISTICS}) -> Tensor",
+    lambda logits, labels, mask, *scalars: statistics_twin(logits, labels, mask, DiceCEOptions(*scalars)),
+)
+define_op(
+    f"dice_ce_loss({_VOXELS}, Tensor? weight, {_OF_LOSS}) -> (Tensor loss, Tensor slopes)",
+    lambda logits, labels, mask, weight, *scalars: loss_twin(
+        logits, labels, mask, weight, DiceCEOptions(*scalars)
+    ),
+)
+define_op(
+    f"dice_ce_backward(Tensor slopes, Tensor? scale, {_VOXELS}, {_OF_STATISTICS}) -> Tensor",
+    lambda slopes, scale, logits, labels, mask, *scalars: backward_twin(
+        slopes, scale, logits, labels, mask, DiceCEOptions(*scalars)
+    ),
+)
 
 
 @torch.library.register_fake("lungkit::dice_ce_statistics")
@@ -378,25 +364,32 @@ def _fake_backward(slopes: Tensor, scale: Tensor | None, logits: Tensor, *_: Any
 
 
 def _save_for_statistics(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, labels, mask, *ctx.form = inputs
+    logits, labels, mask, *scalars = inputs
+    ctx.options = DiceCEOptions(*scalars)
     ctx.save_for_backward(logits, labels, mask)
 
 
-def _differentiate_statistics(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    of_logits = torch.ops.lungkit.dice_ce_backward(gradient, None, *ctx.saved_tensors, *ctx.form)
-    return of_logits, *[None] * 7
-
-
 def _save_for_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, labels, mask, _, *form = inputs
-    ctx.form = form[:5]
+    logits, labels, mask, _, *scalars = inputs
+    ctx.options = DiceCEOptions(*scalars)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], logits, labels, mask)
+    ctx.save_for_backward(logits, labels, mask, output[1])
+
+
+def _differentiate_statistics(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradient_of_logits(ctx, gradient, None, *ctx.saved_tensors)
 
 
 def _differentiate_loss(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    slopes, *voxels = ctx.saved_tensors
-    return torch.ops.lungkit.dice_ce_backward(slopes, gradient, *voxels, *ctx.form), *[None] * 17
+    *voxels, slopes = ctx.saved_tensors
+    return _gradient_of_logits(ctx, slopes, gradient, *voxels)
+
+
+def _gradient_of_logits(
+    ctx: Any, slopes: Tensor, scale: Tensor | None, *voxels: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    gradient = torch.ops.lungkit.dice_ce_backward(slopes, scale, *voxels, *ctx.options.of_statistics())
+    return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _refuse_double_backward(ctx: Any, *_: Tensor) -> None:

@@ -375,7 +375,7 @@ INDICES = torch.zeros(2, 4, 5, dtype=torch.uint8)
             r"labels of shape \(2, 5, 4\) do not fit .* expected \(2, 4, 5\)",
         ),
         (LOGITS, torch.zeros(2, 2, 4, 5), {}, r"labels of shape \(2, 2, 4, 5\) do not fit"),
-        (LOGITS, torch.zeros(2, 1, 4, 5), {}, "labels .* must be one of uint8.* got torch.float32"),
+        (LOGITS, INDICES.to(torch.int8), {}, "labels must be one of uint8.* got torch.int8"),
         (LOGITS.long(), INDICES, {}, "logits must be float64.* got torch.int64"),
         (torch.zeros(2, 3), torch.zeros(2).long(), {}, r"one to three spatial axes, got shape \(2, 3\)"),
         (LOGITS[:, :1], INDICES, {}, r"softmax over one channel is 1 everywhere.* \(2, 1, 4, 5\)"),

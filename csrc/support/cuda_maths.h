@@ -1,10 +1,10 @@
-// What maths.h needs where a number is a plain float or double: the CUDA side. exp and log are the accurate
-// library functions, never the fast approximations.
+// The names of support/simd_maths.h for one number of a CUDA thread. exp and log are the accurate library
+// functions, never the fast approximations.
 #pragma once
 
 #include <cstdint>
 
-#include "../support/host_device.h"
+#include "host_device.h"
 
 namespace lungkit::LUNGKIT_ISA {
 namespace {
