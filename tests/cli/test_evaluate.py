@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from lungkit.cli.evaluate import main
 from lungkit.data import write_nifti
@@ -35,11 +36,17 @@ def folders(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_everything_is_written_and_the_table_is_printed(
-    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    figures: list[Figure],
 ) -> None:
     assert main([*folders, "-o", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert "HD95 directed (mm)" in capsys.readouterr().out
+    (distribution,) = figures
+    assert "Dice" in [ax.get_title(loc="left") for ax in distribution.axes]
+    assert {label.get_text() for label in distribution.axes[0].get_xticklabels()} == {"foreground\nn = 2"}
 
 
 def test_json_holds_definitions_and_csv_holds_all_metrics(folders: tuple[str, str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pictures import has_colour
 from safetensors.torch import load_file
 
 from lungkit.cli.train import main
@@ -177,7 +178,7 @@ def test_a_dry_run_says_what_it_did_and_leaves_no_run(options: Options, tmp_path
 def test_the_preview_of_the_augmentation_is_a_picture(options: Options, tmp_path: Path):
     path = tmp_path / "preview.png"
     assert main(options("--preview-augmentation", path)) == 0
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert has_colour(path, "#ffb000")  # the outline of the foreground
     assert not (tmp_path / "runs").exists()
 
 

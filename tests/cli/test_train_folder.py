@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pictures import has_colour
 
 from lungkit.cli.train import main
 from lungkit.training import load_checkpoint
@@ -156,7 +157,7 @@ def test_preview_has_a_name_of_its_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(options("--preview-augmentation")) == 0
-    assert (tmp_path / "augmentation.png").is_file()
+    assert has_colour(tmp_path / "augmentation.png", "#ffb000")  # the outline of the foreground
 
 
 def test_preview_of_another_format_is_refused_before_the_data_are_read(
