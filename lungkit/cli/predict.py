@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="number format of the network (default: bf16 where the device computes with it)",
+        help="number format of the network (default: that of its validation where the device computes with it)",
     )
     add("--probabilities", action="store_true", help="write the probability of every class, float32")
     add("--attention", action="store_true", help="write the attention map of the finest gate, float32")

@@ -22,6 +22,20 @@ def automatic_precision(device_type: str) -> Precision:
     return "bf16" if device_type == "cpu" and cpu_computes_bf16() else "fp32"
 
 
+def choose_precision(device_type: str, recorded: Precision | None) -> Precision:
+    """``recorded``, the format that a network was validated in, where the device computes with it in hardware.
+
+    Else :func:`automatic_precision`. Every device computes with fp32, a GPU with fp16.
+
+    Example:
+        >>> choose_precision("cpu", "fp32"), choose_precision("cuda", "fp16"), choose_precision("mps", "bf16")
+        ('fp32', 'fp16', 'fp32')
+    """
+    if recorded == "fp32" or (recorded == "fp16" and device_type == "cuda"):
+        return recorded
+    return automatic_precision(device_type)
+
+
 def cpu_computes_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware; torch emulates it elsewhere, slower than fp32."""
     find = getattr(torch.cpu, "get_capabilities", dict)  # older releases do not tell

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.data.volume import Volume, read_volume, write_nifti
 from lungkit.errors import DataError, ResourceError, UsageError
 from lungkit.inference.classes import classes_from_logits, classes_from_probabilities
 from lungkit.inference.postprocessing import Postprocessing, postprocess
-from lungkit.inference.precision import Precision
+from lungkit.inference.precision import Precision, choose_precision
 from lungkit.inference.rows import CHUNK_VOXELS, chunks
 from lungkit.inference.score_rows import NotFiniteError, Windowing, score_rows
 from lungkit.inference.sliding_window import Progress
@@ -70,7 +72,8 @@ class Predictor:
     Args:
         models: trained models of the same labels and channels.
         device: "cuda", "cpu", ...; None is the GPU where there is one.
-        precision: "fp32", "bf16" or "fp16"; "auto" as in training: bf16 where the device computes with it.
+        precision: "fp32", "bf16" or "fp16"; "auto" is the one that the models were trained and validated in, where the
+            device computes with it, else the fastest that it computes with.
         overlap: of neighbouring windows, 0 <= overlap < 1.
         mirror: average over the mirror images of every window (test-time augmentation).
         batch_size: windows in one call; None is as many as the device is fastest with.
@@ -102,7 +105,10 @@ class Predictor:
     ) -> None:
         self.models = tuple(models)
         _check_models(self.models)
-        self.windowing = Windowing(overlap, mirror, batch_size, precision)
+        self.windowing = Windowing(overlap, mirror, batch_size)
+        if precision not in ("auto", *get_args(Precision)):
+            raise UsageError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
+        self.precision: Literal["auto"] | Precision = precision
         self.device = _device(device)
         self.postprocessing = self.models[0].postprocessing if postprocessing is None else postprocessing
         if self.postprocessing.inside_lungs and not self.in_hu:
@@ -167,52 +173,77 @@ class Predictor:
             ResourceError: the memory does not suffice.
         """
         volumes = load_channels(image)
-        self.check_scan(volumes)
-        if attention:
-            self.check_attention()
         started = time.perf_counter()
-        notes = [*self._intensity_warnings(volumes)]
-        run = functools.partial(self._predict, volumes, probabilities, attention, progress)
-        windowing, attempts = self.windowing, self._attempts()
-        device, halvings = next(attempts)
-        while True:
-            precision = windowing.precision_on(device)
-            try:
-                mask, maps, alpha = run(windowing, device, halvings)
-                break
-            except NotFiniteError as error:
-                if precision == "fp32":
-                    raise DataError(
-                        f"{_name(volumes)}: {error} gives NaN or infinity for this scan, so there is no mask; look at "
-                        "the scan's intensities and at the model's training"
-                    ) from error
-                notes.append(f"{error} gave NaN or infinity in {precision}; predicted in fp32")
-                windowing = replace(windowing, precision="fp32")
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                _LOG.warning("%s is out of memory (%s)", device, str(error).partition("\n")[0])
-                following = next(attempts, None)
-                if following is None:
-                    raise ResourceError(
-                        f"{_name(volumes)}: out of memory even with the smallest windows ({error}); free some memory"
-                    ) from error
-                notes.append(f"{device.type} ran out of memory; predicted with smaller windows or on the CPU")
-                device, halvings = following
+        geometry = plan_geometry(volumes[0])
+        threshold = self.postprocessing.threshold
+        # Of one model the largest logit has the largest probability, where nothing else is asked for. Resampled logits
+        # are another thing than resampled probabilities.
+        as_logits = len(self.models) == 1 and threshold is None and not probabilities and not attention
+        as_logits = as_logits and self.models[0].geometry_of(volumes[0]).shape == geometry.shape
+        classes = len(self.labels)
+
+        def empty(dtype: type) -> tuple[np.ndarray, np.ndarray]:
+            array: np.ndarray = np.zeros(geometry.original_shape, dtype, order="F")
+            return array, orient(array, geometry)
+
+        for attempt in self._attempts(volumes, attention):
+            with attempt:
+                mask, mask_slices = empty(np.uint8)
+                maps = {name: empty(np.float32) for name in [*self.labels][1:]} if probabilities else {}
+                alpha, alpha_slices = empty(np.float32) if attention else (None, None)
+                scored = self._scores(volumes, attempt, attention, progress, as_logits=as_logits)
+                for first, last, scores in scored:
+                    if as_logits:
+                        found = classes_from_logits(scores)
+                    else:
+                        found = classes_from_probabilities(scores[:classes], threshold)
+                    mask_slices[first:last] = found.cpu().numpy()
+                    for index, (_, map_slices) in enumerate(maps.values(), start=1):
+                        map_slices[first:last] = scores[index].cpu().numpy()
+                    if alpha_slices is not None:
+                        alpha_slices[first:last] = scores[classes].cpu().numpy()
         self._finish(mask, volumes)
-        for note in notes:
-            _LOG.warning("%s: %s", _name(volumes), note)
         return Prediction(
             mask=mask,
             affine=volumes[0].affine,
             labels=dict(self.labels),
             seconds=time.perf_counter() - started,
-            device=device.type,
-            precision=precision,
-            warnings=tuple(dict.fromkeys(notes)),
-            probabilities=maps,
+            device=attempt.device.type,
+            precision=attempt.precision,
+            warnings=tuple(dict.fromkeys(attempt.notes)),
+            probabilities={name: array for name, (array, _) in maps.items()},
             attention=alpha,
         )
+
+    def stream_probabilities(
+        self, image: Image, *, attention: bool = False, progress: Progress | None = None
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """What a mask is made of, before threshold and postprocessing: a block of axial slices at a time.
+
+        A block whose ``first`` is 0 begins the scan, also where a prediction had to begin anew (in fp32 after NaN, in
+        smaller patches after the memory ran out): what was given before is then void.
+
+        Yields:
+            ``(first, last, probabilities)``: float32 (K, last - first, Y, X) of slices ``first`` to ``last`` - 1 of
+            the scan on its own grid in canonical orientation (:func:`lungkit.data.geometry.orient`), the background
+            first; the mean over the models, on the device. It holds until the next step. With ``attention`` the map of
+            the finest gate is one channel more.
+
+        Raises:
+            DataError, UsageError, ResourceError: as for a call.
+
+        Example:
+            The volume that a model expects to be tumour, in ml::
+
+                expected = 0.0
+                for first, _, probabilities in predictor.stream_probabilities(scan):
+                    expected = (0.0 if first == 0 else expected) + float(probabilities[1].sum())
+                expected *= scan.spacing_mm[0] * scan.spacing_mm[1] * scan.spacing_mm[2] / 1000
+        """
+        volumes = load_channels(image)
+        for attempt in self._attempts(volumes, attention):
+            with attempt:
+                yield from self._scores(volumes, attempt, attention, progress)
 
     def check_scan(self, volumes: Sequence[Volume]) -> None:
         """Refuse a scan that the models cannot take.
@@ -270,72 +301,93 @@ class Predictor:
         batch = self.windowing.batch_on(self.device, Tile.of(self.models[0]), (height, width))
         return (
             f"{depth} x {height} x {width} voxels; memory in MiB: {sizes}, and the network's own for {batch} at a time "
-            f"of {total} windows; {self.device.type}, {self.windowing.precision_on(self.device)}"
+            f"of {total} windows; {self.device.type}, {self._precision_on(self.device)}"
         )
 
-    def _attempts(self) -> Iterator[tuple[torch.device, int]]:
-        """Device and number of halvings of the tile, from the best to the last resort."""
-        for halvings in range(3):
-            yield self.device, halvings
-        if self.device.type != "cpu":
-            yield torch.device("cpu"), 0
+    def _precision_on(self, device: torch.device) -> Precision:
+        if self.precision != "auto":
+            return self.precision
+        recorded = {model.precision for model in self.models}
+        return choose_precision(device.type, recorded.pop() if len(recorded) == 1 else None)
 
-    def _predict(
+    def _attempts(self, volumes: Sequence[Volume], attention: bool) -> Iterator[_Attempt]:
+        """Ways to predict a scan, from the best to the last resort, until one does not fail."""
+        self.check_scan(volumes)
+        if attention:
+            self.check_attention()
+        name = _name(volumes)
+        following = [(self.device, halvings) for halvings in range(3)]
+        if self.device.type != "cpu":
+            following.append((torch.device("cpu"), 0))
+        device, halvings = following.pop(0)
+        in_fp32 = False
+        notes = [*self._intensity_warnings(volumes)]
+        while True:
+            attempt = _Attempt(device, halvings, "fp32" if in_fp32 else self._precision_on(device), notes)
+            yield attempt
+            # Named nowhere else: an error holds the memory of what failed until the next attempt takes its place.
+            if attempt.error is None:
+                break
+            if isinstance(attempt.error, NotFiniteError):
+                if attempt.precision == "fp32":
+                    raise DataError(
+                        f"{name}: {attempt.error} gives NaN or infinity for this scan, so there is no mask; look at "
+                        "the scan's intensities and at the model's training"
+                    ) from attempt.error
+                notes.append(
+                    f"{attempt.error} gave NaN or infinity in {attempt.precision}; predicted in fp32"
+                )
+                in_fp32 = True
+                continue
+            _LOG.warning("%s is out of memory (%s)", device, str(attempt.error).partition("\n")[0])
+            if not following:
+                raise ResourceError(
+                    f"{name}: out of memory even with the smallest windows ({attempt.error}); free some memory"
+                ) from attempt.error
+            notes.append(f"{device.type} ran out of memory; predicted with smaller windows or on the CPU")
+            device, halvings = following.pop(0)
+        for note in notes:
+            _LOG.warning("%s: %s", name, note)
+
+    def _scores(
         self,
         volumes: Sequence[Volume],
-        probabilities: bool,
+        attempt: _Attempt,
         attention: bool,
         progress: Progress | None,
-        windowing: Windowing,
-        device: torch.device,
-        halvings: int,
-    ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
-        """Class indices (X, Y, Z), probabilities by class and the attention map."""
-        geometry = plan_geometry(volumes[0])
-        extent = geometry.oriented_shape
+        *,
+        as_logits: bool = False,
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of slices of the scan's own grid: the mean probabilities, or the logits of a single model."""
+        extent = plan_geometry(volumes[0]).oriented_shape
         steps = _Steps(progress, len(self.models))
-        # Of one model the largest logit has the largest probability, where nothing else is asked for. Resampled logits
-        # are another thing than resampled probabilities.
-        threshold = self.postprocessing.threshold
-        as_logits = len(self.models) == 1 and threshold is None and not probabilities and not attention
-        as_logits = as_logits and self.models[0].geometry_of(volumes[0]).shape == extent
         streams = [
             score_rows(
                 model,
                 volumes,
                 extent,
-                windowing,
-                device,
+                self.windowing,
+                attempt.device,
+                attempt.precision,
                 as_logits=as_logits,
                 attention=attention and model.has_attention,
-                halvings=halvings,
+                halvings=attempt.halvings,
                 progress=steps.of(index),
             )
             for index, model in enumerate(self.models)
         ]
-        gated = attention and any(model.has_attention for model in self.models)
         classes = len(self.labels)
-
-        def empty(dtype: type) -> tuple[np.ndarray, np.ndarray]:
-            array: np.ndarray = np.zeros(geometry.original_shape, dtype, order="F")
-            return array, orient(array, geometry)
-
-        mask, mask_rows = empty(np.uint8)
-        maps = {name: empty(np.float32) for name in [*self.labels][1:]} if probabilities else {}
-        alpha, alpha_rows = empty(np.float32) if gated else (None, None)
         for first, last in chunks(extent[0], math.prod(extent[1:]) * classes, most_voxels=CHUNK_VOXELS):
             scores = [stream.read(first, last) for stream in streams]
-            if as_logits:
-                mask_rows[first:last] = classes_from_logits(scores[0]).cpu().numpy()
+            if len(scores) == 1:
+                yield first, last, scores[0]
                 continue
-            mean = _mean([rows[:classes] for rows in scores])
-            mask_rows[first:last] = classes_from_probabilities(mean, threshold).cpu().numpy()
-            for index, (_, map_rows) in enumerate(maps.values(), start=1):
-                map_rows[first:last] = mean[index].cpu().numpy()
-            if alpha_rows is not None:
-                seen = _mean([rows[classes] for rows in scores if len(rows) > classes])
-                alpha_rows[first:last] = seen.cpu().numpy()
-        return mask, {name: array for name, (array, _) in maps.items()}, alpha
+            mean = _mean([slices[:classes] for slices in scores])
+            if attention:
+                mean = torch.cat(
+                    [mean, _mean([slices[classes:] for slices in scores if len(slices) > classes])]
+                )
+            yield first, last, mean
 
     def _finish(self, mask: np.ndarray, volumes: Sequence[Volume]) -> None:
         """Postprocess the class indices in ``mask`` and turn them into the values of the labels, in place."""
@@ -365,9 +417,21 @@ class Predictor:
             )
 
 
-def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
+class _Attempt(contextlib.AbstractContextManager[None]):
+    """One way to predict a scan; keeps an error inside the block from which another way may lead out."""
+
+    def __init__(self, device: torch.device, halvings: int, precision: Precision, notes: list[str]) -> None:
+        self.device, self.halvings, self.precision, self.notes = device, halvings, precision, notes
+        self.error: BaseException | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = error
+        return isinstance(error, NotFiniteError) or (error is not None and _is_out_of_memory(error))
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
     total = tensors[0] / len(tensors)
     for tensor in tensors[1:]:
         total += tensor / len(tensors)

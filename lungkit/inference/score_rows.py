@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lungkit.data.volume import Volume
 from lungkit.errors import UsageError
-from lungkit.inference.precision import Precision, autocast, automatic_precision
+from lungkit.inference.precision import Precision, autocast
 from lungkit.inference.predict import stream_case
 from lungkit.inference.rows import CHUNK_VOXELS, ResampledRows, Rows, ScanRows, StreamedRows, chunks
 from lungkit.inference.sliding_window import Progress, first_output
@@ -30,19 +30,12 @@ class Windowing:
     overlap: float = 0.5
     mirror: bool = False
     batch_size: int | None = None
-    precision: Literal["auto"] | Precision = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
             raise UsageError(f"overlap must be at least 0 and below 1, got {self.overlap}")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise UsageError(f"precision must be auto, fp32, bf16 or fp16, got {self.precision!r}")
-
-    def precision_on(self, device: torch.device) -> Precision:
-        """Number format on a device."""
-        return automatic_precision(device.type) if self.precision == "auto" else self.precision
 
     def batch_on(self, device: torch.device, tile: Tile, plane: Sequence[int]) -> int:
         """Windows in one call, for a scan whose slices have the shape ``plane``."""
@@ -58,6 +51,7 @@ def score_rows(
     extent: tuple[int, int, int],
     windowing: Windowing,
     device: torch.device,
+    precision: Precision,
     *,
     as_logits: bool = False,
     attention: bool = False,
@@ -72,6 +66,7 @@ def score_rows(
         extent: (Z, Y, X).
         windowing: how.
         device: where the network runs and logits are added up.
+        precision: number format of the network.
         as_logits: give the logits, as many as the network has outputs; not where they would have to be resampled.
         attention: give the attention map of the finest gate as one channel more.
         halvings: of the windows, see :func:`smaller_tiles`.
@@ -84,7 +79,6 @@ def score_rows(
     tile = smaller_tiles(Tile.of(model), geometry.shape, halvings)
     network = model.network.to(device)
     network = network.to(memory_format=CHANNELS_LAST[model.dims])  # type: ignore[call-overload]
-    precision = windowing.precision_on(device)
 
     def logits_of(patches: Tensor) -> Tensor:
         with autocast(device.type, precision):

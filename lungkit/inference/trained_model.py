@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from lungkit.data.preprocessing import Preprocessing
 from lungkit.data.volume import Volume
 from lungkit.errors import CheckpointError, DataError, UsageError
 from lungkit.inference.postprocessing import Postprocessing
+from lungkit.inference.precision import Precision
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet, build_model
 
 
@@ -26,7 +27,8 @@ class TrainedModel:
     ``labels`` maps each class name to its value in masks, in the order of the class indices, the background first.
     ``patch_size`` is (Y, X) for a 2D network, which sees ``context_slices`` slices on either side as channels, and
     (Z, Y, X) for a 3D one. ``spacing_range_mm`` holds the "min", "median" and "max" spacing (z, y, x) of the training
-    scans. ``digest`` is the SHA-256 of the checkpoint's manifest, which vouches for the weights.
+    scans. ``precision`` is the number format that the network was trained and validated in, None where the checkpoint
+    does not say. ``digest`` is the SHA-256 of the checkpoint's manifest, which vouches for the weights.
     """
 
     path: Path
@@ -38,6 +40,7 @@ class TrainedModel:
     context_slices: int
     spacing_range_mm: dict[str, tuple[float, ...]] | None
     postprocessing: Postprocessing
+    precision: Precision | None
     digest: str
     description: dict[str, Any]
 
@@ -62,6 +65,7 @@ class TrainedModel:
                 context_slices=int(description["context_slices"]),
                 spacing_range_mm=_spacing_range(description),
                 postprocessing=Postprocessing.from_dict(description.get("postprocessing", {})),
+                precision=_precision(description),
                 digest=str(description["sha256"]["manifest.json"]),
                 description=description,
             )
@@ -174,6 +178,13 @@ def _spacing_range(description: dict[str, Any]) -> dict[str, tuple[float, ...]] 
     if any(len(sizes) != 3 or min(sizes) <= 0 for sizes in ranges.values()):
         raise DataError(f"training_spacing_mm {found} must be three lengths above zero each")
     return ranges
+
+
+def _precision(description: dict[str, Any]) -> Precision | None:
+    found = description.get("precision")
+    if found not in (None, *get_args(Precision)):
+        raise DataError(f"precision {found!r} is none of {', '.join(get_args(Precision))}")
+    return found
 
 
 def _labels(description: dict[str, Any]) -> dict[str, int]:

@@ -187,6 +187,34 @@ def test_scans_smaller_than_a_window_are_padded_with_air(tmp_path, shape):
     assert (predictor(volume).mask == (volume.array > 0)).all()
 
 
+def streamed(predictor: Predictor, volume: Volume, **options) -> torch.Tensor:
+    """All that a predictor streams of a scan, (K, Z, Y, X); what a new beginning voids is gone."""
+    blocks = []
+    for first, last, block in predictor.stream_probabilities(volume, **options):
+        blocks = [] if first == 0 else blocks
+        assert first == sum(part.shape[1] for part in blocks) and last - first == block.shape[1]
+        blocks.append(block.clone())
+    return torch.cat(blocks, 1)
+
+
+@pytest.mark.parametrize("spacing", [None, (2.0, 1.0, 1.0)])
+def test_the_stream_holds_the_probabilities_and_the_attention_of_a_prediction(tmp_path, spacing):
+    plan = replace(HU, target_spacing_mm=spacing)
+    models = [
+        TrainedModel.load(save_model(tmp_path / "a", random_network(seed=1), preprocessing=plan)),
+        TrainedModel.load(
+            save_model(tmp_path / "b", random_network(seed=2, name="unet"), preprocessing=plan)
+        ),
+    ]
+    predictor, volume = exact(*models), scan()
+    prediction = predictor(volume, probabilities=True, attention=True)
+    stream = streamed(predictor, volume, attention=True)
+    background, tumour, attention = stream.numpy().transpose(0, 3, 2, 1)[:, ::-1]
+    assert (tumour == prediction.probabilities["tumour"]).all() and (attention == prediction.attention).all()
+    assert ((tumour > background) == prediction.mask).all()
+    assert streamed(predictor, volume).shape[0] == 2
+
+
 class Hungry(nn.Module):
     """Out of memory for more than ``most`` voxels at once."""
 
@@ -252,6 +280,30 @@ def test_numbers_that_bf16_cannot_hold_are_computed_in_fp32(tmp_path, value, pro
     assert (prediction.mask == (volume.array > 0)).all()
     assert prediction.precision == "fp32"
     assert "in bf16; predicted in fp32" in prediction.warnings[0]
+
+
+@pytest.mark.parametrize("most", [8 * 32 * 32, 2 * 8 * 64 * 64])
+def test_a_stream_begins_anew_where_memory_or_numbers_run_out(tmp_path, most):
+    volume = scan((70, 70, 20))
+    predictor = hungry(tmp_path, most)
+    (model,) = predictor.models
+    network = Overflowing(model.network, np.nan, always=False)
+    found = streamed(Predictor([replace(model, network=network)], device="cpu", precision="bf16"), volume)
+    assert ((found[1] > 0.5).numpy().transpose(2, 1, 0)[::-1] == (volume.array > 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "hardware", "used"),
+    [("fp32", True, "fp32"), ("bf16", True, "bf16"), ("bf16", False, "fp32"), (None, True, "bf16")],
+)
+def test_auto_is_the_precision_of_validation_where_the_device_has_it(
+    tmp_path, monkeypatch, recorded, hardware, used
+):
+    monkeypatch.setattr("lungkit.inference.precision.cpu_computes_bf16", lambda: hardware)
+    entry = {} if recorded is None else {"precision": recorded}
+    model = TrainedModel.load(save_model(tmp_path / "m", threshold_network(), **entry))
+    assert model.precision == recorded
+    assert Predictor([model], device="cpu")(scan()).precision == used
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -81,6 +81,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         ({"preprocessing": {}}, "preprocessing cannot be restored"),
         ({"label_values": {"background": 0, "tumour": 300}}, "do not fit uint8"),
         ({"postprocessing": {"sharpen": True}}, "sharpen"),
+        ({"precision": "fp8"}, "precision 'fp8' is none of fp32, bf16, fp16"),
         ({"training_spacing_mm": {"min": [0, 1, 1], "median": [1, 1, 1], "max": [1, 1, 1]}}, "above zero"),
     ],
 )
