@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_on_cpu.emulator import Emulator
+from op_kernels import schedules_of
 
 SOURCES = Path(__file__).parent / "cuda_on_cpu"
 SELF_TEST = ("self_test.cpp", "self_test_unit.cpp")
@@ -220,14 +221,16 @@ def test_unknown_order_in_the_environment_is_refused(self_test):
 
 def test_emulated_op_gives_the_same_bits_in_every_order(emulator):
     x = torch.rand(3000, generator=torch.Generator().manual_seed(0))
-    total = emulator.in_every_order(lambda: torch.ops.lungkit_emulator_test.sum(x))
-    torch.testing.assert_close(total, x.sum())
+    torch.testing.assert_close(torch.ops.lungkit_emulator_test.sum(x), x.sum())
+    schedules_of("emulated", emulator).assert_same_bits(lambda: [torch.ops.lungkit_emulator_test.sum(x)])
 
 
 def test_comparison_of_orders_notices_a_missing_barrier(emulator):
     x = torch.ones(256)
-    with pytest.raises(AssertionError, match="another result in the order reverse"):
-        emulator.in_every_order(lambda: torch.ops.lungkit_emulator_test.sum_without_barrier(x))
+    with pytest.raises(AssertionError, match=r"other bits in order reverse \(seed 0\) than in order forward"):
+        schedules_of("emulated", emulator).assert_same_bits(
+            lambda: [torch.ops.lungkit_emulator_test.sum_without_barrier(x)]
+        )
 
 
 def test_launches_of_an_emulated_op_are_counted(emulator):

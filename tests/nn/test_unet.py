@@ -250,23 +250,6 @@ def test_changing_the_config_leaves_the_network_alone():
     assert network.config["features"] == [4, 6, 8]
 
 
-def test_build_model_suggests_the_nearest_name():
-    with pytest.raises(
-        UsageError, match=r"unknown network 'atention-unet' \(did you mean 'attention-unet'\?\)"
-    ):
-        build_model("atention-unet")
-
-
-def test_build_model_suggests_the_nearest_option():
-    with pytest.raises(UsageError, match=r"'unet' has no option 'feature' \(did you mean 'features'\?\)"):
-        build_model("unet", feature=(4, 8))
-
-
-def test_build_model_lists_the_names_where_none_is_near():
-    with pytest.raises(UsageError, match="unknown network 'resnet50'; there are unet, attention-unet"):
-        build_model("resnet50")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

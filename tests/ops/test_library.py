@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_kernels import on_the_cpu, on_the_emulator
 
-from lungkit.ops import _library
+from lungkit.ops import _library, confusion_counts
 
 LIBRARIES = sorted(_library._NATIVE_FOLDER.glob("lungkit_*.so"))
 # What libtorch exports in C: the stable shims. All else that is allowed comes from the C and C++ run-time libraries.
@@ -61,6 +62,26 @@ def test_use_isa_restores_what_was_in_use():
 def test_an_instruction_set_that_is_absent_is_refused():
     with pytest.raises(ValueError, match="'avx1024' is not available"), _library.use_isa("avx1024"):
         pass
+
+
+@on_the_cpu
+def test_the_fixture_runs_the_instruction_set_that_it_names(kernels):
+    assert _library.cpu_isa() == kernels
+
+
+@on_the_emulator
+def test_the_fixture_sends_ops_to_the_emulator(kernels, emulator):
+    labels = torch.zeros(1, 4, dtype=torch.uint8)
+    with emulator.counted() as counts:
+        confusion_counts(labels, labels, 2)
+    assert counts.launches > 0
+
+
+def test_without_the_fixture_nothing_reaches_the_emulator(emulator):
+    labels = torch.zeros(1, 4, dtype=torch.uint8)
+    with emulator.counted() as counts:
+        confusion_counts(labels, labels, 2)
+    assert counts.launches == 0
 
 
 TWINS_ONLY = """
