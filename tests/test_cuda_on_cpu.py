@@ -197,6 +197,15 @@ def test_store_behind_dynamic_shared_memory_is_reported_without_sanitisers_too(s
     assert "wrote past the end of the dynamic shared memory" in done.stderr
 
 
+def test_static_and_dynamic_shared_memory_share_the_limit(self_test):
+    done = run(self_test, "static_beside_dynamic")
+    assert done.returncode == 3
+    assert (
+        "49024 bytes of dynamic and at least 256 bytes of static shared memory; together they may have 49152"
+        in (done.stderr)
+    )
+
+
 def test_stack_overflow_hits_the_guard_page(self_test):
     assert run(self_test, "endless_recursion").returncode == -signal.SIGSEGV
 

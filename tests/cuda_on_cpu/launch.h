@@ -117,14 +117,15 @@ void run(const char* name, const void* address, dim3 grid, dim3 block, size_t sh
   }
   const std::lock_guard lock(launcher().mutex);
   if (!launcher().order_known) read_order_from_environment();
-  check_launch(name, grid, block, shared_bytes, shared_limit(address));
+  const size_t limit = shared_limit(address);
+  check_launch(name, grid, block, shared_bytes, limit);
   struct Owned {
     Owned() { launcher().owner = std::this_thread::get_id(); }
     ~Owned() { launcher().owner = std::thread::id(); }
   } const owned;
   const auto call = [](void* object) { (*static_cast<Body*>(object))(); };
   machine().run_grid({name, call, const_cast<void*>(static_cast<const void*>(&body))}, grid, block,
-                     shared_bytes);
+                     shared_bytes, limit > default_shared_bytes ? max_shared_bytes : default_shared_bytes);
 }
 
 // Runs `body` once for every thread of the grid; `name` is for messages. It is not known which kernel the

@@ -88,7 +88,7 @@ class Machine {
 
   // Runs every block of a grid whose size has been checked. Throws what a thread threw, or std::runtime_error
   // where a kernel breaks a rule; the machine is ready for the next launch either way.
-  void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+  void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, size_t shared_limit);
 
   // For kernels.
   void* dynamic_shared() const { return dynamic_->data(); }
@@ -134,6 +134,7 @@ class Machine {
   Kernel kernel_{};
   std::unique_ptr<DynamicShared> dynamic_;
   StaticShared static_;
+  size_t shared_bytes_ = 0, shared_limit_ = 0;  // dynamic; dynamic and static together
 
   std::vector<Thread> threads_;  // of the block; more where an earlier block was larger
   unsigned thread_count_ = 0;

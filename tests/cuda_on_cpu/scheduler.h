@@ -151,6 +151,9 @@ inline void Machine::run_block() {
       problem = stall();
     } else if (dynamic_->overrun()) {
       problem = "a thread wrote past the end of the dynamic shared memory";
+    } else if (shared_bytes_ + static_.used() > shared_limit_) {
+      problem = text(shared_bytes_, " bytes of dynamic and at least ", static_.used(),
+                     " bytes of static shared memory; together they may have ", shared_limit_);
     }
     if (!problem.empty()) error_ = std::make_exception_ptr(std::runtime_error(location() + problem));
   }
@@ -170,7 +173,8 @@ inline uint64_t Machine::nth_block(uint64_t i, uint64_t blocks) const {
   return (i * (step % blocks) + seed % blocks) % blocks;
 }
 
-inline void Machine::run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+inline void Machine::run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                              size_t shared_limit) {
   kernel_ = kernel;
   gridDim = grid;
   blockDim = block;
@@ -179,6 +183,8 @@ inline void Machine::run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_
   free_fibres_.reserve(max_block_threads + 1);  // a fibre that gives way must not have to allocate
   dynamic_ = std::make_unique<DynamicShared>(shared_bytes);
   static_ = StaticShared::of_this_thread();
+  shared_bytes_ = shared_bytes;
+  shared_limit_ = shared_limit;
   ++statistics.launches;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {

@@ -138,6 +138,7 @@ const std::map<std::string, std::function<void()>>& modes() {
       {"grid_too_high", launched("k", dim3(1, 65536), 32, 0, trap_kernel)},
       {"shared_too_large", launched("k", 1, 32, 228 * 1024, trap_kernel)},
       {"shared_without_opt_in", launched("k", 1, 32, 48 * 1024 + 1, trap_kernel)},
+      {"static_beside_dynamic", launched("k", 1, 64, 48 * 1024 - 128, store_behind_static_kernel, 0, out)},
       {"store_behind_global", store_behind_global},
       {"store_behind_dynamic", launched("k", 1, 64, 256, store_behind_dynamic_kernel, 1)},
       {"store_behind_static", launched("k", 1, 64, 0, store_behind_static_kernel, 1, out)},

@@ -4,6 +4,7 @@
 
 #include <link.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -59,6 +60,7 @@ class DynamicShared {
 struct StaticShared {
   static StaticShared of_this_thread() { return {}; }
   void fill() const {}
+  size_t used() const { return 0; }
 };
 
 #else
@@ -81,6 +83,11 @@ class StaticShared {
   }
 
   void fill() const { std::memset(begin_, uninitialised_byte, bytes_); }
+
+  // Bytes that differ from what fill() left: at most as many as the block's kernel has.
+  size_t used() const {
+    return bytes_ - static_cast<size_t>(std::count(begin_, begin_ + bytes_, uninitialised_byte));
+  }
 
  private:
   // Returns 1, which ends the search, for the library whose thread-local storage holds the marker.

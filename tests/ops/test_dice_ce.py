@@ -29,10 +29,12 @@ from op_kernels import on_cuda_kernels, on_kernels, on_the_cpu, on_the_emulator
 
 from lungkit.errors import UsageError
 from lungkit.ops.dice_ce import (
+    DiceCEOptions,
     Statistics,
     dice_ce_loss,
     dice_ce_statistics,
     reference,
+    reference_statistics,
 )
 
 OPS = torch.ops.lungkit
@@ -92,6 +94,24 @@ def test_every_vector_dtype_equals_the_twin(kernels, dtype):
     labels = random_vectors((2, 9, 11), 3, torch.float32)
     labels = labels.to(dtype) if dtype.is_floating_point else (3 * labels).to(dtype)
     assert_matches_twin(random_logits((2, 9, 11), 3, torch.float32), labels, Form(squared=True))
+
+
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_floating_class_indices_equal_the_twin(kernels, classes, dtype, masked):
+    labels = random_indices((2, 1, 9, 11), classes, dtype)
+    if dtype in (torch.float64, torch.float32):
+        labels = labels + 9e-4 * (torch.rand(labels.shape) - 0.5)
+    mask = None
+    if masked:
+        mask = torch.rand(labels.shape) < 0.7
+        labels = torch.where(mask, labels, torch.nan)
+    logits = random_logits((2, 9, 11), classes, torch.float32)
+    assert_matches_twin(logits, labels, Form(), mask=mask)
+    assert_matches_twin(
+        logits, labels.movedim(3, 2).contiguous().movedim(2, 3), Form(), mask=mask, ignore_index=1
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -415,6 +435,27 @@ def test_a_class_index_out_of_range_makes_the_image_nan(kernels, value):
 
 
 @on_cuda_kernels
+@pytest.mark.parametrize("value", [0.5, 1.002, torch.nan, torch.inf, -1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_floating_label_that_is_no_class_makes_the_image_nan(kernels, dtype, value):
+    logits, labels = random_logits((2, 4, 8), 2, torch.float32), random_indices((2, 4, 8), 2, dtype)
+    labels[1, 2, 3] = value
+    sums = dice_ce_statistics(logits, labels)
+    assert torch.isfinite(sums[:, 0]).all()
+    assert torch.isnan(sums[:, 1]).all()
+
+
+# So many classes fill the shared memory of 4, 2 and 1 warps.
+@on_the_emulator
+@pytest.mark.parametrize("classes", [307, 614, 1228])
+def test_classes_that_fill_the_shared_memory_equal_the_twin(kernels, classes):
+    logits = random_logits((1, 5), classes, torch.float32)
+    labels = random_indices((1, 5), classes, torch.int16)
+    expected = reference_statistics(logits.double(), labels)
+    torch.testing.assert_close(dice_ce_statistics(logits, labels).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@on_cuda_kernels
 def test_more_classes_than_shared_memory_holds_are_refused(kernels):
     with pytest.raises(RuntimeError, match="1300 classes are more than the CUDA kernel's limit of 1228"):
         dice_ce_statistics(torch.zeros(1, 1300, 4), torch.zeros(1, 4).long())
@@ -449,3 +490,36 @@ def test_cuda_loss_and_gradient_are_captured_in_a_graph():
     graph.replay()
     torch.testing.assert_close(loss, reference(logits, labels))
     torch.testing.assert_close(gradient, gradient_of(reference, logits, labels))
+
+
+# ---- devices ----------------------------------------------------------------------------------------------------
+
+# The dispatcher chooses by all tensors; asked for the CPU's kernels alone, it hands them a tensor of another device.
+ON_THE_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+TENSORS = {
+    "dice_ce_statistics": ("logits", "labels", "mask"),
+    "dice_ce_loss": ("logits", "labels", "mask", "weight"),
+    "dice_ce_backward": ("slopes", "scale", "logits", "labels", "mask"),
+}
+
+
+@pytest.mark.parametrize("library", ["lungkit", "lungkit_emulated"])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op, names in TENSORS.items() for name in names if name != "logits"],
+)
+def test_a_tensor_on_another_device_than_the_logits_is_named(emulator, library, op, name):
+    tensors = {
+        "logits": torch.zeros(1, 2, 8),
+        "labels": torch.zeros(1, 8, dtype=torch.uint8),
+        "mask": torch.ones(1, 8, dtype=torch.bool),
+        "weight": torch.ones(2),
+        "slopes": torch.ones(6, 1, 2),
+        "scale": torch.ones(()),
+    }
+    tensors[name] = tensors[name].to("meta")
+    options = DiceCEOptions()
+    scalars = options.of_loss() if op == "dice_ce_loss" else options.of_statistics()
+    call = getattr(getattr(torch.ops, library), op).default
+    with pytest.raises(RuntimeError, match=f"dice_ce: {name} must be on the device of the logits"):
+        call.redispatch(ON_THE_CPU, *(tensors[each] for each in TENSORS[op]), *scalars)
