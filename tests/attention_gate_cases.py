@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lungkit.ops.attention_gate import reference
+from lungkit.ops.attention_gate import attention_gate, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALF_DTYPES = [torch.bfloat16, torch.float16]
@@ -72,6 +73,8 @@ CUDA_WIDE_CASES = [
     Case((3, 7), (2, 4), 3, 50),
 ]
 
+SMALL = Case((4, 6, 5), (2, 3, 3), 5, 4, batch=2)
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -101,6 +104,17 @@ def random_gradients(x: Tensor, *, seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     grad_out = torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
     return grad_out, torch.randn((x.shape[0], 1, *x.shape[2:]), generator=generator).to(x.dtype)
+
+
+def leaves(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Inputs that require gradients."""
+    return [tensor.requires_grad_() for tensor in random_inputs(case, dtype)]
+
+
+def gate_and_gradients(inputs: list[Tensor], gate: Callable = attention_gate) -> list[Tensor]:
+    """The results, and the gradients of the inputs for gradients of both results."""
+    results = gate(*inputs)
+    return [*results, *torch.autograd.grad(results, inputs, random_gradients(inputs[0]))]
 
 
 def assert_matches_twin(

@@ -57,7 +57,6 @@ TESTED_IN = {
     "nn/_options.py": "nn/test_unet.py",
     "ops/_dice_ce_tensors.py": "ops/test_dice_ce.py",
     "ops/_layout.py": "ops/test_attention_gate.py",
-    "ops/dice_ce_arithmetic.py": "ops/test_dice_ce.py",
     "pipeline/outputs.py": "cli/test_predict.py",
     "pipeline/run.py": "cli/test_predict.py",
     "training/config_io.py": "training/test_config.py",
