@@ -67,7 +67,11 @@ def test_a_run_leaves_everything_in_its_folder(finished: tuple[Path, list[str]])
     }
     found = files(finished[0])
     assert expected <= found
-    assert [name for name in found if name.startswith("overlays/") and name.endswith(".png")]
+    overlays = [name for name in found if name.startswith("overlays/") and name.endswith(".png")]
+    assert overlays and all(
+        has_colour(finished[0] / name, "#3ddc84") for name in overlays
+    )  # the truth's outline
+    assert has_colour(finished[0] / "progress.png", "#1f6fb4")  # the first curve of a panel
     assert not [name for name in found if Path(name).name.startswith(".")]
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from pictures import has_colour
 
 from lungkit.cli.compare import main
 from lungkit.errors import Interrupted, UsageError
@@ -45,6 +46,14 @@ def test_tables_and_figures_are_written(finished: Path) -> None:
 def test_overlays_are_those_of_the_chosen_cases(finished: Path) -> None:
     ranks = {path.name.split("-")[0] for path in (finished / "overlays").iterdir()}
     assert ranks == {"worst", "median", "best"}
+    assert all(
+        has_colour(path, "#3ddc84") for path in (finished / "overlays").iterdir()
+    )  # the truth's outline
+
+
+def test_figures_have_a_colour_for_each_arm(finished: Path) -> None:
+    for name in ("curves.png", "distributions.png"):
+        assert has_colour(finished / name, "#1f6fb4") and has_colour(finished / name, "#e8612c")
 
 
 def test_table_says_what_a_reader_must_know(finished: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pictures import has_colour
 from safetensors.torch import load_file
 
 from lungkit.checkpoint import save_checkpoint
@@ -95,7 +96,9 @@ def test_leaves_a_whole_run_folder(tiny, pictures):
         "previous",
         "best",
     }
-    assert any((result.run_folder / "overlays").glob("*.png"))
+    overlays = list((result.run_folder / "overlays").glob("*.png"))
+    assert overlays and all(has_colour(path, "#3ddc84") for path in overlays)  # the truth's outline
+    assert has_colour(result.run_folder / "progress.png", "#1f6fb4")  # the first curve of a panel
     assert json.loads((result.run_folder / "status.json").read_text())["state"] == "finished"
     with (result.run_folder / "metrics.csv").open(newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]

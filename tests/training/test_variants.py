@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import has_colour
 from torch import Tensor
 
 from lungkit.data import AugmentConfig
@@ -66,7 +67,8 @@ def test_volumes_train_in_3d(make_dataset: MakeDataset, tiny: Tiny, pictures: No
     assert checkpoint.description["patch_size"] == [16, 24, 24]
     assert checkpoint.description["model"]["strides"] == [[1, 2, 2], [1, 2, 2]]
     assert result.table.case_ids == ("case_0",)
-    assert len(list((result.run_folder / "overlays").glob("*.png"))) == 3
+    overlays = list((result.run_folder / "overlays").glob("*.png"))
+    assert len(overlays) == 3 and all(has_colour(path, "#3ddc84") for path in overlays)  # the truth's outline
 
 
 def test_stacks_train_in_2d_with_their_neighbours(make_dataset: MakeDataset, tiny: Tiny) -> None:
