@@ -2,7 +2,7 @@
 
 ``lungkit`` is :class:`lungkit.Predictor`: from the stored int16 scan to the mask, slab by slab, with preprocessing. The
 others start from a normalised float32 tensor, which is among their inputs: ``lungkit, tensor`` is
-:func:`lungkit.inference.predict_label`; ``MONAI`` stitches the logits of the whole volume by the same number of windows
+:func:`lungkit.inference.predict_label`; ``MONAI`` stitches the logits of the whole volume by the same number of patches
 and the same Gaussian (cut off below 0.001 of its peak); ``direct`` puts the volume through the network at once. Both
 then take the largest logit as lungkit does, which is faster than any call of torch. All in float32, which is the same
 work for everyone; the predictor's own choice may be bf16.
@@ -24,12 +24,15 @@ from harness import OURS, Case, Provider
 from torch import Tensor, nn
 
 from lungkit import Predictor
-from lungkit.data import Preprocessing, Volume
+from lungkit.data import ChannelNormalisation, Preprocessing, Volume
 from lungkit.inference import Postprocessing, TrainedModel, predict_label
-from lungkit.inference.classes import largest
+from lungkit.inference.patches import prediction_patch
+from lungkit.inference.postprocessing import largest
 from lungkit.nn import build_model
 
-_HU = Preprocessing(window=(-1000.0, 1000.0), mean=0.0, std=1000.0, units="HU", label_map={0: 0, 1: 1})
+_HU = Preprocessing(
+    (ChannelNormalisation((-1000.0, 1000.0), mean=0.0, std=1000.0, units="HU"),), label_map={0: 0, 1: 1}
+)
 _OVERLAP = 0.5
 
 Inputs = tuple[Volume, Tensor]
@@ -48,7 +51,7 @@ def network_of(name: str, dims: int = 3) -> nn.Module:
 
 @dataclass(frozen=True)
 class InferenceCase(Case):
-    """The mask of one scan of ``size`` voxels (Z, Y, X) by windows (Z, Y, X), or (Y, X) that are its slices."""
+    """The mask of one scan of ``size`` voxels (Z, Y, X) by patches (Z, Y, X), or (Y, X) that are its slices."""
 
     network: str
     size: tuple[int, int, int]
@@ -94,6 +97,7 @@ def _predictor(case: InferenceCase, network: nn.Module) -> Callable[[Inputs], Te
         context_slices=0,
         spacing_range_mm=None,
         postprocessing=Postprocessing(),
+        precision=None,
         digest="",
         description={},
     )
@@ -104,8 +108,9 @@ def _predictor(case: InferenceCase, network: nn.Module) -> Callable[[Inputs], Te
 
 
 def _predict_label(case: InferenceCase, network: nn.Module) -> Callable[[Inputs], Tensor]:
-    options = {"overlap": _OVERLAP, "batch_size": case.batch, "whole_slices": len(case.patch) == 2}
-    return lambda inputs: predict_label(network, inputs[1][None], case.patch, **options)
+    patch = prediction_patch(case.patch, case.size)
+    options = {"overlap": _OVERLAP, "batch_size": case.batch}
+    return lambda inputs: predict_label(network, inputs[1][None], patch, **options)
 
 
 def _monai(case: InferenceCase, network: nn.Module, **weights: Any) -> Callable[[Inputs], Tensor]:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lungkit.checkpoint import save_checkpoint
-from lungkit.data import Preprocessing
+from lungkit.data import ChannelNormalisation, Preprocessing
 from lungkit.nn import build_model
 
 HU = Preprocessing(
-    window=(-1000.0, 1000.0), mean=0.0, std=1000.0, units="HU", label_map={0: 0, 1: 1}
+    (ChannelNormalisation((-1000.0, 1000.0), mean=0.0, std=1000.0, units="HU"),), label_map={0: 0, 1: 1}
 )  # normalised intensities are HU / 1000
 
 

@@ -89,15 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--tta",
         action="store_true",
-        help="average over the mirror images of every window: 4 (2D) or 8 times as long",
+        help="average over the mirror images of every patch: 4 (2D) or 8 times as long",
     )
     add(
         "--overlap",
         type=float,
         default=0.5,
-        help="of neighbouring windows, from 0 up to below 1 (default: 0.5)",
+        help="of neighbouring patches, from 0 up to below 1 (default: 0.5)",
     )
-    add("--batch-size", type=int, metavar="N", help="windows in one call (default: by their size)")
+    add("--batch-size", type=int, metavar="N", help="patches in one call (default: by their size)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: the GPU where there is one)")
     add(
         "--precision",
@@ -241,8 +241,8 @@ def _plan(predictor: Predictor, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "models": [model.to_dict() for model in predictor.models],
         "postprocessing": predictor.postprocessing.to_dict(),
-        "mirrored": predictor.windowing.mirror,
-        "overlap": predictor.windowing.overlap,
+        "mirrored": predictor.mirror,
+        "overlap": predictor.overlap,
         "precision": options.precision,
         "formats": sorted(set(options.format)),
         "probabilities": options.probabilities,
@@ -283,7 +283,7 @@ def _check_single_file(path: Path, scans: int, overwrite: bool) -> None:
 
 
 class _Bars:
-    """Bars for the scans and for the windows of one; nothing where the output goes to a file."""
+    """Bars for the scans and for the patches of one; nothing where the output goes to a file."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -300,7 +300,7 @@ class _Bars:
             disable=not sys.stderr.isatty(),
         )
         self._scans = self._bars.add_task("scans", total=total, rate="")
-        self._windows = self._bars.add_task("windows", total=None, rate="")
+        self._patches = self._bars.add_task("patches", total=None, rate="")
         self._started = time.monotonic()
 
     def __enter__(self) -> _Bars:
@@ -312,9 +312,9 @@ class _Bars:
     ) -> None:
         self._bars.stop()
 
-    def windows(self, name: str, done: int, total: int) -> None:
-        """Windows of the scan that is being predicted."""
-        self._bars.update(self._windows, description=name, completed=done, total=total)
+    def patches(self, name: str, done: int, total: int) -> None:
+        """Patches of the scan that is being predicted."""
+        self._bars.update(self._patches, description=name, completed=done, total=total)
 
     def scan_done(self, name: str, done: int, total: int) -> None:
         """Scans done."""

@@ -25,7 +25,13 @@ _MODULES = {
     "layouts": ("open_dataset",),
     "patches": ("Patch", "PatchSampler"),
     "phantom": ("Phantom", "make_phantom", "write_phantom_dataset"),
-    "preprocessing": ("PreprocessedImage", "Preprocessing", "plan_preprocessing", "preprocess_image"),
+    "preprocessing": (
+        "ChannelNormalisation",
+        "PreprocessedImage",
+        "Preprocessing",
+        "plan_preprocessing",
+        "preprocess_image",
+    ),
     "preview": ("save_augmentation_preview",),
     "splits": ("Split", "make_or_load_splits", "write_splits"),
     "volume": ("DEFAULT_MAX_VOXELS", "NanPolicy", "Volume", "read_volume", "write_nifti"),
@@ -53,6 +59,7 @@ if TYPE_CHECKING:
     from lungkit.data.patches import Patch, PatchSampler
     from lungkit.data.phantom import Phantom, make_phantom, write_phantom_dataset
     from lungkit.data.preprocessing import (
+        ChannelNormalisation,
         PreprocessedImage,
         Preprocessing,
         plan_preprocessing,
@@ -69,6 +76,7 @@ __all__ = [
     "CachedCase",
     "Case",
     "CaseCache",
+    "ChannelNormalisation",
     "Dataset",
     "DicomScan",
     "Fingerprint",

@@ -20,14 +20,16 @@ import numpy as np
 
 from lungkit._atomic import atomic_folder
 from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case
-from lungkit.data.preprocessing import Preprocessing, preprocess_image, preprocess_label, quantise
+from lungkit.data.geometry import plan_geometry
+from lungkit.data.preprocessing import Preprocessing, ScanSlices, preprocess_label, quantise
+from lungkit.data.slices import chunks
 from lungkit.data.source_hash import SourceHashes
 from lungkit.data.volume import DEFAULT_MAX_VOXELS
 from lungkit.errors import ResourceError, UsageError
 
 _LOG = logging.getLogger("lungkit")
 
-_FORMAT = 1
+_FORMAT = 2
 _MAX_FOREGROUND = 20_000
 _ARRAYS = ("image", "label", "foreground")
 # Files up to this size are checked whole when they are opened, larger ones in evenly spaced blocks.
@@ -203,12 +205,17 @@ class CaseCache:
         volumes, mask = read_case(case, self.preprocessing.label_map, max_voxels=self.max_voxels)
         if mask is None:
             raise UsageError(f"case_id: {case.case_id} has no label")
-        image = preprocess_image(volumes, self.preprocessing, max_voxels=self.max_voxels)
-        label = preprocess_label(mask, image.geometry)
-        slope, intercept = self.preprocessing.quantisation
-        num_classes = 1 + max(i for i in self.preprocessing.label_map.values() if i != IGNORE_INDEX)
+        plan = self.preprocessing
+        geometry = plan_geometry(volumes[0], target_spacing_mm=plan.target_spacing_mm)
+        slices = ScanSlices(volumes, plan, geometry, max_voxels=self.max_voxels)
+        image = np.empty(slices.shape, np.int16)
+        for first, last in chunks(geometry.shape[0], image[:, 0].size):
+            image[:, first:last] = quantise(slices.read(first, last).numpy(), plan)
+        label = preprocess_label(mask, geometry)
+        slope, intercept = plan.quantisation
+        num_classes = 1 + max(i for i in plan.label_map.values() if i != IGNORE_INDEX)
         arrays = {
-            "image": quantise(image.array, self.preprocessing),
+            "image": image,
             "label": label,
             "foreground": _foreground(label, num_classes),
         }
@@ -219,7 +226,7 @@ class CaseCache:
                 "key": key,
                 "case_id": case.case_id,
                 "shape": list(label.shape),
-                "spacing_mm": list(image.spacing_mm),
+                "spacing_mm": list(geometry.spacing_mm),
                 "slope": slope,
                 "intercept": intercept,
                 "class_voxels": [int(np.count_nonzero(label == index)) for index in range(num_classes)],

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lungkit.data.fingerprint import ChannelFingerprint, Fingerprint
 from lungkit.data.geometry import Geometry, orient, plan_geometry
-from lungkit.data.resampling import resample_linear, resample_nearest
+from lungkit.data.resampling import resample_nearest
+from lungkit.data.slices import ResampledSlices, chunks
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume
 from lungkit.errors import DataError, UsageError
 
@@ -45,19 +48,13 @@ class ChannelNormalisation:
 class Preprocessing:
     """Everything that is done to a scan before a network sees it; a model must be used with the one it had.
 
-    ``window``, ``mean``, ``std`` and ``units`` are those of channel 0, ``other_channels`` holds the rest.
-    ``target_spacing_mm`` is (z, y, x), or None for each scan's own. ``label_map`` maps mask values to class
-    indices.
+    ``channels`` holds one normalisation for each channel of the image. ``target_spacing_mm`` is (z, y, x), or None for
+    each scan's own. ``label_map`` maps mask values to class indices. Every scan is brought to RAS+ first.
     """
 
-    window: tuple[float, float]
-    mean: float
-    std: float
-    units: str
+    channels: tuple[ChannelNormalisation, ...]
     label_map: Mapping[int, int]
     target_spacing_mm: tuple[float, float, float] | None = None
-    orientation: str = "RAS"
-    other_channels: tuple[ChannelNormalisation, ...] = field(default=())
 
     def __post_init__(self) -> None:
         for index, channel in enumerate(self.channels):
@@ -68,17 +65,10 @@ class Preprocessing:
                 )
             if channel.window[0] >= channel.window[1]:
                 raise UsageError(f"window: {channel.window} of channel {index} must have low < high")
-        if self.orientation != "RAS":
-            raise UsageError(f"orientation: {self.orientation!r} is not supported, only 'RAS'")
         if self.target_spacing_mm is not None and not all(
             math.isfinite(spacing) and spacing > 0 for spacing in self.target_spacing_mm
         ):
             raise UsageError(f"target_spacing_mm: {self.target_spacing_mm} must be three lengths above zero")
-
-    @property
-    def channels(self) -> tuple[ChannelNormalisation, ...]:
-        """One normalisation for each channel of the image."""
-        return (ChannelNormalisation(self.window, self.mean, self.std, self.units), *self.other_channels)
 
     @property
     def quantisation(self) -> tuple[float, float]:
@@ -91,8 +81,9 @@ class Preprocessing:
         low = min(channel.bounds[0] for channel in self.channels)
         high = max(channel.bounds[1] for channel in self.channels)
         slope = (high - low) / 65535
-        if not self.other_channels:
-            slope = 2.0 ** math.ceil(math.log2((self.window[1] - self.window[0]) / 65535)) / self.std
+        if len(self.channels) == 1:
+            (start, end), std = self.channels[0].window, self.channels[0].std
+            slope = 2.0 ** math.ceil(math.log2((end - start) / 65535)) / std
         return slope, low + 32768 * slope
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,27 +92,23 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Preprocessing:
-        """Inverse of :meth:`to_dict`.
+        """Inverse of :meth:`to_dict`; also reads the first form, which held channel 0 apart from the others.
 
         Raises:
             DataError: an entry is missing or of the wrong kind.
         """
         try:
+            channels = content["channels"] if "channels" in content else [content, *content["other_channels"]]
             spacing = content["target_spacing_mm"]
             return cls(
-                window=_pair(content["window"]),
-                mean=float(content["mean"]),
-                std=float(content["std"]),
-                units=str(content["units"]),
-                label_map={int(value): int(index) for value, index in content["label_map"].items()},
-                target_spacing_mm=None if spacing is None else _triple(spacing),
-                orientation=str(content["orientation"]),
-                other_channels=tuple(
+                channels=tuple(
                     ChannelNormalisation(
                         _pair(c["window"]), float(c["mean"]), float(c["std"]), str(c["units"])
                     )
-                    for c in content["other_channels"]
+                    for c in channels
                 ),
+                label_map={int(value): int(index) for value, index in content["label_map"].items()},
+                target_spacing_mm=None if spacing is None else _triple(spacing),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
@@ -143,9 +130,10 @@ def plan_preprocessing(
     *,
     window: str | tuple[float, float] = "auto",
     spacing_mm: str | tuple[float, float, float] = "auto",
-    normalisation: Literal["zscore", "unit"] = "zscore",
 ) -> Preprocessing:
     """Choose the preprocessing for the training cases that ``fingerprint`` describes.
+
+    Every channel is normalised by the mean and standard deviation of the training foreground.
 
     Args:
         fingerprint: of the training cases only, so that validation stays unseen.
@@ -154,8 +142,6 @@ def plan_preprocessing(
             several channels a named or explicit window is for those in HU, the others use percentiles.
         spacing_mm: "native" (no resampling), (z, y, x), or "auto": the median spacing of the training
             cases where they differ by more than 1 %, else no resampling.
-        normalisation: "zscore" (mean and standard deviation of the training foreground) or "unit" (the
-            window becomes 0 to 1).
 
     Raises:
         UsageError: an option is unknown, or names an HU window for data that are not in HU.
@@ -165,38 +151,90 @@ def plan_preprocessing(
         >>> fingerprint = Fingerprint(("a",), ((60, 512, 512),), ((2.5, 0.7, 0.7),), (ct,), (0.01,),
         ...     (15_571_353, 157_287), {0: 0, 1: 1}, ())
         >>> plan = plan_preprocessing(fingerprint, window="mediastinum")
-        >>> plan.window, plan.mean, plan.std, plan.target_spacing_mm
-        ((-160.0, 240.0), -38.0, 200.0, None)
+        >>> plan.channels, plan.target_spacing_mm
+        ((ChannelNormalisation(window=(-160.0, 240.0), mean=-38.0, std=200.0, units='HU'),), None)
     """
-    if normalisation not in ("zscore", "unit"):
-        raise UsageError(f"normalisation: {normalisation!r} is neither 'zscore' nor 'unit'")
     in_hu = any(channel.units == "HU" for channel in fingerprint.channels)
     channels = []
     for channel in fingerprint.channels:
         usable = channel.units == "HU" or not in_hu
         low, high = _window(channel, window if usable else "percentiles")
-        if normalisation == "unit":
-            mean, std = low, high - low
-        else:
-            # Foreground of a single intensity has no spread to divide by.
-            mean, std = channel.mean, channel.std if channel.std > 0 else high - low
-        channels.append(ChannelNormalisation((low, high), mean, std, channel.units))
-    first, *others = channels
+        # Foreground of a single intensity has no spread to divide by.
+        std = channel.std if channel.std > 0 else high - low
+        channels.append(ChannelNormalisation((low, high), channel.mean, std, channel.units))
     return Preprocessing(
-        window=first.window,
-        mean=first.mean,
-        std=first.std,
-        units=first.units,
-        label_map=dict(fingerprint.label_map),
-        target_spacing_mm=_target_spacing(fingerprint, spacing_mm),
-        other_channels=tuple(others),
+        tuple(channels), dict(fingerprint.label_map), _target_spacing(fingerprint, spacing_mm)
     )
+
+
+class ClippedSlices:
+    """The channels of a scan reoriented and clipped to the window of each, in their own units."""
+
+    def __init__(self, volumes: Sequence[Volume], preprocessing: Preprocessing, geometry: Geometry) -> None:
+        channels = zip(volumes, preprocessing.channels, strict=True)
+        self._channels = [(orient(volume.array, geometry), channel.window) for volume, channel in channels]
+        self.shape = (len(self._channels), *geometry.oriented_shape)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Slices of the scan's own grid."""
+        slices = torch.empty((self.shape[0], last - first, *self.shape[2:]))
+        for target, (stored, window) in zip(slices, self._channels, strict=True):
+            np.clip(stored[first:last], *window, out=target.numpy(), dtype=np.float32, casting="unsafe")
+        return slices
+
+
+class ScanSlices:
+    """A scan as a network sees it: reoriented, clipped, resampled and normalised, a few axial slices at a time.
+
+    Training's cache and prediction both read it, so that a network is given the same image in both.
+
+    Args:
+        volumes: one for each channel, on one grid.
+        preprocessing: what to do.
+        geometry: the grid to resample to, of :func:`~lungkit.data.geometry.plan_geometry`.
+        max_voxels: refuse a larger grid.
+
+    Raises:
+        UsageError: the number of channels is not the one that ``preprocessing`` was made for.
+        DataError: the grid has more than ``max_voxels`` voxels.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        preprocessing: Preprocessing,
+        geometry: Geometry,
+        *,
+        max_voxels: int | None = None,
+    ) -> None:
+        channels = preprocessing.channels
+        if len(volumes) != len(channels):
+            raise UsageError(
+                f"volumes: {len(volumes)} channels, but the preprocessing was made for {len(channels)}"
+            )
+        if max_voxels is not None and math.prod(geometry.shape) > max_voxels:
+            raise DataError(
+                f"{volumes[0].path}: resampled to {preprocessing.target_spacing_mm} mm the scan has "
+                f"{geometry.shape} voxels, more than max_voxels = {max_voxels}; "
+                "use a coarser spacing or raise max_voxels"
+            )
+        # Clipped before resampling: metal beyond the window must not bleed into its neighbours.
+        self._slices = ResampledSlices(ClippedSlices(volumes, preprocessing, geometry), geometry.shape)
+        self._means, self._deviations = (
+            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1, 1)
+            for values in ([c.mean for c in channels], [c.std for c in channels])
+        )
+        self.shape = self._slices.shape
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Normalised slices of the grid."""
+        return (self._slices.read(first, last) - self._means).div_(self._deviations)
 
 
 def preprocess_image(
     volumes: Volume | Sequence[Volume], preprocessing: Preprocessing, *, max_voxels: int = DEFAULT_MAX_VOXELS
 ) -> PreprocessedImage:
-    """Reorient, clip to the window, resample and normalise the channels of one scan.
+    """All of :class:`ScanSlices` in memory.
 
     Args:
         volumes: one volume for each channel, on one grid.
@@ -208,7 +246,7 @@ def preprocess_image(
         DataError: the resampled grid would exceed ``max_voxels``.
 
     Example:
-        >>> plan = Preprocessing(window=(-1000, 400), mean=-1000, std=1400, units="HU", label_map={0: 0, 1: 1},
+        >>> plan = Preprocessing((ChannelNormalisation((-1000, 400), -1000, 1400, "HU"),), {0: 0, 1: 1},
         ...     target_spacing_mm=(1.0, 1.4, 1.4))
         >>> scan = Volume(np.full((8, 8, 4), 400, np.int16), np.diag([-0.7, -0.7, 2.0, 1.0]))
         >>> image = preprocess_image(scan, plan)
@@ -216,26 +254,11 @@ def preprocess_image(
         ((1, 8, 4, 4), 1.0)
     """
     volumes = [volumes] if isinstance(volumes, Volume) else list(volumes)
-    if len(volumes) != len(preprocessing.channels):
-        raise UsageError(
-            f"volumes: {len(volumes)} channels, but the preprocessing was made for "
-            f"{len(preprocessing.channels)}"
-        )
     geometry = plan_geometry(volumes[0], target_spacing_mm=preprocessing.target_spacing_mm)
-    if math.prod(geometry.shape) > max_voxels:
-        raise DataError(
-            f"{volumes[0].path}: resampled to {preprocessing.target_spacing_mm} mm the scan has "
-            f"{geometry.shape} voxels, more than max_voxels = {max_voxels}; "
-            "use a coarser spacing or raise max_voxels"
-        )
-    array = np.empty((len(volumes), *geometry.shape), np.float32)
-    for target, volume, channel in zip(array, volumes, preprocessing.channels, strict=True):
-        oriented = orient(volume.array, geometry).astype(np.float32)
-        # Clipped before resampling: metal beyond the window must not bleed into its neighbours.
-        np.clip(oriented, *channel.window, out=oriented)
-        resampled = resample_linear(oriented, geometry.shape)
-        np.subtract(resampled, np.float32(channel.mean), out=target)
-        target /= np.float32(channel.std)
+    slices = ScanSlices(volumes, preprocessing, geometry, max_voxels=max_voxels)
+    array = np.empty(slices.shape, np.float32)
+    for first, last in chunks(geometry.shape[0], array[:, 0].size):
+        array[:, first:last] = slices.read(first, last)
     return PreprocessedImage(array, geometry.spacing_mm, geometry)
 
 

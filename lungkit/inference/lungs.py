@@ -19,8 +19,9 @@ from typing import Literal
 
 import cc3d
 import numpy as np
+import torch
 
-from lungkit.data.resampling import resample_linear
+from lungkit.data.resampling import resample_plane
 from lungkit.errors import UsageError
 
 _LOG = logging.getLogger("lungkit")
@@ -185,7 +186,8 @@ def _enlarge(mask: np.ndarray, factors: Sequence[int], shape: tuple[int, ...]) -
         share = np.float32(position - below)
         plane = mask[below] * (1 - share) + mask[above] * share
         if plane.any():
-            target[:] = resample_linear(plane, plane_shape)[: shape[1], : shape[2]] > 0.5
+            whole = resample_plane(torch.from_numpy(plane)[None, None], plane_shape)[0, 0]
+            target[:] = whole[: shape[1], : shape[2]].numpy() > 0.5
         else:
             target[:] = False
     return result

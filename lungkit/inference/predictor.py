@@ -18,16 +18,20 @@ import torch
 from torch import Tensor
 
 from lungkit.data.geometry import orient, plan_geometry
+from lungkit.data.slices import CHUNK_VOXELS, chunks
 from lungkit.data.volume import Volume, read_volume, write_nifti
 from lungkit.errors import DataError, ResourceError, UsageError
-from lungkit.inference.classes import classes_from_logits, classes_from_probabilities
-from lungkit.inference.postprocessing import Postprocessing, postprocess
+from lungkit.inference.patches import count_patches, patches_per_call, prediction_patch
+from lungkit.inference.postprocessing import (
+    Postprocessing,
+    classes_from_logits,
+    classes_from_probabilities,
+    postprocess,
+)
 from lungkit.inference.precision import Precision, choose_precision
-from lungkit.inference.rows import CHUNK_VOXELS, chunks
-from lungkit.inference.score_rows import NotFiniteError, Windowing, score_rows
+from lungkit.inference.scan_scores import NotFiniteError, scan_scores
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel
-from lungkit.inference.windows_plan import Tile, windows_of
 
 _LOG = logging.getLogger("lungkit")
 
@@ -60,13 +64,13 @@ class Prediction:
 class Predictor:
     r"""Predicts scans with one trained model, or with the mean of the probabilities of several.
 
-    A scan is reoriented, windowed and resampled as the model's training scans were; the logits of overlapping windows
+    A scan is reoriented, clipped and resampled as the model's training scans were; the logits of overlapping patches
     are stitched with Gaussian weights (:func:`lungkit.inference.sliding_window`); their softmax is brought back to the
     scan's own grid by linear interpolation, and every voxel gets its most probable class. All of that happens a few
-    slices at a time: beyond the scan and its mask only one slab of windows is in memory. The mask does not depend on
+    slices at a time: beyond the scan and its mask only one slab of patches is in memory. The mask does not depend on
     ``batch_size`` but for ties that rounding decides.
 
-    Where a GPU runs out of memory, the batch is halved, then the tile, and at last the CPU is used; the prediction
+    Where a GPU runs out of memory, the batch is halved, then the patch, and at last the CPU is used; the prediction
     says so in its ``warnings``.
 
     Args:
@@ -74,9 +78,9 @@ class Predictor:
         device: "cuda", "cpu", ...; None is the GPU where there is one.
         precision: "fp32", "bf16" or "fp16"; "auto" is the one that the models were trained and validated in, where the
             device computes with it, else the fastest that it computes with.
-        overlap: of neighbouring windows, 0 <= overlap < 1.
-        mirror: average over the mirror images of every window (test-time augmentation).
-        batch_size: windows in one call; None is as many as the device is fastest with.
+        overlap: of neighbouring patches, 0 <= overlap < 1.
+        mirror: average over the mirror images of every patch (test-time augmentation).
+        batch_size: patches in one call; None is as many as the device is fastest with.
         postprocessing: None takes what the first model was given in training; ``Postprocessing()`` turns it off.
 
     Raises:
@@ -105,7 +109,11 @@ class Predictor:
     ) -> None:
         self.models = tuple(models)
         _check_models(self.models)
-        self.windowing = Windowing(overlap, mirror, batch_size)
+        if not 0 <= overlap < 1:
+            raise UsageError(f"overlap must be at least 0 and below 1, got {overlap}")
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        self.overlap, self.mirror, self.batch_size = overlap, mirror, batch_size
         if precision not in ("auto", *get_args(Precision)):
             raise UsageError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
         self.precision: Literal["auto"] | Precision = precision
@@ -147,7 +155,7 @@ class Predictor:
     @property
     def in_hu(self) -> bool:
         """Whether the first channel that the models were trained on is in HU."""
-        return self.models[0].preprocessing.units == "HU"
+        return self.models[0].preprocessing.channels[0].units == "HU"
 
     def __call__(
         self,
@@ -164,7 +172,7 @@ class Predictor:
                 for several channels.
             probabilities: keep the probability of every class.
             attention: keep the attention map of the finest gate (mean over the models that have gates).
-            progress: called with the windows done and the windows in all.
+            progress: called with the patches done and the patches in all.
 
         Raises:
             DataError: a file cannot be used, the scan does not fit the models, or a network gives NaN or infinity
@@ -270,7 +278,7 @@ class Predictor:
         for model in self.models:
             if model.dims == 3 and depth == 1:
                 raise DataError(
-                    f"{where}: a single slice, but {model.name} is a 3D model (windows of "
+                    f"{where}: a single slice, but {model.name} is a 3D model (patches of "
                     f"{' x '.join(map(str, model.patch_size))} voxels); give the whole scan, or use a 2D model"
                 )
 
@@ -284,24 +292,23 @@ class Predictor:
             raise UsageError("attention: none of the networks has attention gates")
 
     def estimate(self, volumes: Sequence[Volume]) -> str:
-        """What predicting a scan will take, in one line: size, memory beyond the network's own, windows."""
+        """What predicting a scan will take, in one line: size, memory beyond the network's own, patches."""
         depth, height, width = plan_geometry(volumes[0]).oriented_shape
         voxels = depth * height * width
-        total, slabs = 0, 0
+        total, slabs, batch = 0, 0, 0
         for model in self.models:
-            geometry = model.geometry_of(volumes[0])
-            tile = Tile.of(model)
-            total += windows_of(geometry.shape, tile, self.windowing.overlap)
-            plane = math.prod(geometry.shape[1:])
+            shape = model.geometry_of(volumes[0]).shape
+            patch = prediction_patch(model.patch_size, shape)
+            total += count_patches(shape, patch, self.overlap)
+            batch = max(batch, self.batch_size or patches_per_call(self.device.type, patch))
             channels = len(model.labels) + 2 * len(model.channels) * (2 * model.context_slices + 1)
-            slabs += 4 * tile.depth * plane * channels
+            slabs += 4 * (1, *patch)[-3] * math.prod(shape[1:]) * channels
         scan = sum(volume.array.nbytes for volume in volumes)
         parts = {"scan": scan, "mask": voxels, "slabs": slabs + 16 * min(voxels, CHUNK_VOXELS)}
         sizes = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in parts.items())
-        batch = self.windowing.batch_on(self.device, Tile.of(self.models[0]), (height, width))
         return (
             f"{depth} x {height} x {width} voxels; memory in MiB: {sizes}, and the network's own for {batch} at a time "
-            f"of {total} windows; {self.device.type}, {self._precision_on(self.device)}"
+            f"of {total} patches; {self.device.type}, {self._precision_on(self.device)}"
         )
 
     def _precision_on(self, device: torch.device) -> Precision:
@@ -342,9 +349,9 @@ class Predictor:
             _LOG.warning("%s is out of memory (%s)", device, str(attempt.error).partition("\n")[0])
             if not following:
                 raise ResourceError(
-                    f"{name}: out of memory even with the smallest windows ({attempt.error}); free some memory"
+                    f"{name}: out of memory even with the smallest patches ({attempt.error}); free some memory"
                 ) from attempt.error
-            notes.append(f"{device.type} ran out of memory; predicted with smaller windows or on the CPU")
+            notes.append(f"{device.type} ran out of memory; predicted with smaller patches or on the CPU")
             device, halvings = following.pop(0)
         for note in notes:
             _LOG.warning("%s: %s", name, note)
@@ -362,13 +369,14 @@ class Predictor:
         extent = plan_geometry(volumes[0]).oriented_shape
         steps = _Steps(progress, len(self.models))
         streams = [
-            score_rows(
+            scan_scores(
                 model,
                 volumes,
-                extent,
-                self.windowing,
                 attempt.device,
                 attempt.precision,
+                overlap=self.overlap,
+                mirror=self.mirror,
+                batch_size=self.batch_size,
                 as_logits=as_logits,
                 attention=attention and model.has_attention,
                 halvings=attempt.halvings,
@@ -377,7 +385,7 @@ class Predictor:
             for index, model in enumerate(self.models)
         ]
         classes = len(self.labels)
-        for first, last in chunks(extent[0], math.prod(extent[1:]) * classes, most_voxels=CHUNK_VOXELS):
+        for first, last in chunks(extent[0], math.prod(extent[1:]) * classes):
             scores = [stream.read(first, last) for stream in streams]
             if len(scores) == 1:
                 yield first, last, scores[0]
@@ -392,15 +400,15 @@ class Predictor:
     def _finish(self, mask: np.ndarray, volumes: Sequence[Volume]) -> None:
         """Postprocess the class indices in ``mask`` and turn them into the values of the labels, in place."""
         geometry = plan_geometry(volumes[0])
-        rows = orient(mask, geometry)
+        slices = orient(mask, geometry)
         options = self.postprocessing
         if options.changes_masks:
             hu = orient(volumes[0].array, geometry) if self.in_hu else None
-            rows[...] = postprocess(rows, geometry.spacing_mm, options, hu=hu)
+            slices[...] = postprocess(slices, geometry.spacing_mm, options, hu=hu)
         values = np.array(list(self.labels.values()), np.uint8)
         if (values != np.arange(len(values))).any():
-            for first, last in chunks(len(rows), math.prod(rows.shape[1:])):
-                rows[first:last] = values[rows[first:last]]
+            for first, last in chunks(len(slices), math.prod(slices.shape[1:])):
+                slices[first:last] = values[slices[first:last]]
 
     def _intensity_warnings(self, volumes: Sequence[Volume]) -> Iterator[str]:
         low, high = float(volumes[0].array.min()), float(volumes[0].array.max())
@@ -410,7 +418,7 @@ class Predictor:
                 f"voxels lie between {low:g} and {high:g}: this looks like an 8-bit picture, but {name} was trained on "
                 "HU; the mask cannot be trusted"
             )
-        if not self.in_hu and (low < 0 or high > 255) and self.models[0].preprocessing.units == "8-bit":
+        if (low < 0 or high > 255) and self.models[0].preprocessing.channels[0].units == "8-bit":
             yield (
                 f"voxels lie between {low:g} and {high:g}, but {name} was trained on 8-bit pictures; the mask cannot "
                 "be trusted"
@@ -439,7 +447,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class _Steps:
-    """One count of windows over several models that run side by side."""
+    """One count of patches over several models that run side by side."""
 
     def __init__(self, progress: Progress | None, models: int) -> None:
         self._progress = progress

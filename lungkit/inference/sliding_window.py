@@ -7,26 +7,22 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lungkit.data.slices import ContextSlices, PaddedSlices, Slices, TensorSlices, buffered, move_up
 from lungkit.errors import UsageError
-from lungkit.inference.rows import Rows, TensorRows, move_up, recent, smallest
+from lungkit.inference.patches import PatchAxis, Weighting
+from lungkit.inference.postprocessing import classes_from_logits
 
 _LOG = logging.getLogger("lungkit")
 
 Network = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 """Maps patches (B, C, \\*patch) to logits (B, K, \\*patch), or to a tuple of which they are the first."""
 
-Weighting = Literal["gaussian", "constant"]
-"""How much a patch counts at each of its voxels."""
-
 Progress = Callable[[int, int], None]
 """Called with the patches done and the patches in all."""
-
-_SIGMA_FRACTION = 1 / 8
 
 
 def sliding_window(
@@ -41,10 +37,10 @@ def sliding_window(
 ) -> Tensor:
     r"""Logits of a whole image, from a network that sees one patch at a time.
 
-    Patches lie on an even grid that covers the image (:func:`window_starts`). The logits of a voxel are the mean over
-    the patches that hold it, weighted by a Gaussian round each patch's centre with sigma = patch / 8 along every axis,
-    so that the borders of a patch, where the network sees least context, count least (Isensee et al. 2021,
-    "nnU-Net", Nature Methods 18:203). An image smaller than the patch is padded evenly on both sides with the
+    Patches lie on an even grid that covers the image (:func:`~lungkit.inference.patch_starts`). The logits of a voxel
+    are the mean over the patches that hold it, weighted by a Gaussian round each patch's centre with sigma = patch / 8
+    along every axis, so that the borders of a patch, where the network sees least context, count least (Isensee et al.
+    2021, "nnU-Net", Nature Methods 18:203). An image smaller than the patch is padded evenly on both sides with the
     smallest value of each channel (air in CT), and the logits are cropped back.
 
     Patches are added up in the order of the grid in float32, hence the result is the same for every ``batch_size`` up
@@ -92,11 +88,12 @@ def sliding_window(
 
 def stream_logits(
     network: Network,
-    image: Tensor | Rows,
+    image: Tensor | Slices,
     patch_size: Sequence[int],
     *,
     overlap: float = 0.5,
     batch_size: int = 4,
+    context_slices: int = 0,
     weighting: Weighting = "gaussian",
     progress: Progress | None = None,
     module: object | None = None,
@@ -104,28 +101,37 @@ def stream_logits(
     r"""The logits of :func:`sliding_window` slab by slab along the first axis, as each is finished.
 
     Only one slab, as deep as a patch, is in memory, so that the classes of a long scan need no float volume; an image
-    given as :class:`~lungkit.inference.rows.Rows` is not held whole either. Where ``network`` is a function round a
-    module, ``module`` says which: its mode and device are used.
+    given as :class:`~lungkit.data.slices.Slices` is not held whole either. A ``patch_size`` (Y, X) on a volume is
+    that of a 2D network, which sees one axial slice at a time, with ``context_slices`` on either side as channels.
+    Where ``network`` is a function round a module, ``module`` says which: its mode and device are used.
 
     A GPU that is out of memory gets half the batch from then on, down to one patch.
 
     Yields:
         ``(first, last, logits)``: float32 (K, last - first, \*S[1:]), a view that the next step overwrites, on the
-        device of a tensor or, for rows, of the network. The slabs follow one another and cover the first axis.
+        device of a tensor or, for slices, of the network. The slabs follow one another and cover the first axis.
     """
-    _check_arguments(image, patch_size, overlap, batch_size)
+    _check_arguments(image, patch_size, overlap, batch_size, context_slices)
     if weighting not in ("gaussian", "constant"):
         raise UsageError(f"weighting must be 'gaussian' or 'constant', got {weighting!r}")
-    rows = TensorRows(image) if isinstance(image, Tensor) else image
-    of_network = device_of(module or network, torch.device("cpu"))
-    device = rows.image.device if isinstance(rows, TensorRows) else of_network
-    extent = tuple(rows.shape[1:])
-    padded, before = padded_to(rows, patch_size)
-    windows = [
-        Windows(n, p, overlap, weighting, device) for n, p in zip(padded.shape[1:], patch_size, strict=True)
+    slices = TensorSlices(image) if isinstance(image, Tensor) else image
+    module = module or network
+    device = (
+        slices.image.device if isinstance(slices, TensorSlices) else device_of(module, torch.device("cpu"))
+    )
+    # To the sliding window a 2D network is a 3D one whose patches are one slice deep.
+    if len(patch_size) < len(slices.shape) - 1:
+        patch_size, network = (1, *patch_size), _slicewise(network)
+        slices = ContextSlices(slices, context_slices) if context_slices else slices
+    extent = tuple(slices.shape[1:])
+    missing = [max(0, p - n) for n, p in zip(extent, patch_size, strict=True)]
+    before = [m // 2 for m in missing]
+    padded = PaddedSlices(slices, missing, before) if any(missing) else slices
+    axes = [
+        PatchAxis(n, p, overlap, weighting, device) for n, p in zip(padded.shape[1:], patch_size, strict=True)
     ]
     product = torch.empty(tuple(patch_size), device=device)
-    overlapping = any(bool((axis.weights != 1).any()) for axis in windows)
+    overlapping = any(bool((axis.weights != 1).any()) for axis in axes)
     inside = (
         slice(None),
         slice(None),
@@ -139,10 +145,8 @@ def stream_logits(
 
     slab: Tensor | None = None
     at = 0  # where the slab begins in the padded image
-    for index, patch in _run_patches(
-        network, module or network, recent(padded), windows, batch_size, progress
-    ):
-        starts = [axis.starts[i] for axis, i in zip(windows, index, strict=True)]
+    for index, patch in _run_patches(network, module, buffered(padded), axes, batch_size, progress):
+        starts = [axis.starts[i] for axis, i in zip(axes, index, strict=True)]
         if slab is None:
             slab = torch.zeros((patch.shape[0], patch_size[0], *padded.shape[2:]), device=device)
         if starts[0] > at:
@@ -159,7 +163,7 @@ def stream_logits(
             *(slice(s, s + p) for s, p in zip(starts[1:], patch_size[1:], strict=True)),
         )
         if overlapping:
-            _outer([axis.weights[i] for axis, i in zip(windows, index, strict=True)], out=product)
+            _outer([axis.weights[i] for axis, i in zip(axes, index, strict=True)], out=product)
             slab[target].addcmul_(patch.to(device, torch.float32), product)
         else:
             slab[target] = patch  # which holds all its voxels alone
@@ -167,55 +171,56 @@ def stream_logits(
         yield from finished(at, at + slab.shape[1], slab)
 
 
-class Windows:
-    """Where patches lie along one axis, and how much each counts at each of its voxels.
+def predict_label(
+    network: Network,
+    image: Tensor | Slices,
+    patch_size: Sequence[int],
+    *,
+    overlap: float = 0.5,
+    batch_size: int = 4,
+    context_slices: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    r"""Class of every voxel of a volume on the grid that the network sees.
 
-    Attributes:
-        starts: first voxel of every patch.
-        weights: for every patch its Gaussian (or 1), divided by the sum of those of all patches at the voxel: the
-            weights of the patches that hold a voxel add up to 1. Their products over the axes do so too, so that no
-            volume of summed weights is needed, and a voxel that one patch alone holds takes its logits unchanged.
-            float32 (number of patches, patch).
-    """
+    A voxel gets the class of its largest logit (the lowest class of a tie); a network with one output channel is a
+    sigmoid model, class 1 where the logit is positive. Logits are kept for one slab at a time. What leads to a mask of
+    a scan, on its own grid, is :class:`~lungkit.inference.Predictor`.
 
-    def __init__(
-        self, extent: int, patch: int, overlap: float, weighting: Weighting, device: torch.device
-    ) -> None:
-        self.starts = window_starts(extent, patch, overlap=overlap)
-        own = (gaussian_weights(patch) if weighting == "gaussian" else torch.ones(patch)).double()
-        total = torch.zeros(extent, dtype=torch.float64)
-        for start in self.starts:
-            total[start : start + patch] += own
-        weights = torch.stack([own / total[start : start + patch] for start in self.starts])
-        self.weights = weights.float().to(device)
+    Args:
+        network: see :func:`sliding_window`.
+        image: (C, Z, Y, X), a float tensor or read a few slices at a time.
+        patch_size: (Z, Y, X) for a 3D network; (Y, X) for a 2D one, which sees one axial slice at a time. A slice that
+            is no larger than the patch takes one call, ``batch_size`` slices together.
+        overlap: as for :func:`sliding_window`.
+        batch_size: as for :func:`sliding_window`.
+        context_slices: slices on either side that a 2D network takes as channels, see
+            :class:`~lungkit.data.slices.ContextSlices`.
+        progress: see :data:`Progress`.
 
+    Returns:
+        uint8 (Z, Y, X) on the device of a tensor or, for slices, of the network.
 
-def window_starts(extent: int, patch: int, *, overlap: float = 0.5) -> list[int]:
-    """First voxels of the fewest patches that cover an axis evenly and overlap by at least ``overlap``.
-
-    Example:
-        >>> window_starts(100, 40, overlap=0.5)
-        [0, 20, 40, 60]
-        >>> window_starts(90, 40, overlap=0.5)
-        [0, 17, 33, 50]
-    """
-    free = extent - patch
-    if free <= 0:
-        return [0]
-    step = max(1, math.floor(patch * (1 - overlap)))
-    count = math.ceil(free / step)
-    return [round(i * free / count) for i in range(count + 1)]
-
-
-def gaussian_weights(patch: int) -> Tensor:
-    """Gaussian along an axis of ``patch`` voxels, 1 at its centre, sigma = patch / 8; float32 (patch,).
+    Raises:
+        UsageError: an argument is out of its range, or the network has more than 256 classes.
 
     Example:
-        >>> [round(float(w), 4) for w in gaussian_weights(5)]
-        [0.006, 0.278, 1.0, 0.278, 0.006]
+        >>> image = torch.tensor([[[[0.0, 2.0, -1.0], [3.0, 0.5, -2.0]]]])
+        >>> predict_label(lambda x: torch.cat([-x, x], 1), image, (2, 2)).tolist()
+        [[[0, 1, 0], [1, 1, 0]]]
     """
-    offset = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
-    return torch.exp(-0.5 * (offset / (patch * _SIGMA_FRACTION)) ** 2).float()
+    if len(image.shape) != 4:
+        raise UsageError(f"image must be (C, Z, Y, X), got shape {tuple(image.shape)}")
+    slabs = stream_logits(
+        network,
+        image,
+        patch_size,
+        overlap=overlap,
+        batch_size=batch_size,
+        context_slices=context_slices,
+        progress=progress,
+    )
+    return torch.cat([classes_from_logits(logits) for _, _, logits in slabs])
 
 
 @contextlib.contextmanager
@@ -244,22 +249,22 @@ def device_of(network: object, default: torch.device) -> torch.device:
 def _run_patches(
     network: Network,
     module: object,
-    rows: Rows,
-    windows: Sequence[Windows],
+    slices: Slices,
+    axes: Sequence[PatchAxis],
     batch_size: int,
     progress: Progress | None,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Every window's index on the grid and its logits, in the order of the grid."""
-    grid = list(itertools.product(*(range(len(axis.starts)) for axis in windows)))
-    depth = windows[0].weights.shape[1]
+    """Every patch's index on the grid and its logits, in the order of the grid."""
+    grid = list(itertools.product(*(range(len(axis.starts)) for axis in axes)))
+    depth = axes[0].weights.shape[1]
     # Listed once, since finding a network's modules takes longer than looking at them.
     modules = [*module.modules()] if isinstance(module, nn.Module) else []
     done = 0
     while done < len(grid):
         indices = grid[done : done + batch_size]
-        first = windows[0].starts[indices[0][0]]
-        part = rows.read(first, windows[0].starts[indices[-1][0]] + depth)
-        patches = torch.stack([part[_window(windows, index, first)] for index in indices])
+        first = axes[0].starts[indices[0][0]]
+        part = slices.read(first, axes[0].starts[indices[-1][0]] + depth)
+        patches = torch.stack([part[_voxels_of(axes, index, first)] for index in indices])
         patches = patches.to(device_of(module, patches.device))
         try:
             # Entered for each batch and not round the loop: a generator must not hold the caller in no_grad.
@@ -291,54 +296,28 @@ def first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _window(windows: Sequence[Windows], index: Sequence[int], first_row: int) -> tuple[slice, ...]:
-    """Where a window lies in rows that begin at ``first_row``."""
-    starts = [axis.starts[i] for axis, i in zip(windows, index, strict=True)]
-    starts[0] -= first_row
-    return (slice(None), *(slice(s, s + w.weights.shape[1]) for s, w in zip(starts, windows, strict=True)))
+def _slicewise(network: Network) -> Network:
+    """A 2D network on patches (B, C, 1, Y, X)."""
+    return lambda patches: first_output(network(patches.squeeze(2))).unsqueeze(2)
+
+
+def _voxels_of(axes: Sequence[PatchAxis], index: Sequence[int], first_slice: int) -> tuple[slice, ...]:
+    """Where a patch lies in slices that begin at ``first_slice``."""
+    starts = [axis.starts[i] for axis, i in zip(axes, index, strict=True)]
+    starts[0] -= first_slice
+    return (slice(None), *(slice(s, s + axis.weights.shape[1]) for s, axis in zip(starts, axes, strict=True)))
 
 
 def _outer(axes: Sequence[Tensor], *, out: Tensor) -> None:
-    """Their outer product, into memory that every window uses again."""
+    """Their outer product, into memory that every patch uses again."""
     first, *others, last = axes
     for weights in others:
         first = first.unsqueeze(-1) * weights
     torch.mul(first.unsqueeze(-1), last, out=out)
 
 
-def padded_to(rows: Rows, patch_size: Sequence[int]) -> tuple[Rows, list[int]]:
-    """Rows grown evenly to at least the patch size with the smallest value of each channel.
-
-    Returns:
-        The rows, themselves where they are large enough, and the voxels added before each axis.
-    """
-    missing = [max(0, p - n) for n, p in zip(rows.shape[1:], patch_size, strict=True)]
-    before = [m // 2 for m in missing]
-    return (_PaddedRows(rows, missing, before) if any(missing) else rows), before
-
-
-class _PaddedRows:
-    def __init__(self, rows: Rows, missing: Sequence[int], before: Sequence[int]) -> None:
-        self._rows, self._before = rows, before
-        self._air = smallest(rows)
-        self.shape = (rows.shape[0], *(n + m for n, m in zip(rows.shape[1:], missing, strict=True)))
-
-    def read(self, first: int, last: int) -> Tensor:
-        """Rows of the grown image."""
-        depth = self._rows.shape[1]
-        low, high = (min(max(row - self._before[0], 0), depth) for row in (first, last))
-        inner = self._rows.read(low, high)
-        air = self._air.to(inner).reshape(-1, *(1,) * (inner.dim() - 1))
-        grown = air.expand(-1, last - first, *self.shape[2:]).clone()
-        at = low + self._before[0] - first
-        sides = zip(self._before[1:], inner.shape[2:], strict=True)
-        inside = (slice(None), slice(at, at + high - low), *(slice(b, b + n) for b, n in sides))
-        grown[inside] = inner
-        return grown
-
-
 def _check_arguments(
-    image: Tensor | Rows, patch_size: Sequence[int], overlap: float, batch_size: int
+    image: Tensor | Slices, patch_size: Sequence[int], overlap: float, batch_size: int, context_slices: int
 ) -> None:
     shape = tuple(image.shape)
     if len(shape) not in (3, 4):
@@ -347,12 +326,18 @@ def _check_arguments(
         raise UsageError(f"image of shape {shape} is empty")
     if isinstance(image, Tensor) and not image.is_floating_point():
         raise UsageError(f"image must be floating point and normalised, got {image.dtype}")
-    if len(patch_size) != len(shape) - 1 or min(patch_size) < 1:
+    dims = (2,) if len(shape) == 3 else (2, 3)
+    if len(patch_size) not in dims or min(patch_size) < 1:
         raise UsageError(
-            f"patch_size must have {len(shape) - 1} entries of at least 1 for image {shape}, "
+            f"patch_size must have {' or '.join(map(str, dims))} entries of at least 1 for image {shape}, "
             f"got {tuple(patch_size)}"
         )
     if not 0 <= overlap < 1:
         raise UsageError(f"overlap must be at least 0 and below 1, got {overlap}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    if context_slices and (context_slices < 0 or (len(shape), len(patch_size)) != (4, 2)):
+        raise UsageError(
+            f"context_slices must be 0 or more, and is for 2D networks on volumes, got {context_slices} for patches "
+            f"{tuple(patch_size)} of image {shape}"
+        )

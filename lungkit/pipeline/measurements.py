@@ -35,19 +35,19 @@ def measure_mask(mask: np.ndarray, affine: np.ndarray, labels: Mapping[str, int]
         (0.01, 2.0, [-2.5, -3.0, 5.0])
     """
     geometry = plan_geometry(Volume(mask, affine))
-    rows = orient(mask, geometry)
-    return {name: _measure_class(rows, value, geometry) for name, value in labels.items() if value != 0}
+    slices = orient(mask, geometry)
+    return {name: _measure_class(slices, value, geometry) for name, value in labels.items() if value != 0}
 
 
-def _measure_class(rows: np.ndarray, value: int, geometry: Geometry) -> dict[str, Any]:
+def _measure_class(slices: np.ndarray, value: int, geometry: Geometry) -> dict[str, Any]:
     import cc3d
 
     ml = math.prod(geometry.spacing_mm) / 1000
-    box = _box(rows, value)
+    box = _box(slices, value)
     lesions: list[dict[str, Any]] = []
     voxels = 0
     if box is not None:
-        numbered, count = label_lesions(rows[box] == value)
+        numbered, count = label_lesions(slices[box] == value)
         voxels = int(np.count_nonzero(numbered))
         statistics = cc3d.statistics(numbered)
         corner = np.array([side.start for side in box])
@@ -88,11 +88,11 @@ def _rounded(value: float) -> float:
     return round(float(value), _DIGITS["mm"])
 
 
-def _box(rows: np.ndarray, value: int) -> tuple[slice, slice, slice] | None:
+def _box(slices: np.ndarray, value: int) -> tuple[slice, slice, slice] | None:
     """The smallest box that holds a class, found a slice at a time."""
-    flat = np.zeros(rows.shape[1:], bool)
-    hit = np.zeros(len(rows), bool)
-    for z, plane in enumerate(rows):
+    flat = np.zeros(slices.shape[1:], bool)
+    hit = np.zeros(len(slices), bool)
+    for z, plane in enumerate(slices):
         inside = plane == value
         hit[z] = inside.any()
         if hit[z]:

@@ -22,8 +22,8 @@ _LOG = logging.getLogger("lungkit")
 class Watcher(Protocol):
     """What shows the progress."""
 
-    def windows(self, name: str, done: int, total: int) -> None:
-        """Windows of the scan that is being predicted."""
+    def patches(self, name: str, done: int, total: int) -> None:
+        """Patches of the scan that is being predicted."""
 
     def scan_done(self, name: str, done: int, total: int) -> None:
         """Scans done, whether well or not."""
@@ -150,7 +150,7 @@ class _Run:
             self.predictor.check_scan(loaded.volumes)
             _LOG.info("%s: %s", scan.name, self.predictor.estimate(loaded.volumes))
             watcher = self.watcher
-            step = None if watcher is None else lambda done, total: watcher.windows(scan.name, done, total)
+            step = None if watcher is None else lambda done, total: watcher.patches(scan.name, done, total)
             prediction = self.predictor(
                 loaded.volumes,
                 probabilities=self.wanted.probabilities,

@@ -13,22 +13,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from model_cases import save_model, threshold_network
 
 from lungkit.data import (
     CachedCase,
     CaseCache,
+    ChannelNormalisation,
     Dataset,
     Preprocessing,
     cache,
     open_dataset,
-    preprocess_image,
     read_volume,
     write_nifti,
 )
+from lungkit.data.preprocessing import quantise
 from lungkit.errors import DataError, ResourceError, UsageError
+from lungkit.inference import Predictor, TrainedModel
 
 AFFINE = np.diag([-0.75, -0.75, 2.5, 1.0])
-PLAN = Preprocessing(window=(-1000.0, 400.0), mean=-100.0, std=200.0, units="HU", label_map={0: 0, 1: 1})
+PLAN = Preprocessing((ChannelNormalisation((-1000.0, 400.0), -100.0, 200.0, "HU"),), {0: 0, 1: 1})
 
 Builder = Callable[..., Path]
 
@@ -48,13 +52,40 @@ def flip_byte(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def test_cached_image_is_the_preprocessed_one(dataset: Dataset, tmp_path: Path) -> None:
-    case = CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a")
-    expected = preprocess_image(read_volume(dataset.case("case_a").images[0]), PLAN)
+class Recording(torch.nn.Module):
+    """Keeps the patches that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        self.seen.append(patches)
+        return torch.cat([patches, -patches], 1)
+
+
+@pytest.mark.parametrize("spacing", [None, (2.0, 1.0, 0.6)])
+def test_the_cache_holds_what_prediction_gives_to_the_network(
+    dataset: Dataset, tmp_path: Path, spacing: tuple[float, float, float] | None
+) -> None:
+    plan = dataclasses.replace(PLAN, target_spacing_mm=spacing)
+    case = CaseCache(tmp_path / "cache", dataset, plan).prepare("case_a")
+    model = TrainedModel.load(save_model(tmp_path / "m", threshold_network(), preprocessing=plan))
+    network = Recording()
+    model = dataclasses.replace(model, network=network, patch_size=case.shape)
+    Predictor([model], device="cpu", precision="fp32")(dataset.case("case_a").images[0])
+    (patches,) = network.seen
     assert case.image.dtype == np.int16
-    assert case.shape == (6, 10, 12)
-    np.testing.assert_allclose(case.image_float(), expected.array, atol=1e-5)
+    np.testing.assert_array_equal(case.image, quantise(patches[0].numpy(), plan))
+    np.testing.assert_allclose(case.image_float(), patches[0], rtol=0, atol=0.51 * case.slope)
+
+
+def test_a_cached_case_has_the_shape_and_spacing_of_the_scan(dataset: Dataset, tmp_path: Path) -> None:
+    case = CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a")
+    assert case.shape == (6, 10, 12) and case.image.shape == (1, 6, 10, 12)
     np.testing.assert_allclose(case.spacing_mm, (2.5, 0.75, 0.75), rtol=1e-6)
+    stored = read_volume(dataset.case("case_a").images[0]).array[::-1, ::-1].transpose(2, 1, 0)
+    np.testing.assert_allclose(case.image_float()[0], (stored.clip(-1000, 400) + 100) / 200, atol=1e-5)
 
 
 def test_cached_label_and_foreground_agree_with_the_mask(dataset: Dataset, tmp_path: Path) -> None:
@@ -136,7 +167,12 @@ def test_changed_mask_gives_a_new_entry(dataset: Dataset, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "change", [{"mean": 0.0}, {"window": (-500.0, 0.0)}, {"target_spacing_mm": (1.0, 1.0, 1.0)}]
+    "change",
+    [
+        {"channels": (dataclasses.replace(PLAN.channels[0], mean=0.0),)},
+        {"channels": (dataclasses.replace(PLAN.channels[0], window=(-500.0, 0.0)),)},
+        {"target_spacing_mm": (1.0, 1.0, 1.0)},
+    ],
 )
 def test_changed_preprocessing_gives_a_new_entry(dataset: Dataset, tmp_path: Path, change: dict) -> None:
     before = CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a")
@@ -328,7 +364,7 @@ def test_checksum_of_the_description_covers_its_numbers(
 
 def test_entry_of_another_plan_under_this_name_is_not_used(dataset: Dataset, tmp_path: Path) -> None:
     directory = CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a").directory
-    other = dataclasses.replace(PLAN, std=100.0)
+    other = dataclasses.replace(PLAN, channels=(dataclasses.replace(PLAN.channels[0], std=100.0),))
     elsewhere = CaseCache(tmp_path / "other", dataset, other).prepare("case_a").directory
     shutil.rmtree(directory)
     elsewhere.rename(directory)

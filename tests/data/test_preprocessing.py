@@ -11,12 +11,14 @@ import pytest
 
 from lungkit.data import Fingerprint, Preprocessing, Volume, plan_preprocessing, preprocess_image
 from lungkit.data.fingerprint import ChannelFingerprint
-from lungkit.data.preprocessing import ChannelNormalisation, preprocess_label, quantise
+from lungkit.data.geometry import plan_geometry
+from lungkit.data.preprocessing import ChannelNormalisation, ScanSlices, preprocess_label, quantise
 from lungkit.errors import DataError, UsageError
 
 HU = ChannelFingerprint("CT", "HU", "int16", -1024.0, 3071.0, -100.0, 200.0, -850.0, 160.0)
 EIGHT_BIT = ChannelFingerprint("CT", "8-bit", "uint8", 0.0, 255.0, 120.0, 40.0, 10.0, 240.0)
-LUNG = Preprocessing(window=(-1000.0, 400.0), mean=-100.0, std=200.0, units="HU", label_map={0: 0, 1: 1})
+PET = ChannelNormalisation((0.0, 20.0), 4.0, 0.5, "arbitrary")
+LUNG = Preprocessing((ChannelNormalisation((-1000.0, 400.0), -100.0, 200.0, "HU"),), {0: 0, 1: 1})
 
 
 def fingerprint(*channels: ChannelFingerprint, spacings: tuple[Any, ...] = ((2.5, 0.7, 0.7),)) -> Fingerprint:
@@ -45,12 +47,11 @@ def fingerprint(*channels: ChannelFingerprint, spacings: tuple[Any, ...] = ((2.5
 )
 def test_window_of_hu_data(window: Any, expected: tuple[float, float]) -> None:
     plan = plan_preprocessing(fingerprint(HU), window=window)
-    assert plan.window == expected
-    assert (plan.mean, plan.std, plan.units) == (-100.0, 200.0, "HU")
+    assert plan.channels == (ChannelNormalisation(expected, -100.0, 200.0, "HU"),)
 
 
 def test_auto_window_of_8_bit_data_is_the_percentiles() -> None:
-    assert plan_preprocessing(fingerprint(EIGHT_BIT)).window == (10.0, 240.0)
+    assert plan_preprocessing(fingerprint(EIGHT_BIT)).channels[0].window == (10.0, 240.0)
 
 
 def test_hu_window_for_8_bit_data_is_a_usage_error() -> None:
@@ -58,25 +59,22 @@ def test_hu_window_for_8_bit_data_is_a_usage_error() -> None:
         plan_preprocessing(fingerprint(EIGHT_BIT), window="lung")
 
 
-def test_unit_normalisation_maps_the_window_to_0_and_1() -> None:
-    plan = plan_preprocessing(fingerprint(HU), normalisation="unit")
-    assert plan.channels[0].bounds == (0.0, 1.0)
-
-
 def test_channels_are_normalised_each_by_its_own_statistics() -> None:
     pet = dataclasses.replace(
         HU, name="PET", units="arbitrary", mean=4.0, std=3.0, percentile_00_5=0.5, percentile_99_5=20.0
     )
     plan = plan_preprocessing(fingerprint(HU, pet), window="mediastinum")
-    assert plan.window == (-160.0, 240.0)
-    assert plan.other_channels == (ChannelNormalisation((0.5, 20.0), 4.0, 3.0, "arbitrary"),)
+    assert plan.channels == (
+        ChannelNormalisation((-160.0, 240.0), -100.0, 200.0, "HU"),
+        ChannelNormalisation((0.5, 20.0), 4.0, 3.0, "arbitrary"),
+    )
 
 
 def test_foreground_of_one_intensity_still_gives_a_usable_plan() -> None:
     flat = dataclasses.replace(EIGHT_BIT, std=0.0, percentile_00_5=7.0, percentile_99_5=7.0)
-    plan = plan_preprocessing(fingerprint(flat))
-    assert plan.window == (0.0, 255.0)
-    assert plan.std == 255.0
+    (channel,) = plan_preprocessing(fingerprint(flat)).channels
+    assert channel.window == (0.0, 255.0)
+    assert channel.std == 255.0
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,6 @@ def test_target_spacing(spacings: tuple[Any, ...], option: Any, expected: Any) -
         ({"spacing_mm": "median"}, "'median' is neither 'auto'"),
         ({"spacing_mm": (1, 1)}, r"must be \(z, y, x\)"),
         ({"spacing_mm": (1, 0, 1)}, "above zero"),
-        ({"normalisation": "minmax"}, "'minmax' is neither"),
     ],
 )
 def test_unknown_option_is_a_usage_error(options: dict[str, Any], message: str) -> None:
@@ -116,13 +113,29 @@ def test_plan_survives_json() -> None:
     plan = dataclasses.replace(
         LUNG,
         target_spacing_mm=(1.0, 0.5, 0.5),
-        other_channels=(ChannelNormalisation((0.0, 1.0), 0.5, 0.25, "arbitrary"),),
+        channels=(*LUNG.channels, PET),
         label_map={0: 0, 3: 1, 9: 255},
     )
     assert Preprocessing.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
-@pytest.mark.parametrize("change", [{"mean": "x"}, {"window": None}, {"std": 0.0}, {"label_map": [0, 1]}])
+def test_the_form_of_older_checkpoints_is_read() -> None:
+    old = """{"window": [-1000.0, 400.0], "mean": -100.0, "std": 200.0, "units": "HU", "label_map": {"0": 0, "1": 1},
+        "target_spacing_mm": [1.0, 0.5, 0.5], "orientation": "RAS", "other_channels":
+        [{"window": [0.0, 20.0], "mean": 4.0, "std": 0.5, "units": "arbitrary"}]}"""
+    expected = Preprocessing((*LUNG.channels, PET), {0: 0, 1: 1}, (1.0, 0.5, 0.5))
+    assert Preprocessing.from_dict(json.loads(old)) == expected
+
+
+@pytest.mark.parametrize("change", [{"mean": "x"}, {"window": None}, {"std": 0.0}, {"units": ...}])
+def test_a_channel_that_makes_no_sense_is_a_data_error(change: dict[str, Any]) -> None:
+    (channel,) = LUNG.to_dict()["channels"]
+    broken = {name: value for name, value in (channel | change).items() if value is not ...}
+    with pytest.raises(DataError, match="preprocessing cannot be restored"):
+        Preprocessing.from_dict(LUNG.to_dict() | {"channels": [broken]})
+
+
+@pytest.mark.parametrize("change", [{"channels": None}, {"label_map": [0, 1]}, {"target_spacing_mm": [1, 1]}])
 def test_broken_plan_is_a_data_error(change: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="preprocessing cannot be restored"):
         Preprocessing.from_dict(LUNG.to_dict() | change)
@@ -157,6 +170,21 @@ def test_image_and_label_are_resampled_onto_one_grid() -> None:
     np.testing.assert_array_equal((image.array[0] > middle).astype(np.uint8), resampled)
 
 
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("spacing", [None, (2.0, 1.0, 1.0), (4.0, 0.9, 0.6)])
+def test_an_image_is_its_slices_however_many_are_read_at_a_time(spacing: Any, step: int) -> None:
+    rng = np.random.default_rng(0)
+    affine = np.array([[0, -0.8, 0, 5], [0.7, 0, 0, 1], [0, 0, 2.5, -3], [0, 0, 0, 1.0]])
+    volumes = [Volume(rng.integers(-1200, 900, (17, 14, 11)).astype(np.int16), affine) for _ in range(2)]
+    plan = Preprocessing((*LUNG.channels, PET), {0: 0, 1: 1}, spacing)
+    image = preprocess_image(volumes, plan)
+    slices = ScanSlices(volumes, plan, plan_geometry(volumes[0], target_spacing_mm=spacing))
+    assert slices.shape == image.array.shape
+    for first in range(0, image.array.shape[1], step):
+        last = min(first + step, image.array.shape[1])
+        np.testing.assert_allclose(slices.read(first, last), image.array[:, first:last], atol=1e-5)
+
+
 def test_wrong_number_of_channels_is_a_usage_error() -> None:
     volume = Volume(np.zeros((2, 2, 2), np.int16), np.eye(4))
     with pytest.raises(UsageError, match="2 channels, but the preprocessing was made for 1"):
@@ -173,7 +201,7 @@ def test_resampling_beyond_max_voxels_is_refused() -> None:
     ("window", "std"), [((-1000.0, 400.0), 201.13), ((0.0, 255.0), 44.77), ((-1024.0, 3071.0), 77.7)]
 )
 def test_whole_intensities_survive_quantisation_exactly(window: tuple[float, float], std: float) -> None:
-    plan = Preprocessing(window=window, mean=3.7, std=std, units="HU", label_map={0: 0})
+    plan = Preprocessing((ChannelNormalisation(window, 3.7, std, "HU"),), {0: 0})
     values = np.arange(window[0], window[1] + 1, dtype=np.int16)
     image = preprocess_image(Volume(values.reshape(-1, 1, 1), np.eye(4)), plan)
     slope, intercept = plan.quantisation
@@ -185,7 +213,7 @@ def test_whole_intensities_survive_quantisation_exactly(window: tuple[float, flo
 @pytest.mark.parametrize("window", [(0.0, 0.001), (-5.5, 1e6), (-1000.3, 400.9)])
 def test_quantisation_is_finer_than_a_32000th_of_the_window(window: tuple[float, float]) -> None:
     plan = Preprocessing(
-        window=window, mean=window[0], std=window[1] - window[0], units="arbitrary", label_map={0: 0}
+        (ChannelNormalisation(window, window[0], window[1] - window[0], "arbitrary"),), {0: 0}
     )
     values = np.linspace(0, 1, 1001, dtype=np.float32)
     slope, intercept = plan.quantisation
@@ -194,9 +222,7 @@ def test_quantisation_is_finer_than_a_32000th_of_the_window(window: tuple[float,
 
 
 def test_channels_share_one_scale() -> None:
-    plan = dataclasses.replace(
-        LUNG, other_channels=(ChannelNormalisation((0.0, 20.0), 4.0, 0.5, "arbitrary"),)
-    )
+    plan = dataclasses.replace(LUNG, channels=(*LUNG.channels, PET))
     low, high = -8.0, 32.0  # of channel 1; those of channel 0 lie between
     slope, intercept = plan.quantisation
     restored = quantise(np.array([low, high, -4.5, 2.5], np.float32), plan) * slope + intercept

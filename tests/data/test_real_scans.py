@@ -74,8 +74,9 @@ def test_foreground_of_the_cache_is_tumour_in_the_scan(real_data: Path, tmp_path
     z, y, x = case.foreground[0]
     # The scan is stored as LPS: x and y run against R and A.
     stored = volume.array[volume.array.shape[0] - 1 - x, volume.array.shape[1] - 1 - y, z]
-    found = (case.image[0, z, y, x] * case.slope + case.intercept) * plan.std + plan.mean
-    assert found == pytest.approx(np.clip(stored, *plan.window), abs=0.02)
+    (channel,) = plan.channels
+    found = (case.image[0, z, y, x] * case.slope + case.intercept) * channel.std + channel.mean
+    assert found == pytest.approx(np.clip(stored, *channel.window), abs=0.02)
 
 
 def test_one_flipped_byte_in_a_real_scan_is_refused(real_data: Path, tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lungkit.data.resampling import resample_linear, resample_nearest
+from lungkit.data.resampling import linear_weights, resample_nearest
+from lungkit.data.slices import ResampledSlices, TensorSlices
+
+
+def resample_linear(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Up to three axes, as the slices of a scan."""
+    image = torch.from_numpy(array).reshape(1, *(1,) * (3 - array.ndim), *array.shape)
+    depth, height, width = (*(1,) * (3 - array.ndim), *shape)
+    return ResampledSlices(TensorSlices(image), (depth, height, width)).read(0, depth).numpy().reshape(shape)
 
 
 @pytest.mark.parametrize("shape", [(7, 9, 11), (12, 9, 20), (7, 31, 12)])
@@ -57,3 +65,24 @@ def test_constant_stays_constant_to_the_edge() -> None:
 def test_same_shape_is_untouched() -> None:
     array = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     np.testing.assert_array_equal(resample_linear(array, (3, 4)), array)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("shape", [(5, 9, 11), (20, 9, 5), (7, 31, 12)])
+def test_a_few_slices_at_a_time_are_those_of_the_whole(shape: tuple[int, int, int], step: int) -> None:
+    image = torch.randn(2, 7, 9, 11, generator=torch.Generator().manual_seed(0))
+    whole = ResampledSlices(TensorSlices(image), shape).read(0, shape[0])
+    slices = ResampledSlices(TensorSlices(image), shape)
+    for first in range(0, shape[0], step):
+        last = min(first + step, shape[0])
+        torch.testing.assert_close(slices.read(first, last), whole[:, first:last], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("old", "new"), [(5, 5), (5, 12), (12, 5), (1, 4), (4, 1), (7, 3), (40, 41)])
+def test_the_weights_along_z_are_those_of_torch_along_the_others(old: int, new: int) -> None:
+    values = torch.randn(old, generator=torch.Generator().manual_seed(1))
+    low, high, weights = linear_weights(old, new, 0, new)
+    expected = F.interpolate(
+        values.reshape(1, 1, 1, old), (1, new), mode="bilinear", align_corners=False, antialias=True
+    )
+    torch.testing.assert_close(weights @ values[low:high], expected.flatten(), rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ from model_cases import save_model
 from torch import nn
 
 import lungkit
-from lungkit.data import Preprocessing
+from lungkit.data import ChannelNormalisation, Preprocessing
 from lungkit.errors import LungkitError, UsageError
 from lungkit.inference import Postprocessing, TrainedModel
 from lungkit.inference import export as exporting
@@ -143,7 +143,9 @@ def test_native_gate_keeps_the_op(tmp_path):
 
 
 def test_metadata_hold_what_prediction_needs(tmp_path):
-    preprocessing = Preprocessing((-900.0, 300.0), -400.0, 250.0, "HU", {0: 0, 7: 1}, (2.0, 0.8, 0.8))
+    preprocessing = Preprocessing(
+        (ChannelNormalisation((-900.0, 300.0), -400.0, 250.0, "HU"),), {0: 0, 7: 1}, (2.0, 0.8, 0.8)
+    )
     spacing = {"min": (2.0, 0.6, 0.6), "median": (2.5, 0.7, 0.7), "max": (3.0, 0.9, 0.9)}
     network = build_model("unet", dims=2, in_channels=3, features=(2, 2), seed=0)
     model = trained(

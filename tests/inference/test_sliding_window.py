@@ -1,16 +1,16 @@
-"""Sliding window: what a patch-wise pass gives back of a direct one, and how patches are laid."""
+"""Sliding window: what a patch-wise pass gives back of a direct one, and label maps of volumes."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lungkit.data.slices import BufferedSlices, TensorSlices
 from lungkit.errors import UsageError
-from lungkit.inference import sliding_window, stream_logits, window_starts
+from lungkit.inference import patch_starts, predict_label, sliding_window, stream_logits
 
 SHAPES = [
     ((17, 23), (8, 8)),
@@ -74,7 +74,7 @@ def test_where_every_patch_sees_the_whole_receptive_field_a_direct_pass_is_repro
     stitched = sliding_window(network, image, (patch, patch), overlap=0.25, weighting=weighting)
     direct = network(image[None])[0].detach()
     sees_all = torch.ones(50, dtype=torch.bool)
-    for start in window_starts(50, patch, overlap=0.25):
+    for start in patch_starts(50, patch, overlap=0.25):
         first, last = start if start == 0 else start + radius, start + patch
         last -= 0 if last == 50 else radius
         sees_all[start:first] = sees_all[last : start + patch] = False
@@ -121,17 +121,6 @@ def test_padding_is_the_smallest_value_of_each_channel() -> None:
     assert seen[0][0, 1].unique().tolist() == [-5.0]
 
 
-@pytest.mark.parametrize("extent", [1, 7, 8, 9, 64, 100, 101])
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.95])
-def test_windows_cover_the_axis_and_overlap_enough(extent: int, overlap: float) -> None:
-    patch = 8
-    starts = window_starts(extent, patch, overlap=overlap)
-    assert starts[0] == 0
-    assert starts[-1] == max(extent - patch, 0)
-    steps = [b - a for a, b in itertools.pairwise(starts)]
-    assert all(0 < step <= max(1, patch * (1 - overlap)) for step in steps)
-
-
 def test_training_mode_comes_back_for_every_module() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sequential(nn.Dropout(0.5)), nn.BatchNorm2d(2))
     network[2].eval()
@@ -155,7 +144,7 @@ def test_deep_supervision_outputs_take_the_first() -> None:
 def test_progress_ends_at_the_total() -> None:
     steps: list[tuple[int, int]] = []
     sliding_window(pointwise, image_of((17, 23)), (8, 8), progress=lambda *step: steps.append(step))
-    assert steps[-1][0] == steps[-1][1] == len(window_starts(17, 8)) * len(window_starts(23, 8))
+    assert steps[-1][0] == steps[-1][1] == len(patch_starts(17, 8)) * len(patch_starts(23, 8))
 
 
 def test_half_precision_logits_are_added_up_in_float32() -> None:
@@ -181,3 +170,90 @@ def test_bad_arguments_are_named(options: dict[str, object], message: str) -> No
     network, image, patch = (arguments.pop(name) for name in ("network", "image", "patch_size"))
     with pytest.raises(UsageError, match=message):
         sliding_window(network, image, patch, **arguments)
+
+
+def sign(patches: Tensor) -> Tensor:
+    return torch.cat([-patches, patches], 1)
+
+
+def volume_of(*shape: int) -> Tensor:
+    return image_of(shape)
+
+
+@pytest.mark.parametrize("patch", [(8, 8), (32, 32), (4, 8, 8), (16, 32, 32)])
+def test_classes_of_a_pointwise_network(patch: tuple[int, ...]) -> None:
+    image = volume_of(6, 17, 23)
+    label = predict_label(sign, image, patch)
+    assert label.dtype == torch.uint8
+    assert torch.equal(label, (image[0] > 0).to(torch.uint8))
+
+
+def test_two_dimensional_network_sees_slices() -> None:
+    shapes = []
+
+    def spy(patches: Tensor) -> Tensor:
+        shapes.append(tuple(patches.shape))
+        return sign(patches)
+
+    predict_label(spy, volume_of(5, 16, 16), (16, 16), batch_size=3)
+    assert shapes == [(3, 1, 16, 16), (2, 1, 16, 16)]
+
+
+def test_whole_slices_are_not_cut() -> None:
+    shapes = []
+
+    def spy(patches: Tensor) -> Tensor:
+        shapes.append(tuple(patches.shape))
+        return sign(patches)
+
+    predict_label(spy, volume_of(2, 20, 24), (20, 24))
+    assert shapes == [(2, 1, 20, 24)]
+
+
+def test_one_channel_is_a_sigmoid_model() -> None:
+    label = predict_label(lambda x: x, torch.tensor([[[[-1.0, 0.0, 2.0]]]]), (1, 4))
+    assert label.tolist() == [[[0, 0, 1]]]
+
+
+def test_network_in_training_mode_predicts_without_dropout() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Dropout(0.9)).train()
+    first, second = (predict_label(network, volume_of(2, 8, 8), (8, 8)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert network.training
+
+
+def test_a_network_with_context_sees_the_slices_that_it_was_trained_on():
+    image = torch.randn(1, 5, 8, 8)
+
+    def above_is_brighter(x):
+        return torch.stack([x[:, 1], x[:, 2]], dim=1)  # this slice against the one above it
+
+    label = predict_label(above_is_brighter, image, (8, 8), context_slices=1)
+    above = torch.cat([image[0, 1:], image[0, -1:]])
+    assert torch.equal(label, (above > image[0]).to(torch.uint8))
+
+
+def test_context_is_refused_for_a_3d_network():
+    with pytest.raises(UsageError, match="context_slices"):
+        predict_label(lambda x: x, torch.zeros(1, 4, 8, 8), (4, 8, 8), context_slices=1)
+
+
+def test_a_volume_read_by_slices_has_the_label_of_the_tensor() -> None:
+    image = volume_of(9, 17, 23)
+    slices = BufferedSlices(TensorSlices(image))
+    for patch in ((4, 8, 8), (16, 8, 8), (8, 8)):
+        assert torch.equal(predict_label(sign, slices, patch), predict_label(sign, image, patch))
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        (image_of((8, 8)), {"patch_size": (8, 8)}, r"\(C, Z, Y, X\)"),
+        (volume_of(2, 8, 8), {"patch_size": (8,)}, "patch_size"),
+        (volume_of(2, 8, 8), {"patch_size": (8, 8), "context_slices": -1}, "context_slices"),
+        (volume_of(2, 8, 8), {"patch_size": (2, 8, 8), "context_slices": 1}, "context_slices"),
+    ],
+)
+def test_bad_arguments_of_a_label_are_named(image: Tensor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        predict_label(sign, image, **options)

@@ -82,7 +82,8 @@ def test_the_image_is_the_scan_normalised(make_dataset: MakeDataset, tmp_path: P
     assert image.shape == (1, 8, 24, 24)
     assert spacing_mm == pytest.approx((2.0, 0.5, 0.5))
     hu = read_volume(dataset.cases[0].images[0]).array[::-1, ::-1].transpose(2, 1, 0)
-    expected = (np.clip(hu, *preprocessing.window) - preprocessing.mean) / preprocessing.std
+    (channel,) = preprocessing.channels
+    expected = (np.clip(hu, *channel.window) - channel.mean) / channel.std
     np.testing.assert_allclose(image[0], expected, rtol=1e-4, atol=1e-4)
 
 

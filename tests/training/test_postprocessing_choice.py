@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lungkit.data import Preprocessing, make_phantom
+from lungkit.data import ChannelNormalisation, Preprocessing, make_phantom
 from lungkit.inference import Postprocessing, TrainedModel
 from lungkit.metrics import CaseTable, evaluate_case
 from lungkit.training import Trainer, load_checkpoint, load_config, validation
@@ -31,8 +31,8 @@ PLAN = Plan(
     batch_size=1,
     learning_rate=0.1,
 )
-EIGHT_BIT = Preprocessing(window=(0, 255), mean=0.0, std=1.0, units="8-bit", label_map={0: 0, 1: 1})
-HU = Preprocessing(window=(-1000, 400), mean=-100.0, std=200.0, units="HU", label_map={0: 0, 1: 1})
+EIGHT_BIT = Preprocessing((ChannelNormalisation((0, 255), 0.0, 1.0, "8-bit"),), {0: 0, 1: 1})
+HU = Preprocessing((ChannelNormalisation((-1000, 400), -100.0, 200.0, "HU"),), {0: 0, 1: 1})
 
 
 class FromImage(nn.Module):
@@ -185,8 +185,8 @@ def test_without_cases_nothing_is_chosen():
     [
         (HU, True),
         (EIGHT_BIT, False),
-        (Preprocessing(window=(-160, 240), mean=0.0, std=1.0, units="HU", label_map={0: 0, 1: 1}), False),
-        (Preprocessing(window=(-850, 200), mean=0.0, std=1.0, units="HU", label_map={0: 0, 1: 1}), False),
+        (Preprocessing((ChannelNormalisation((-160, 240), 0.0, 1.0, "HU"),), {0: 0, 1: 1}), False),
+        (Preprocessing((ChannelNormalisation((-850, 200), 0.0, 1.0, "HU"),), {0: 0, 1: 1}), False),
     ],
     ids=["lung window", "8-bit", "mediastinum", "percentiles"],
 )

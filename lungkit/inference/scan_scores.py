@@ -4,79 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lungkit.data.preprocessing import ScanSlices
+from lungkit.data.slices import ResampledSlices, Slices, StreamedSlices, chunks
 from lungkit.data.volume import Volume
-from lungkit.errors import UsageError
+from lungkit.inference.patches import patches_per_call, prediction_patch, smaller_patch
 from lungkit.inference.precision import Precision, autocast
-from lungkit.inference.predict import stream_case
-from lungkit.inference.rows import CHUNK_VOXELS, ResampledRows, Rows, ScanRows, StreamedRows, chunks
-from lungkit.inference.sliding_window import Progress, first_output
+from lungkit.inference.sliding_window import Progress, first_output, stream_logits
 from lungkit.inference.trained_model import TrainedModel
-from lungkit.inference.windows_plan import Tile, smaller_tiles, windows_per_call
 from lungkit.nn import AttentionUNet
 from lungkit.nn.convolution import CHANNELS_LAST
 
 
-@dataclass(frozen=True)
-class Windowing:
-    """How windows are laid and computed; see :class:`lungkit.inference.Predictor` for the options."""
-
-    overlap: float = 0.5
-    mirror: bool = False
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise UsageError(f"overlap must be at least 0 and below 1, got {self.overlap}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
-
-    def batch_on(self, device: torch.device, tile: Tile, plane: Sequence[int]) -> int:
-        """Windows in one call, for a scan whose slices have the shape ``plane``."""
-        if self.batch_size is not None:
-            return self.batch_size
-        voxels = math.prod(plane) if tile.whole_slices else math.prod(tile.patch_size)
-        return windows_per_call(device.type, voxels)
-
-
-def score_rows(
+def scan_scores(
     model: TrainedModel,
     volumes: Sequence[Volume],
-    extent: tuple[int, int, int],
-    windowing: Windowing,
     device: torch.device,
     precision: Precision,
     *,
+    overlap: float = 0.5,
+    mirror: bool = False,
+    batch_size: int | None = None,
     as_logits: bool = False,
     attention: bool = False,
     halvings: int = 0,
     progress: Progress | None = None,
-) -> Rows:
-    """Probabilities (K, Z, Y, X) on the grid of ``extent`` that the scan has as canonically oriented.
+) -> Slices:
+    """Probabilities (K, Z, Y, X) on the scan's own grid in canonical orientation.
 
     Args:
         model: its network is moved to ``device``.
         volumes: the channels of the scan.
-        extent: (Z, Y, X).
-        windowing: how.
         device: where the network runs and logits are added up.
         precision: number format of the network.
+        overlap: of neighbouring patches.
+        mirror: average over the mirror images of every patch.
+        batch_size: patches in one call; None is as many as the device is fastest with.
         as_logits: give the logits, as many as the network has outputs; not where they would have to be resampled.
         attention: give the attention map of the finest gate as one channel more.
-        halvings: of the windows, see :func:`smaller_tiles`.
-        progress: called with the windows done and the windows in all.
+        halvings: of the patches, see :func:`smaller_patch`.
+        progress: see :data:`Progress`.
 
     Raises:
-        NotFiniteError: as the rows are read: a logit is NaN or infinite.
+        NotFiniteError: as the slices are read: a logit is NaN or infinite.
     """
     geometry = model.geometry_of(volumes[0])
-    tile = smaller_tiles(Tile.of(model), geometry.shape, halvings)
+    patch = smaller_patch(prediction_patch(model.patch_size, geometry.shape), halvings)
     network = model.network.to(device)
     network = network.to(memory_format=CHANNELS_LAST[model.dims])  # type: ignore[call-overload]
 
@@ -90,26 +68,29 @@ def score_rows(
             full = F.interpolate(finest, size=patches.shape[2:], mode=mode)
             return torch.cat([first_output(logits).float(), full], 1)
 
-    parts = stream_case(
-        _mirrored(logits_of, model.dims) if windowing.mirror else logits_of,
-        ScanRows(volumes, model.preprocessing, geometry),
-        tile.patch_size,
-        windowing.overlap,
-        windowing.batch_on(device, tile, geometry.shape[1:]),
-        tile.whole_slices,
-        model.context_slices,
-        progress,
+    parts = stream_logits(
+        _mirrored(logits_of, model.dims) if mirror else logits_of,
+        ScanSlices(volumes, model.preprocessing, geometry),
+        patch,
+        overlap=overlap,
+        batch_size=batch_size or patches_per_call(device.type, patch),
+        context_slices=model.context_slices,
+        progress=progress,
         module=network,
     )
     parts = _finite(parts, model.name)
     shape = (len(model.labels) + attention, *geometry.shape)
     if as_logits:
-        return StreamedRows(parts, shape)
+        return StreamedSlices(parts, shape)
     probabilities = (
         (first, last, _probabilities(logits, attention)) for first, last, logits in _in_pieces(parts)
     )
-    rows = StreamedRows(probabilities, shape)
-    return rows if geometry.shape == extent else ResampledRows(rows, extent)
+    slices = StreamedSlices(probabilities, shape)
+    return (
+        slices
+        if geometry.shape == geometry.oriented_shape
+        else ResampledSlices(slices, geometry.oriented_shape)
+    )
 
 
 def _mirrored(network: Callable[[Tensor], Tensor], dims: int) -> Callable[[Tensor], Tensor]:
@@ -137,10 +118,10 @@ def _finite(parts: Iterator[tuple[int, int, Tensor]], name: str) -> Iterator[tup
 
 
 def _in_pieces(parts: Iterator[tuple[int, int, Tensor]]) -> Iterator[tuple[int, int, Tensor]]:
-    """The same rows in pieces small enough to be worked on without much memory."""
-    for first, last, rows in parts:
-        for low, high in chunks(last - first, rows[:, 0].numel(), most_voxels=CHUNK_VOXELS):
-            yield first + low, first + high, rows[:, low:high]
+    """The same slices in pieces small enough to be worked on without much memory."""
+    for first, last, slices in parts:
+        for low, high in chunks(last - first, slices[:, 0].numel()):
+            yield first + low, first + high, slices[:, low:high]
 
 
 def _probabilities(logits: Tensor, attention: bool) -> Tensor:
