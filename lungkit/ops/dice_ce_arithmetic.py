@@ -82,8 +82,8 @@ class DiceCEOptions:
 
     def for_logits(self, logits: Tensor) -> DiceCEOptions:
         """With the cross-entropy that the loss takes: binary for one channel, else that of a softmax."""
-        binary = logits.dim() > 1 and logits.shape[1] == 1
-        return replace(self, cross_entropy="binary" if binary else "softmax")
+        entropy = "binary" if logits.dim() > 1 and logits.shape[1] == 1 else "softmax"
+        return self if self.cross_entropy == entropy else replace(self, cross_entropy=entropy)
 
 
 def loss_from_statistics(
