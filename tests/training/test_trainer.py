@@ -127,7 +127,7 @@ def test_a_checkpoint_needs_nothing_else(tiny):
     description = json.loads((alone / "manifest.json").read_text())
     network = build_model(**description["model"])
     network.load_state_dict(load_file(alone / "model.safetensors"))
-    assert Preprocessing.from_dict(description["preprocessing"]).units == "HU"
+    assert Preprocessing.from_dict(description["preprocessing"]).channels[0].units == "HU"
     assert description["labels"] == {"background": 0, "tumour": 1}
     assert description["patch_size"] == [16, 16]
 
