@@ -142,7 +142,7 @@ def _run(options: argparse.Namespace) -> int:
     from lungkit.data import DEFAULT_MAX_VOXELS
     from lungkit.inference import Predictor, TrainedModel
     from lungkit.pipeline import (
-        Layout,
+        OutputFiles,
         Records,
         Wanted,
         check_formats,
@@ -165,15 +165,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.attention:
         predictor.check_attention()
     scans = find_scans(options.input, channels=len(models[0].channels), series=options.series)
-    layout = Layout(options.output, tuple(dict.fromkeys(options.format)), options.preview)
-    check_formats(layout.formats, scans)
+    files = OutputFiles(options.output, tuple(dict.fromkeys(options.format)), options.preview)
+    check_formats(files.formats, scans)
     shard = _shard(options.shard, os.environ)
     records = None
-    if layout.is_file:
-        _check_single_file(layout.path, len(scans), options.overwrite)
+    if files.is_file:
+        _check_single_file(files.path, len(scans), options.overwrite)
     else:
-        claim(layout.path, _plan(predictor, options), overwrite=options.overwrite)
-        records = Records(layout.path, shard)
+        claim(files.path, _plan(predictor, options), overwrite=options.overwrite)
+        records = Records(files.path, shard)
     wanted = Wanted(options.probabilities, options.attention)
     mine = share_of(scans, *shard)
     if shard[1] > 1:
@@ -182,7 +182,7 @@ def _run(options: argparse.Namespace) -> int:
         outcome = predict_scans(
             predictor,
             mine,
-            layout,
+            files,
             records,
             wanted=wanted,
             max_voxels=options.max_voxels or DEFAULT_MAX_VOXELS,
@@ -195,7 +195,7 @@ def _run(options: argparse.Namespace) -> int:
         rate,
         len(outcome.skipped),
         len(outcome.failed),
-        layout.path,
+        files.path,
     )
     for name, message in outcome.failed.items():
         _LOG.error("failed: %s: %s", name, message)

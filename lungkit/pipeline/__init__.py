@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from lungkit.pipeline.inputs import ScanInput, find_scans, share_of
 from lungkit.pipeline.measurements import measure_mask
-from lungkit.pipeline.outputs import FORMATS, Layout, check_formats
+from lungkit.pipeline.outputs import FORMATS, OutputFiles, check_formats
 from lungkit.pipeline.records import Records, claim, merge
 from lungkit.pipeline.run import Outcome, Wanted, predict_scans
 
 __all__ = [
     "FORMATS",
-    "Layout",
     "Outcome",
+    "OutputFiles",
     "Records",
     "ScanInput",
     "Wanted",

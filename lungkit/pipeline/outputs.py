@@ -26,7 +26,7 @@ _DICOM_SUFFIX = {"dicom-seg": "_seg.dcm", "rtstruct": "_rtstruct.dcm"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class OutputFiles:
     """Files of the results.
 
     In a folder: ``NAME.nii.gz`` (and ``NAME_seg.dcm``, ``NAME_rtstruct.dcm``), ``reports/NAME.json``,
@@ -99,7 +99,7 @@ def check_formats(formats: Sequence[str], scans: Sequence[ScanInput]) -> None:
 
 
 def write_results(
-    layout: Layout, source: ScanInput, scan: LoadedScan, prediction: Prediction, predictor: Predictor
+    files: OutputFiles, source: ScanInput, scan: LoadedScan, prediction: Prediction, predictor: Predictor
 ) -> dict[str, Any]:
     """Write everything that was asked for; the report comes last, so that one that is there speaks of whole files.
 
@@ -112,27 +112,27 @@ def write_results(
     """
     name = source.name
     written: list[Path] = []
-    for kind in layout.formats:
-        path = layout.mask(name, kind)
+    for kind in files.formats:
+        path = files.mask(name, kind)
         make_folder(path.parent)
         _write_mask(path, kind, scan, prediction, predictor)
         written.append(path)
     for class_name, map_ in prediction.probabilities.items():
-        written.append(layout.probability(name, class_name))
+        written.append(files.probability(name, class_name))
         make_folder(written[-1].parent)
         write_nifti(written[-1], map_, prediction.affine)
     if prediction.attention is not None:
-        written.append(layout.attention(name))
+        written.append(files.attention(name))
         make_folder(written[-1].parent)
         write_nifti(written[-1], prediction.attention, prediction.affine)
-    if layout.preview:
-        written.append(layout.picture(name))
+    if files.preview:
+        written.append(files.picture(name))
         make_folder(written[-1].parent)
         _draw(written[-1], name, scan, prediction, predictor)
     report = _report(name, scan, prediction, predictor)
-    report["files"] = {str(path.relative_to(layout.folder)): sha256_of(path) for path in written}
-    make_folder(layout.report(name).parent)
-    write_json_atomic(layout.report(name), report)
+    report["files"] = {str(path.relative_to(files.folder)): sha256_of(path) for path in written}
+    make_folder(files.report(name).parent)
+    write_json_atomic(files.report(name), report)
     return report
 
 

@@ -13,7 +13,7 @@ from lungkit.data.volume import DEFAULT_MAX_VOXELS
 from lungkit.errors import Interrupted, LungkitError, ResourceError, UsageError
 from lungkit.inference import Predictor
 from lungkit.pipeline.inputs import LoadedScan, ScanInput
-from lungkit.pipeline.outputs import Layout, write_results
+from lungkit.pipeline.outputs import OutputFiles, write_results
 from lungkit.pipeline.records import Records
 
 _LOG = logging.getLogger("lungkit")
@@ -51,7 +51,7 @@ class Wanted:
 def predict_scans(
     predictor: Predictor,
     scans: Sequence[ScanInput],
-    layout: Layout,
+    files: OutputFiles,
     records: Records | None,
     *,
     wanted: Wanted | None = None,
@@ -67,7 +67,7 @@ def predict_scans(
     Args:
         predictor: predicts one scan.
         scans: what to predict.
-        layout: where results go.
+        files: where results go.
         records: what is done already; each scan is added to it. None for a single mask file.
         wanted: what to keep beside the mask.
         max_voxels: refuse larger scans.
@@ -77,20 +77,20 @@ def predict_scans(
         Interrupted: Ctrl-C; what was predicted is written.
         ResourceError: the disk is full.
     """
-    return _Run(predictor, layout, records, wanted or Wanted(), max_voxels, watcher).predict(scans)
+    return _Run(predictor, files, records, wanted or Wanted(), max_voxels, watcher).predict(scans)
 
 
 class _Run:
     def __init__(
         self,
         predictor: Predictor,
-        layout: Layout,
+        files: OutputFiles,
         records: Records | None,
         wanted: Wanted,
         max_voxels: int,
         watcher: Watcher | None,
     ) -> None:
-        self.predictor, self.layout, self.records = predictor, layout, records
+        self.predictor, self.files, self.records = predictor, files, records
         self.wanted, self.max_voxels, self.watcher = wanted, max_voxels, watcher
         self.outcome = Outcome()
         self._total = 0
@@ -164,7 +164,7 @@ class _Run:
 
     def _write(self, scan: ScanInput, loaded: LoadedScan, prediction: Any) -> None:
         try:
-            report = write_results(self.layout, scan, loaded, prediction, self.predictor)
+            report = write_results(self.files, scan, loaded, prediction, self.predictor)
         except ResourceError:
             raise  # the disk is full, for the next scan as well
         except Exception as error:
