@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ def atomic_path(final: str | os.PathLike[str], *, durable: bool = True) -> Itera
     try:
         yield temporary
         if durable:
-            _flush(temporary)
+            flush(temporary)
         temporary.replace(final)
         if durable:
-            _flush(final.parent)
+            flush(final.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -106,6 +106,72 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def claim_folder(
+    folder: str | os.PathLike[str],
+    record: str,
+    content: Mapping[str, Any],
+    *,
+    holds: str,
+    overwrite: bool = False,
+    advice: str = "name another folder",
+) -> None:
+    """Make ``folder`` and note in its file ``record`` what it is for; or go on in one that notes the same.
+
+    Args:
+        folder: made with what leads to it.
+        record: name of a file in it.
+        content: what is noted, as JSON.
+        holds: what such folders hold, in the plural, for the messages.
+        overwrite: take the folder whatever it holds.
+        advice: what to do where the folder is not ours, for the messages.
+
+    Raises:
+        UsageError: it holds other files, or notes something else; says which entries differ. It cannot be made.
+        ResourceError: the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "out"
+        >>> claim_folder(folder, "made.json", {"seed": 0}, holds="scans")
+        >>> claim_folder(folder, "made.json", {"seed": 1}, holds="scans")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        lungkit.errors.UsageError: .../out holds scans made with other seed (see made.json there); name another folder
+    """
+    folder = Path(folder)
+    path = folder / record
+    if not overwrite and path.is_file():
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UsageError(f"{path}: not readable as JSON ({error}); {advice}") from error
+        wanted = json.loads(json.dumps(content))
+        if found != wanted:
+            known = found if isinstance(found, dict) else {}
+            different = sorted(key for key in {*wanted, *known} if wanted.get(key) != known.get(key))
+            raise UsageError(
+                f"{folder} holds {holds} made with other {', '.join(different)} (see {record} there); {advice}"
+            )
+        return
+    make_folder(folder)
+    if not overwrite and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and holds no {holds} of lungkit; {advice}")
+    write_json_atomic(path, content)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder; its rename is already journalled
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems do not know fsync of a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write ``content`` to ``path`` through :func:`atomic_path`."""
     with atomic_path(path) as temporary:
@@ -125,19 +191,6 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any, *, indent: int |
 def _temporary_name(final: Path) -> Path:
     # A leading dot hides it from globs over cases; a random part keeps concurrent writers apart.
     return final.with_name(f".{uuid.uuid4().hex[:12]}.tmp-{final.name}")
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder; its rename is already journalled
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems do not know fsync of a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _translate(error: BaseException, temporary: Path, final: Path) -> Exception | None:

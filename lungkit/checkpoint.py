@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lungkit
-from lungkit._atomic import atomic_folder, write_text_atomic
+from lungkit._atomic import atomic_folder, flush, write_text_atomic
 from lungkit.errors import CheckpointError, ResourceError
 
 FORMAT = 1
@@ -74,7 +74,7 @@ def save_checkpoint(
         shutil.rmtree(displaced, ignore_errors=True)
         folder.rename(displaced)
     new.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     if displaced.name != PREVIOUS:
         shutil.rmtree(displaced, ignore_errors=True)
 
@@ -152,6 +152,8 @@ def _write(
             {name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary / _WEIGHTS
         )
         torch.save(dict(trainer), temporary / _TRAINER)
+        # safetensors lets nobody but the owner read its files; the other file has the mode that the umask asks for.
+        shutil.copymode(temporary / _TRAINER, temporary / _WEIGHTS)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "lungkit": lungkit.__version__,
@@ -162,7 +164,7 @@ def _write(
         manifest["sha256"][_MANIFEST] = _digest_of(manifest)
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
 
 
 def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
@@ -227,11 +229,3 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+
 
 class LungkitError(Exception):
     """Base of every error that lungkit raises on purpose; ``exit_code`` is what a command returns."""
@@ -41,3 +44,15 @@ class Interrupted(LungkitError):
     """The run was interrupted and its state saved; it can be resumed."""
 
     exit_code = 75
+
+
+def shorten(names: Iterable[str | os.PathLike[str]], limit: int = 5) -> str:
+    """The first few of ``names`` for a message, and how many more there are.
+
+    Example:
+        >>> shorten(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    listed = [str(name) for name in names]
+    rest = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {rest} more" if rest > 0 else "")

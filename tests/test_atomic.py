@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lungkit._atomic import atomic_path, write_json_atomic, write_text_atomic
+from lungkit._atomic import atomic_path, claim_folder, write_json_atomic, write_text_atomic
 from lungkit.errors import ResourceError, UsageError
 
 
@@ -75,3 +75,29 @@ def test_json_refuses_nan(tmp_path: Path) -> None:
 def test_json_round_trips(tmp_path: Path) -> None:
     write_json_atomic(tmp_path / "a.json", {"fold": 0})
     assert json.loads((tmp_path / "a.json").read_text()) == {"fold": 0}
+
+
+def test_a_claimed_folder_is_gone_on_in_for_the_same_purpose_only(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "out"
+    claim_folder(folder, "made.json", {"seed": 0, "size": (2, 3)}, holds="phantoms")
+    (folder / "first.txt").touch()
+    claim_folder(folder, "made.json", {"seed": 0, "size": (2, 3)}, holds="phantoms")
+    with pytest.raises(UsageError, match=r"holds phantoms made with other seed \(see made\.json there\)"):
+        claim_folder(folder, "made.json", {"seed": 1, "size": (2, 3)}, holds="phantoms")
+    claim_folder(folder, "made.json", {"seed": 1}, holds="phantoms", overwrite=True)
+    assert json.loads((folder / "made.json").read_text()) == {"seed": 1}
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '{"other": 1}'])
+def test_a_record_of_another_form_is_no_claim(tmp_path: Path, content: str) -> None:
+    (tmp_path / "made.json").write_text(content)
+    with pytest.raises(UsageError, match="made with other"):
+        claim_folder(tmp_path, "made.json", {"seed": 0}, holds="phantoms")
+
+
+def test_a_folder_of_other_files_is_not_claimed(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="is not empty and holds no phantoms"):
+        claim_folder(tmp_path, "made.json", {}, holds="phantoms")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", "thesis.tex"]

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,3 +215,58 @@ def test_a_full_disk_leaves_the_description_as_it_was(tmp_path, monkeypatch):
         describe_checkpoint(tmp_path / "best", note="new")
     assert "note" not in load_checkpoint(tmp_path / "best").description
     assert names(tmp_path / "best") == ["manifest.json", "model.safetensors", "trainer.pt"]
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_obstacle(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", refuse_folders)
+    save(tmp_path / "last", 1.0)
+    save(tmp_path / "last", 2.0)
+    assert load_checkpoint(tmp_path / "last").trainer["step"] == 2
+
+
+def test_folders_are_not_opened_on_windows(tmp_path, monkeypatch):
+    opened, flags = [], []
+    real_open = os.open
+
+    def windows_open(path, how, *rest, **more):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        opened.append(Path(path).name)
+        flags.append(how & (os.O_RDONLY | os.O_WRONLY | os.O_RDWR))
+        return real_open(path, how, *rest, **more)
+
+    monkeypatch.setattr(
+        "lungkit._atomic.os",
+        SimpleNamespace(
+            name="nt",
+            open=windows_open,
+            fsync=os.fsync,
+            close=os.close,
+            O_RDWR=os.O_RDWR,
+            PathLike=os.PathLike,
+        ),
+    )
+    save(tmp_path / "last")
+    assert sorted(opened) == ["manifest.json", "model.safetensors", "trainer.pt"]
+    assert set(flags) == {os.O_RDWR}  # Windows flushes what was opened for writing only
+    assert load_checkpoint(tmp_path / "last").trainer["step"] == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of files are POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_has_the_mode_that_the_umask_asks_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save(tmp_path / "last")
+        describe_checkpoint(tmp_path / "last", note="new")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "last").iterdir()}
+    assert modes == {mode}

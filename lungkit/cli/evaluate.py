@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lungkit
 from lungkit.cli._common import run_command
-from lungkit.errors import DataError, UsageError
+from lungkit.errors import DataError, UsageError, shorten
 
 _LOG = logging.getLogger("lungkit")
 
@@ -152,8 +152,6 @@ def _run(arguments: argparse.Namespace) -> int:
 def _exit_code(
     failed: dict[str, str], without_prediction: Sequence[str], without_label: Sequence[str], common_only: bool
 ) -> int:
-    from lungkit.data.dataset import shorten
-
     for what, cases in (("prediction", without_prediction), ("label", without_label)):
         if cases:
             _LOG.warning("%d cases have no %s: %s", len(cases), what, shorten(cases, limit=20))

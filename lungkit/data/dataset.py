@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume, read_volume
-from lungkit.errors import DataError, UsageError
+from lungkit.errors import DataError, UsageError, shorten
 
 IGNORE_INDEX = 255
 """Class index of voxels that neither the loss nor a metric looks at."""
@@ -152,17 +151,6 @@ def map_labels(array: np.ndarray, label_map: Mapping[int, int], where: str) -> n
     for value in values:
         mapped[array == value] = label_map[int(value)]
     return mapped
-
-
-def shorten(names: Sequence[str | os.PathLike[str]], limit: int = 5) -> str:
-    """The first few of ``names`` for a message, and how many more there are.
-
-    Example:
-        >>> shorten(["a", "b", "c"], limit=2)
-        'a, b and 1 more'
-    """
-    shown = ", ".join(str(name) for name in names[:limit])
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def _check_same_grid(first: Volume, second: Volume) -> None:

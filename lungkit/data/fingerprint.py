@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case, shorten
+from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case
 from lungkit.data.geometry import plan_geometry
 from lungkit.data.volume import DEFAULT_MAX_VOXELS
-from lungkit.errors import DataError, UsageError
+from lungkit.errors import DataError, UsageError, shorten
 
 _LOG = logging.getLogger("lungkit")
 

@@ -17,14 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, shorten
-from lungkit.errors import DataError, UsageError
+from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset
+from lungkit.data.nifti_names import SUFFIXES, nifti_by_stem, nifti_files, split_channel, split_suffix
+from lungkit.errors import DataError, UsageError, shorten
 
 _LOG = logging.getLogger("lungkit")
 
-_SUFFIXES = (".nii.gz", ".nii")
 _MASK_FOLDERS = ("masks", "labels")
-_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
 def open_dataset(root: str | os.PathLike[str], *, layout: str = "auto") -> Dataset:
@@ -94,7 +93,7 @@ def _detect(root: Path) -> str:
 
 
 def _is_numbered(folder: Path) -> bool:
-    return any(_CHANNEL.fullmatch(stem) for stem, _ in _nifti_files(folder))
+    return any(split_channel(stem)[1] is not None for stem, _ in nifti_files(folder))
 
 
 def _open_nnunet(root: Path) -> Dataset:
@@ -103,15 +102,15 @@ def _open_nnunet(root: Path) -> Dataset:
     labels, ignore_label = _parse_labels(content, json_path)
     channel_names = _parse_channels(content, json_path)
     suffix = content.get("file_ending", ".nii.gz")
-    if suffix not in _SUFFIXES:
+    if suffix not in SUFFIXES:
         raise DataError(f"{json_path}: file_ending {suffix!r} is not supported; convert the files to .nii.gz")
     images: dict[str, dict[int, Path]] = {}
-    for stem, path in _nifti_files(_need_folder(root / "imagesTr"), suffix):
-        match = _CHANNEL.fullmatch(stem)
-        if match is None:
+    for stem, path in nifti_files(_need_folder(root / "imagesTr"), suffix):
+        case_id, channel = split_channel(stem)
+        if channel is None:
             raise DataError(f"{path}: no channel number; nnU-Net images are named <case>_0000{suffix}")
-        images.setdefault(match["case"], {})[int(match["channel"])] = path
-    masks = dict(_nifti_files(_need_folder(root / "labelsTr"), suffix))
+        images.setdefault(case_id, {})[channel] = path
+    masks = dict(nifti_files(_need_folder(root / "labelsTr"), suffix))
     _check_pairs(images, masks, root / "imagesTr", root / "labelsTr")
     expected = set(range(len(channel_names)))
     for case_id, channels in images.items():
@@ -154,8 +153,8 @@ def _open_decathlon(root: Path) -> Dataset:
                 raise DataError(
                     f"{path}: {kind} listed in {json_path} is missing; add it or remove the entry"
                 )
-        case_id = _stem(image.name)
-        if case_id is None:
+        case_id, suffix = split_suffix(image.name)
+        if not suffix:
             raise DataError(f"{image}: listed in {json_path}, but not a .nii or .nii.gz file")
         cases.append(Case(case_id, (image,), label, case_id))
     _warn_of_count(content, json_path, len(cases))
@@ -167,8 +166,8 @@ def _open_folders(root: Path) -> Dataset:
     found = [root / name for name in _MASK_FOLDERS if (root / name).is_dir()]
     if len(found) != 1:
         raise DataError(f"{root}: expected one of the folders masks/ and labels/, found {len(found)}")
-    images = _unique_files(_need_folder(root / "images"))
-    masks = _unique_files(found[0])
+    images = nifti_by_stem(_need_folder(root / "images"))
+    masks = nifti_by_stem(found[0])
     _check_pairs(images, masks, root / "images", found[0])
     cases = tuple(Case(case_id, (path,), masks[case_id], case_id) for case_id, path in sorted(images.items()))
     return Dataset(root, root.resolve().name, cases, {"background": 0, "tumour": 1}, ("CT",), None, "folders")
@@ -257,33 +256,6 @@ def _inside(root: Path, entry: object, source: Path) -> Path:
     if escapes:
         raise DataError(f"{source}: {entry!r} lies outside {root}; list files inside the dataset folder only")
     return path
-
-
-def _stem(name: str) -> str | None:
-    for suffix in _SUFFIXES:
-        if name.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return None
-
-
-def _nifti_files(folder: Path, suffix: str | None = None) -> list[tuple[str, Path]]:
-    """(name without suffix, path) of the NIfTI files in ``folder``, sorted; hidden files are left out."""
-    if not folder.is_dir():
-        return []
-    found = []
-    for path in sorted(folder.iterdir()):
-        stem = _stem(path.name)
-        if stem is not None and not path.name.startswith(".") and suffix in (None, path.name[len(stem) :]):
-            found.append((stem, path))
-    return found
-
-
-def _unique_files(folder: Path) -> dict[str, Path]:
-    files = _nifti_files(folder)
-    repeated = [name for name, count in Counter(name for name, _ in files).items() if count > 1]
-    if repeated:
-        raise DataError(f"{folder}: {shorten(repeated)} exist as .nii and as .nii.gz; keep one of each")
-    return dict(files)
 
 
 def _need_folder(folder: Path) -> Path:

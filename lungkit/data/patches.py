@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from lungkit.errors import DataError, UsageError
+from lungkit.errors import DataError, UsageError, shorten
 
 
 class PatchSource(Protocol):
@@ -141,8 +141,8 @@ class PatchSampler:
         self._with_foreground = tuple(case for case in self.cases if len(case.foreground))
         if self.foreground_fraction > 0 and not self._with_foreground:
             raise DataError(
-                f"none of the {len(self.cases)} cases of this fold has foreground ({_some_ids(self.cases)}); "
-                "check their labels, or set foreground_fraction to 0"
+                f"none of the {len(self.cases)} cases of this fold has foreground "
+                f"({shorten(case.case_id for case in self.cases)}); check their labels, or set foreground_fraction to 0"
             )
         self._air: dict[str, np.ndarray] = {}
 
@@ -244,8 +244,3 @@ def _checked_patch_size(patch_size: Sequence[int]) -> tuple[int, ...]:
             f"patch_size is {tuple(patch_size)}; give (Y, X) or (Z, Y, X) in voxels, each at least 1"
         )
     return size
-
-
-def _some_ids(cases: Sequence[PatchSource]) -> str:
-    names = [case.case_id for case in cases[:5]]
-    return ", ".join(names) + (", ..." if len(cases) > 5 else "")

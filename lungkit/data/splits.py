@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from lungkit._atomic import write_json_atomic
-from lungkit.data.dataset import Dataset, shorten
-from lungkit.errors import DataError, UsageError
+from lungkit.data.dataset import Dataset
+from lungkit.errors import DataError, UsageError, shorten
 
 _LOG = logging.getLogger("lungkit")
 

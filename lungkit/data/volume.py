@@ -15,14 +15,13 @@ import numpy as np
 from lungkit._atomic import atomic_path
 from lungkit.data.integrity import VerifiedStream, open_verified
 from lungkit.data.nifti_header import NiftiHeader, check_affine, read_header
+from lungkit.data.nifti_names import split_suffix
 from lungkit.errors import DataError, ResourceError, UsageError
 
 _LOG = logging.getLogger("lungkit")
 
 DEFAULT_MAX_VOXELS = 2**29
 """Largest volume read unless told otherwise: 512 x 512 x 2048 voxels, 1 GiB of int16."""
-
-_SUFFIXES = (".nii", ".nii.gz")
 
 
 class NanPolicy(enum.Enum):
@@ -90,7 +89,7 @@ def read_volume(
         ((4, 3, 2), 'int16', -1000)
     """
     path = Path(path)
-    if not path.name.lower().endswith(_SUFFIXES):
+    if not split_suffix(path.name)[1]:
         raise DataError(f"{path}: not a .nii or .nii.gz file; convert the scan to NIfTI first")
     with open_verified(path) as stream:
         header = read_header(stream, path, max_voxels=max_voxels)
@@ -120,7 +119,7 @@ def write_nifti(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndar
     from nibabel.nifti1 import Nifti1Header
 
     path = Path(path)
-    if not path.name.lower().endswith(_SUFFIXES):
+    if not split_suffix(path.name)[1]:
         raise UsageError(f"path: {path} does not end with .nii or .nii.gz")
     array = _storable(np.asarray(array))
     affine = np.asarray(affine, dtype=np.float64)

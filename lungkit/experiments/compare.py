@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 import lungkit
-from lungkit._atomic import make_folder, write_json_atomic, write_text_atomic
+from lungkit._atomic import claim_folder, write_json_atomic, write_text_atomic
 from lungkit.checkpoint import LAST
 from lungkit.data import open_dataset
 from lungkit.errors import UsageError
@@ -31,6 +30,7 @@ from lungkit.training.planning import open_folds
 _LOG = logging.getLogger("lungkit")
 
 _EXPERIMENT = "experiment.json"
+_ADVICE = "name another folder with --output"
 _OVERLAP = ("dice", "iou", "ppv", "sensitivity")
 
 Progress = Callable[[str, int, int], None]
@@ -94,7 +94,7 @@ def compare(experiment: Experiment, output: Path, *, progress: Progress | None =
     _check_runs(experiment, output)
     for difference in budget_differences(experiment.arms):
         _LOG.warning("the arms have different budgets: %s", difference)
-    _claim(output, experiment.to_dict())
+    claim_folder(output, _EXPERIMENT, experiment.to_dict(), holds="comparisons", advice=_ADVICE)
     paths: dict[str, list[Path]] = {arm.name: [] for arm in experiment.arms}
     total = len(experiment.arms) * len(experiment.folds) * len(experiment.seeds)
     for fold in experiment.folds:
@@ -122,7 +122,8 @@ def compare_runs(
     if len({len(paths) for paths in runs.values()}) > 1:
         raise UsageError("every arm must have the same number of runs, one for each fold and seed")
     paths = {name: [finished_run(path) for path in found] for name, found in runs.items()}
-    _claim(output, {"runs": {name: [str(path) for path in found] for name, found in paths.items()}})
+    described = {name: [str(path) for path in found] for name, found in paths.items()}
+    claim_folder(output, _EXPERIMENT, {"runs": described}, holds="comparisons", advice=_ADVICE)
     return _measure_and_write(experiment, paths, output, progress)
 
 
@@ -142,22 +143,6 @@ def _check_runs(experiment: Experiment, output: Path) -> None:
         dataset, _ = open_folds(configs[0])  # arms share their data
     if experiment.test is not None:
         check_same_labels(open_dataset(experiment.test), dataset.label_map, dataset.labels)
-
-
-def _claim(output: Path, description: dict[str, Any]) -> None:
-    """Make the output folder, or recognise it as that of this experiment."""
-    path = output / _EXPERIMENT
-    description = json.loads(json.dumps(description))
-    if path.is_file():
-        if json.loads(path.read_bytes()) != description:
-            raise UsageError(
-                f"{output} holds another experiment (see {path}); name another folder with --output"
-            )
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is no experiment's folder; name a new one with --output")
-    make_folder(output / "runs")
-    write_json_atomic(path, description)
 
 
 def _measure_and_write(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lungkit.data.nifti_names import is_nifti, nifti_files, split_channel, split_suffix
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume, read_volume
 from lungkit.errors import DataError, UsageError
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from lungkit.data.dicom import DicomScan
 
 _LOG = logging.getLogger("lungkit")
-
-_NIFTI = (".nii.gz", ".nii")
-_CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,51 +102,33 @@ def find_scans(path: Path, *, channels: int = 1, series: str | None = None) -> l
     return scans
 
 
-def stem_of(path: Path) -> str:
-    """Name of a file without .nii or .nii.gz.
-
-    Example:
-        >>> stem_of(Path("scans/a.b.nii.gz"))
-        'a.b'
-    """
-    for suffix in _NIFTI:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
-
-
-def _is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith(_NIFTI) and not path.name.startswith(".")
-
-
 def _single_file(path: Path, channels: int) -> ScanInput:
-    if not _is_nifti(path):
+    if not is_nifti(path.name):
         hint = (
             "; name the folder that holds the series"
             if _is_dicom(path)
             else "; expected .nii or .nii.gz, or a folder"
         )
         raise DataError(f"{path}: not a NIfTI file{hint}")
-    match = _CHANNEL.fullmatch(stem_of(path))
-    if match and int(match[2]) == 0:
+    stem = split_suffix(path.name)[0]
+    name, channel = split_channel(stem)
+    if channel == 0:
         siblings = {scan.name: scan for scan in _nifti_scans(path.parent)}
-        scan = siblings[match[1]]
+        scan = siblings[name]
         # The first channel stands for the scan; a model of one channel takes it alone.
         return scan if channels > 1 else ScanInput(scan.name, scan.paths[:1])
-    return ScanInput(stem_of(path), (path,))
+    return ScanInput(stem, (path,))
 
 
 def _nifti_scans(folder: Path) -> list[ScanInput]:
     groups: dict[str, dict[int | None, Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and _is_nifti(path):
-            match = _CHANNEL.fullmatch(stem_of(path))
-            name, channel = (match[1], int(match[2])) if match else (stem_of(path), None)
-            group = groups.setdefault(name, {})
-            if group and (channel is None or None in group or channel in group):
-                other = next(iter(group.values()))
-                raise UsageError(f"{other} and {path} would both be written as {name!r}; rename one of them")
-            group[channel] = path
+    for stem, path in nifti_files(folder):
+        name, channel = split_channel(stem)
+        group = groups.setdefault(name, {})
+        if group and (channel is None or None in group or channel in group):
+            other = next(iter(group.values()))
+            raise UsageError(f"{other} and {path} would both be written as {name!r}; rename one of them")
+        group[channel] = path
     return [ScanInput(name, tuple(group.values())) for name, group in sorted(groups.items())]
 
 

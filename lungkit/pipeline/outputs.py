@@ -13,11 +13,12 @@ import lungkit
 from lungkit._atomic import make_folder, write_json_atomic
 from lungkit.checkpoint import sha256_of
 from lungkit.data.geometry import orient, plan_geometry
+from lungkit.data.nifti_names import split_suffix
 from lungkit.data.preprocessing import WINDOW_PRESETS_HU
 from lungkit.data.volume import write_nifti
 from lungkit.errors import DataError, UsageError
 from lungkit.inference import Prediction, Predictor
-from lungkit.pipeline.inputs import LoadedScan, ScanInput, stem_of
+from lungkit.pipeline.inputs import LoadedScan, ScanInput
 from lungkit.pipeline.measurements import measure_mask
 
 FORMATS = ("nifti", "dicom-seg", "rtstruct")
@@ -42,7 +43,7 @@ class OutputFiles:
     @property
     def is_file(self) -> bool:
         """Whether ``path`` is the mask's file."""
-        return self.path.name.lower().endswith((".nii", ".nii.gz"))
+        return bool(split_suffix(self.path.name)[1])
 
     @property
     def folder(self) -> Path:
@@ -74,11 +75,11 @@ class OutputFiles:
 
     def _side(self, folder: str, name: str, suffix: str) -> Path:
         if self.is_file:
-            return self.path.with_name(stem_of(self.path) + suffix)
+            return self.path.with_name(self._stem(name) + suffix)
         return self.folder / folder / f"{name}{suffix}"
 
     def _stem(self, name: str) -> str:
-        return stem_of(self.path) if self.is_file else name
+        return split_suffix(self.path.name)[0] if self.is_file else name
 
 
 def check_formats(formats: Sequence[str], scans: Sequence[ScanInput]) -> None:

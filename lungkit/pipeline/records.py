@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lungkit._atomic import make_folder, write_json_atomic, write_text_atomic
+from lungkit._atomic import claim_folder, write_text_atomic
 from lungkit.checkpoint import sha256_of
-from lungkit.errors import DataError, UsageError
+from lungkit.errors import DataError
 
 RESULTS = "results.jsonl"
 _PLAN = "prediction.json"
@@ -75,31 +75,11 @@ def claim(folder: Path, plan: Mapping[str, Any], *, overwrite: bool = False) -> 
     Raises:
         UsageError: it holds something else, or cannot be written.
     """
-    path = folder / _PLAN
-    plan = json.loads(json.dumps(plan))
-    if path.is_file() and not overwrite:
-        try:
-            found = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UsageError(f"{path}: not readable as JSON ({error}); name another folder") from error
-        different = sorted(key for key in {*plan, *found} if plan.get(key) != found.get(key))
-        if different:
-            raise UsageError(
-                f"{folder} holds predictions made with other {', '.join(different)} (see {path.name} there); "
-                "name another folder, or replace them with --overwrite"
-            )
-        return
-    make_folder(folder)
-    if (
-        not overwrite
-        and not path.is_file()
-        and any(not entry.name.startswith(".") for entry in folder.iterdir())
-    ):
-        raise UsageError(f"{folder} is not empty and holds no predictions of lungkit; name a new folder")
     if overwrite:
         for old in _files(folder):
             old.unlink()
-    write_json_atomic(path, plan)
+    advice = "name another folder, or replace what it holds with --overwrite"
+    claim_folder(folder, _PLAN, plan, holds="predictions", overwrite=overwrite, advice=advice)
 
 
 def merge(folder: Path) -> list[dict[str, Any]]:

@@ -14,17 +14,17 @@ import numpy as np
 import lungkit
 from lungkit._atomic import make_folder
 from lungkit.data import DEFAULT_MAX_VOXELS, Volume, open_dataset, read_volume
-from lungkit.data.dataset import IGNORE_INDEX, map_labels, shorten
+from lungkit.data.dataset import IGNORE_INDEX, map_labels
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.data.layouts import read_declared_labels
-from lungkit.errors import DataError, LungkitError, UsageError
+from lungkit.data.nifti_names import nifti_by_stem, nifti_files, split_suffix
+from lungkit.errors import DataError, LungkitError, UsageError, shorten
 from lungkit.metrics import CaseTable, Measurement, MetricGroup, MetricOptions, measure_case
 from lungkit.report.distributions import save_distributions
 from lungkit.report.tables import format_case_table, metric_title, write_case_table
 
 _LOG = logging.getLogger("lungkit")
 
-_SUFFIXES = (".nii.gz", ".nii")
 _AFFINE_TOLERANCE_MM = 1e-3
 _CASES_ON_A_SCREEN = 50
 
@@ -89,8 +89,10 @@ def find_pairs(predictions: str | os.PathLike[str], labels: str | os.PathLike[st
     if predictions.is_file() != labels.is_file():
         raise DataError(f"{predictions} and {labels}: give two files or two folders, not one of each")
     if predictions.is_file():
-        return CasePairs({_case_id(labels): (predictions, labels)})
-    predicted, true = _masks_in(predictions), _labels_in(labels)
+        return CasePairs({split_suffix(labels.name)[0]: (predictions, labels)})
+    predicted, true = nifti_by_stem(predictions), _labels_in(labels)
+    if not predicted:
+        raise DataError(f"{predictions}: holds no .nii or .nii.gz files")
     common = sorted(predicted.keys() & true.keys())
     if not common:
         raise DataError(
@@ -220,34 +222,9 @@ def _rounded(values: Iterable[float]) -> tuple[float, ...]:
 
 
 def _labels_in(folder: Path) -> dict[str, Path]:
-    if (folder / "dataset.json").is_file() or not _mask_files(folder):
+    if (folder / "dataset.json").is_file() or not nifti_files(folder):
         return {case.case_id: case.label for case in open_dataset(folder).cases if case.label is not None}
-    return _masks_in(folder)
-
-
-def _masks_in(folder: Path) -> dict[str, Path]:
-    files = _mask_files(folder)
-    if not files:
-        raise DataError(f"{folder}: holds no .nii or .nii.gz files")
-    masks: dict[str, Path] = {}
-    for path in files:
-        case_id = _case_id(path)
-        if case_id in masks:
-            raise DataError(f"{folder}: {masks[case_id].name} and {path.name} are the same case; remove one")
-        masks[case_id] = path
-    return masks
-
-
-def _mask_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.endswith(_SUFFIXES) and not path.name.startswith(".") and path.is_file()
-    )
-
-
-def _case_id(path: Path) -> str:
-    return next((path.name.removesuffix(s) for s in _SUFFIXES if path.name.endswith(s)), path.name)
+    return nifti_by_stem(folder)
 
 
 def parse_labels(texts: Sequence[str]) -> LabelScheme:

@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_ends_the_run(
 
     from lungkit import _atomic
 
-    monkeypatch.setattr(_atomic, "_flush", full)
+    monkeypatch.setattr(_atomic, "flush", full)
     out = tmp_path / "out"
     out.mkdir()
     (out / "prediction.json").write_text("{}")

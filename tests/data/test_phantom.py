@@ -372,7 +372,7 @@ def test_dataset_says_it_is_synthetic(tmp_path: Path) -> None:
 
 def test_folder_with_other_phantoms_is_refused(tmp_path: Path) -> None:
     write_phantom_dataset(tmp_path, cases=2, shape=(32, 32), dims=2)
-    with pytest.raises(UsageError, match="holds phantoms made with"):
+    with pytest.raises(UsageError, match="holds phantoms made with other"):
         write_phantom_dataset(tmp_path, cases=2, shape=(32, 32), dims=2, seed=1)
 
 

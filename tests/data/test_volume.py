@@ -360,7 +360,7 @@ def test_full_disk_keeps_the_old_file(
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_atomic, "_flush", full)
+    monkeypatch.setattr(_atomic, "flush", full)
     with pytest.raises(ResourceError, match=r"a\.nii\.gz: not written"):
         write_nifti(tmp_path / "a.nii.gz", array + 1, AFFINE)
     assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]

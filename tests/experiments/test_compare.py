@@ -75,7 +75,7 @@ def test_other_experiment_does_not_overwrite(
     finished: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["-o", str(finished), "--seeds", "1", *options]) == 2
-    assert "another experiment" in capsys.readouterr().err
+    assert "holds comparisons made with other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["one for all", "one an arm"])

@@ -99,7 +99,7 @@ def test_file_against_folder_is_refused(folders: tuple[Path, Path]) -> None:
 
 def test_same_case_twice_is_refused(folders: tuple[Path, Path]) -> None:
     write(folders[0], "a.nii", mask())
-    with pytest.raises(DataError, match="same case"):
+    with pytest.raises(DataError, match="a exist with two suffixes"):
         find_pairs(*folders)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,18 +176,6 @@ def is_image(header: Any) -> bool:
 def is_localizer(header: Any) -> bool:
     """Whether the image is a scout view on which the scan was planned."""
     return "LOCALIZER" in [str(word).upper() for word in (header.get("ImageType") or ())]
-
-
-def some(names: Iterable[str], most: int = 4) -> str:
-    """The first few of ``names`` in words.
-
-    Example:
-        >>> some(["a", "b", "c", "d"], most=2)
-        'a, b and 2 more'
-    """
-    listed = list(names)
-    rest = len(listed) - most
-    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _is_dicom(path: Path) -> bool:

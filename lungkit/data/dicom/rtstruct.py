@@ -16,7 +16,7 @@ import lungkit
 from lungkit._atomic import atomic_path
 from lungkit.data.dicom._packages import quiet, require
 from lungkit.data.dicom.contours import fill_polygons, trace_polygons
-from lungkit.data.dicom.files import PATIENT_AND_STUDY, decoding, read_dataset, some
+from lungkit.data.dicom.files import PATIENT_AND_STUDY, decoding, read_dataset
 from lungkit.data.dicom.labels import (
     LabelBuilder,
     check_frame_of_reference,
@@ -28,7 +28,7 @@ from lungkit.data.dicom.labels import (
 from lungkit.data.dicom.series import DicomScan
 from lungkit.data.dicom.slices import LPS_TO_RAS
 from lungkit.data.volume import Volume
-from lungkit.errors import DataError
+from lungkit.errors import DataError, shorten
 
 _LOG = logging.getLogger("lungkit")
 
@@ -176,8 +176,8 @@ def _contours(contours: Sequence[Any], scan: DicomScan, where: str) -> list[_Con
             found.append(_Contour(voxels[:, :2], plane))
     if outside:
         raise DataError(
-            f"{where}: {len(outside)} contours lie outside the scan, at {some(outside, most=3)}; give the series it "
-            "was drawn on, complete"
+            f"{where}: {len(outside)} contours lie outside the scan, at {shorten(outside, limit=3)}; give the series "
+            "it was drawn on, complete"
         )
     return found
 

@@ -17,12 +17,11 @@ from lungkit.data.dicom.files import (
     is_image,
     is_localizer,
     read_headers,
-    some,
 )
 from lungkit.data.dicom.pixels import read_slice
 from lungkit.data.dicom.slices import plan_slices
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume
-from lungkit.errors import DataError, ResourceError
+from lungkit.errors import DataError, ResourceError, shorten
 
 _LOG = logging.getLogger("lungkit")
 
@@ -122,7 +121,7 @@ def read_series(
         if header.get("LossyImageCompression") == "01"
     ]
     if lossy:
-        _LOG.warning("%s: compressed with loss, so values are not exactly those measured", some(lossy))
+        _LOG.warning("%s: compressed with loss, so values are not exactly those measured", shorten(lossy))
     headers = [headers[index] for index in grid.order]
     paths = [info.files[index] for index in grid.order]
     array = _read_voxels(paths, headers, slope, intercept)
@@ -204,15 +203,15 @@ def _check_images(headers: Sequence[Any], names: Sequence[str]) -> tuple[float, 
         frames.setdefault(str(header.get("FrameOfReferenceUID") or ""), name)
     if len(frames) > 1:
         raise DataError(
-            f"slices differ in frame of reference: {some(frames.values())}; move what does not belong to the scan out "
-            "of the folder"
+            f"slices differ in frame of reference: {shorten(frames.values())}; move what does not belong to the scan "
+            "out of the folder"
         )
     for what, values in (
         ("rescale slope and intercept", rescale),
         ("columns and rows", sizes),
     ):
         if len(values) > 1:
-            listed = some((f"{value} in {name}" for value, name in values.items()), most=3)
+            listed = shorten((f"{value} in {name}" for value, name in values.items()), limit=3)
             raise DataError(
                 f"slices differ in {what}: {listed}; move what does not belong to the scan out of the folder"
             )

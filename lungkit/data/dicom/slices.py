@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lungkit.data.dicom.files import some
-from lungkit.errors import DataError
+from lungkit.errors import DataError, shorten
 
 POSITION_TOLERANCE_MM = 0.1
 """How far a slice may lie from its place on an even grid; never more than a tenth of the spacing."""
@@ -100,7 +99,8 @@ def _same(values: np.ndarray, names: Sequence[str], what: str, tolerance: float)
     if different.size:
         raise DataError(
             f"slices differ in {what}: {_text(values[0])} in {names[0]}, {_text(values[different[0]])} in "
-            f"{some(names[int(index)] for index in different)}; move what does not belong to the scan out of the folder"
+            f"{shorten(names[int(index)] for index in different)}; move what does not belong to the scan out "
+            "of the folder"
         )
 
 
@@ -116,7 +116,7 @@ def _refuse_duplicates(heights: np.ndarray, names: list[str], headers: list[Any]
     twice = np.flatnonzero(np.diff(heights) < _SAME_PLACE_MM)
     if not twice.size:
         return
-    pairs = some((f"{names[i]} and {names[i + 1]} at {heights[i]:.3f} mm" for i in twice), most=3)
+    pairs = shorten((f"{names[i]} and {names[i + 1]} at {heights[i]:.3f} mm" for i in twice), limit=3)
     if all(headers[i].SOPInstanceUID == headers[i + 1].SOPInstanceUID for i in twice):
         raise DataError(f"the same slice is there more than once: {pairs}; remove the copies")
     acquisitions = {str(header.get("AcquisitionNumber")) for header in headers}
@@ -141,18 +141,18 @@ def _refuse_gaps(heights: np.ndarray, names: list[str]) -> None:
             missing.append(f"{times - 1} between {between}")
     if missing:
         raise DataError(
-            f"slices are missing, at a spacing of {usual:.3f} mm: {some(missing, most=3)}; "
+            f"slices are missing, at a spacing of {usual:.3f} mm: {shorten(missing, limit=3)}; "
             "export the whole series again"
         )
     uneven = np.flatnonzero(np.abs(gaps - usual) > tolerance)
     if uneven.size:
-        where = some(
+        where = shorten(
             (
                 f"{gaps[i]:.3f} mm between {names[i]} ({heights[i]:.3f} mm) and {names[i + 1]} "
                 f"({heights[i + 1]:.3f} mm)"
                 for i in uneven
             ),
-            most=3,
+            limit=3,
         )
         raise DataError(
             f"uneven slice spacing: {usual:.3f} mm, but {where}; put each stack into a folder of its own, or "

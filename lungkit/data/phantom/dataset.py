@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lungkit._atomic import write_json_atomic
+from lungkit._atomic import claim_folder, make_folder, write_json_atomic
 from lungkit.data.phantom.generate import make_phantom
 from lungkit.data.splits import Split, write_splits
 from lungkit.data.volume import write_nifti
@@ -70,7 +69,9 @@ def write_phantom_dataset(
     if operator.index(seed) < 0:
         raise UsageError(f"seed is {seed}; give a non-negative integer")
     record = {"format": _FORMAT, "cases": int(cases), "shape": list(size), "dims": dims, "seed": int(seed)}
-    _claim(root, record)
+    claim_folder(root, _RECORD, record, holds="phantoms")
+    for folder in ("imagesTr", "labelsTr"):
+        make_folder(root / folder)
     if (root / "dataset.json").is_file():
         return root
     names = [f"phantom_{index:04d}" for index in range(cases)]
@@ -96,29 +97,6 @@ def write_phantom_dataset(
         },
     )
     return root
-
-
-def _claim(root: Path, record: dict[str, object]) -> None:
-    """Make the folders and note what goes into them; refuse a folder that holds something else."""
-    path = root / _RECORD
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            found = None
-        if found != record:
-            raise UsageError(
-                f"{root} holds phantoms made with {found}, asked for {record}; name another folder or remove it"
-            )
-        return
-    if root.is_dir() and any(root.iterdir()):
-        raise UsageError(f"{root} is not empty and holds no phantoms; name a new folder")
-    try:
-        for folder in ("imagesTr", "labelsTr"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{root} cannot be made ({error.strerror}); name a writable folder") from error
-    write_json_atomic(path, record)
 
 
 def _folds(names: list[str]) -> list[Split]:
