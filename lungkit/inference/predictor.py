@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,7 +18,8 @@ from torch import Tensor
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.data.slices import CHUNK_VOXELS, chunks
 from lungkit.data.volume import Volume, read_volume, write_nifti
-from lungkit.errors import DataError, ResourceError, UsageError
+from lungkit.errors import DataError, UsageError
+from lungkit.inference.attempts import Attempt, attempts
 from lungkit.inference.patches import count_patches, patches_per_call, prediction_patch
 from lungkit.inference.postprocessing import (
     Postprocessing,
@@ -29,7 +28,7 @@ from lungkit.inference.postprocessing import (
     postprocess,
 )
 from lungkit.inference.precision import Precision, choose_precision
-from lungkit.inference.scan_scores import NotFiniteError, scan_scores
+from lungkit.inference.scan_scores import ensemble_scores
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel
 
@@ -199,7 +198,7 @@ class Predictor:
                 mask, mask_slices = empty(np.uint8)
                 maps = {name: empty(np.float32) for name in [*self.labels][1:]} if probabilities else {}
                 alpha, alpha_slices = empty(np.float32) if attention else (None, None)
-                scored = self._scores(volumes, attempt, attention, progress, as_logits=as_logits)
+                scored = self._scores(volumes, attempt, progress, as_logits=as_logits, attention=attention)
                 for first, last, scores in scored:
                     if as_logits:
                         found = classes_from_logits(scores)
@@ -251,7 +250,7 @@ class Predictor:
         volumes = load_channels(image)
         for attempt in self._attempts(volumes, attention):
             with attempt:
-                yield from self._scores(volumes, attempt, attention, progress)
+                yield from self._scores(volumes, attempt, progress, attention=attention)
 
     def check_scan(self, volumes: Sequence[Volume]) -> None:
         """Refuse a scan that the models cannot take.
@@ -317,85 +316,27 @@ class Predictor:
         recorded = {model.precision for model in self.models}
         return choose_precision(device.type, recorded.pop() if len(recorded) == 1 else None)
 
-    def _attempts(self, volumes: Sequence[Volume], attention: bool) -> Iterator[_Attempt]:
-        """Ways to predict a scan, from the best to the last resort, until one does not fail."""
+    def _attempts(self, volumes: Sequence[Volume], attention: bool) -> Iterator[Attempt]:
         self.check_scan(volumes)
         if attention:
             self.check_attention()
-        name = _name(volumes)
-        following = [(self.device, halvings) for halvings in range(3)]
-        if self.device.type != "cpu":
-            following.append((torch.device("cpu"), 0))
-        device, halvings = following.pop(0)
-        in_fp32 = False
-        notes = [*self._intensity_warnings(volumes)]
-        while True:
-            attempt = _Attempt(device, halvings, "fp32" if in_fp32 else self._precision_on(device), notes)
-            yield attempt
-            # Named nowhere else: an error holds the memory of what failed until the next attempt takes its place.
-            if attempt.error is None:
-                break
-            if isinstance(attempt.error, NotFiniteError):
-                if attempt.precision == "fp32":
-                    raise DataError(
-                        f"{name}: {attempt.error} gives NaN or infinity for this scan, so there is no mask; look at "
-                        "the scan's intensities and at the model's training"
-                    ) from attempt.error
-                notes.append(
-                    f"{attempt.error} gave NaN or infinity in {attempt.precision}; predicted in fp32"
-                )
-                in_fp32 = True
-                continue
-            _LOG.warning("%s is out of memory (%s)", device, str(attempt.error).partition("\n")[0])
-            if not following:
-                raise ResourceError(
-                    f"{name}: out of memory even with the smallest patches ({attempt.error}); free some memory"
-                ) from attempt.error
-            notes.append(f"{device.type} ran out of memory; predicted with smaller patches or on the CPU")
-            device, halvings = following.pop(0)
-        for note in notes:
-            _LOG.warning("%s: %s", name, note)
+        return attempts(_name(volumes), self.device, self._precision_on, [*self._intensity_warnings(volumes)])
 
     def _scores(
-        self,
-        volumes: Sequence[Volume],
-        attempt: _Attempt,
-        attention: bool,
-        progress: Progress | None,
-        *,
-        as_logits: bool = False,
+        self, volumes: Sequence[Volume], attempt: Attempt, progress: Progress | None, **wanted: bool
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Blocks of slices of the scan's own grid: the mean probabilities, or the logits of a single model."""
-        extent = plan_geometry(volumes[0]).oriented_shape
-        steps = _Steps(progress, len(self.models))
-        streams = [
-            scan_scores(
-                model,
-                volumes,
-                attempt.device,
-                attempt.precision,
-                overlap=self.overlap,
-                mirror=self.mirror,
-                batch_size=self.batch_size,
-                as_logits=as_logits,
-                attention=attention and model.has_attention,
-                halvings=attempt.halvings,
-                progress=steps.of(index),
-            )
-            for index, model in enumerate(self.models)
-        ]
-        classes = len(self.labels)
-        for first, last in chunks(extent[0], math.prod(extent[1:]) * classes):
-            scores = [stream.read(first, last) for stream in streams]
-            if len(scores) == 1:
-                yield first, last, scores[0]
-                continue
-            mean = _mean([slices[:classes] for slices in scores])
-            if attention:
-                mean = torch.cat(
-                    [mean, _mean([slices[classes:] for slices in scores if len(slices) > classes])]
-                )
-            yield first, last, mean
+        return ensemble_scores(
+            self.models,
+            volumes,
+            attempt.device,
+            attempt.precision,
+            overlap=self.overlap,
+            mirror=self.mirror,
+            batch_size=self.batch_size,
+            halvings=attempt.halvings,
+            progress=progress,
+            **wanted,
+        )
 
     def _finish(self, mask: np.ndarray, volumes: Sequence[Volume]) -> None:
         """Postprocess the class indices in ``mask`` and turn them into the values of the labels, in place."""
@@ -423,49 +364,6 @@ class Predictor:
                 f"voxels lie between {low:g} and {high:g}, but {name} was trained on 8-bit pictures; the mask cannot "
                 "be trusted"
             )
-
-
-class _Attempt(contextlib.AbstractContextManager[None]):
-    """One way to predict a scan; keeps an error inside the block from which another way may lead out."""
-
-    def __init__(self, device: torch.device, halvings: int, precision: Precision, notes: list[str]) -> None:
-        self.device, self.halvings, self.precision, self.notes = device, halvings, precision, notes
-        self.error: BaseException | None = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        self.error = error
-        return isinstance(error, NotFiniteError) or (error is not None and _is_out_of_memory(error))
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0] / len(tensors)
-    for tensor in tensors[1:]:
-        total += tensor / len(tensors)
-    return total
-
-
-class _Steps:
-    """One count of patches over several models that run side by side."""
-
-    def __init__(self, progress: Progress | None, models: int) -> None:
-        self._progress = progress
-        self._counts = [(0, 0)] * models
-
-    def of(self, index: int) -> Progress | None:
-        """Progress of one model."""
-        report = self._progress
-        if report is None:
-            return None
-
-        def step(done: int, total: int) -> None:
-            self._counts[index] = done, total
-            known = [count for _, count in self._counts if count]
-            # A model that has not begun is taken to be as large as the others.
-            report(sum(done for done, _ in self._counts), sum(known) * len(self._counts) // len(known))
-
-        return step
 
 
 def load_channels(image: Image) -> list[Volume]:
@@ -521,7 +419,3 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _name(volumes: Sequence[Volume]) -> str:
     path = volumes[0].path
     return "the scan" if path is None else str(path)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -1,10 +1,10 @@
-"""What one trained model says of every voxel of a scan, a few slices at a time, on the scan's own grid."""
+"""What trained models say of every voxel of a scan, a few slices at a time, on the scan's own grid."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,6 +91,76 @@ def scan_scores(
         if geometry.shape == geometry.oriented_shape
         else ResampledSlices(slices, geometry.oriented_shape)
     )
+
+
+def ensemble_scores(
+    models: Sequence[TrainedModel],
+    volumes: Sequence[Volume],
+    device: torch.device,
+    precision: Precision,
+    *,
+    attention: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Mean of :func:`scan_scores` over the models, a block of slices at a time; of the maps over those with gates.
+
+    Yields:
+        ``(first, last, scores)`` of slices ``first`` to ``last`` - 1.
+    """
+    steps = _Steps(progress, len(models))
+    streams = [
+        scan_scores(
+            model,
+            volumes,
+            device,
+            precision,
+            attention=attention and model.has_attention,
+            progress=steps.of(index),
+            **options,
+        )
+        for index, model in enumerate(models)
+    ]
+    classes = len(models[0].labels)
+    _, depth, *plane = streams[0].shape
+    for first, last in chunks(depth, math.prod(plane) * classes):
+        scores = [stream.read(first, last) for stream in streams]
+        if len(scores) == 1:
+            yield first, last, scores[0]
+            continue
+        mean = _mean([slices[:classes] for slices in scores])
+        if attention:
+            mean = torch.cat([mean, _mean([slices[classes:] for slices in scores if len(slices) > classes])])
+        yield first, last, mean
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0] / len(tensors)
+    for tensor in tensors[1:]:
+        total += tensor / len(tensors)
+    return total
+
+
+class _Steps:
+    """One count of patches over several models that run side by side."""
+
+    def __init__(self, progress: Progress | None, models: int) -> None:
+        self._progress = progress
+        self._counts = [(0, 0)] * models
+
+    def of(self, index: int) -> Progress | None:
+        """Progress of one model."""
+        report = self._progress
+        if report is None:
+            return None
+
+        def step(done: int, total: int) -> None:
+            self._counts[index] = done, total
+            known = [count for _, count in self._counts if count]
+            # A model that has not begun is taken to be as large as the others.
+            report(sum(done for done, _ in self._counts), sum(known) * len(self._counts) // len(known))
+
+        return step
 
 
 def _mirrored(network: Callable[[Tensor], Tensor], dims: int) -> Callable[[Tensor], Tensor]:
