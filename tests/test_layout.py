@@ -44,7 +44,7 @@ TESTED_IN = {
     "data/nifti_header.py": "data/test_volume.py",
     "data/phantom/": "data/test_phantom.py",
     "experiments/arms.py": "experiments/test_compare.py",
-    "experiments/figures.py": "experiments/test_results.py",
+    "experiments/figures.py": "experiments/test_compare.py",
     "experiments/runs.py": "experiments/test_compare.py",
     "inference/classes.py": "inference/test_postprocessing.py",
     "inference/windows_plan.py": "inference/test_patches.py",

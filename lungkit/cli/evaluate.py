@@ -120,11 +120,11 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if arguments.max_voxels < 1:
         raise UsageError(f"--max-voxels must be at least 1, got {arguments.max_voxels}")
+    found = evaluating.find_pairs(arguments.predictions, arguments.labels)
     if arguments.label:
         scheme = evaluating.parse_labels(arguments.label)
     else:
         scheme = evaluating.find_label_scheme(arguments.labels)
-    found = evaluating.find_pairs(arguments.predictions, arguments.labels)
     jobs = min(available_cpus() if arguments.jobs is None else arguments.jobs, len(found.pairs))
     if jobs > 1:
         torch.set_num_threads(1)  # each job has a core of its own

@@ -21,9 +21,10 @@ from lungkit.errors import UsageError
 from lungkit.experiments.arms import PAPER_FIGURES, Arm, budget_differences, check_arms
 from lungkit.experiments.figures import draw_comparison
 from lungkit.experiments.results import ComparisonRow, compare_tables, format_comparison
-from lungkit.experiments.runs import LoadedRun, check_same_labels, epoch_rows, finished_run, train_or_resume
-from lungkit.metrics import CaseTable, MetricGroup, MetricOptions
-from lungkit.report import write_case_table
+from lungkit.experiments.runs import FinishedRun, check_same_labels, epoch_rows, finished_run, train_or_resume
+from lungkit.metrics import CaseTable, MetricOptions
+from lungkit.pipeline.labelled import measure_scans
+from lungkit.report.evaluation import headline_metrics, write_measured
 from lungkit.training.config_io import config_to_dict
 from lungkit.training.planning import open_folds
 
@@ -56,18 +57,13 @@ class Experiment:
     seeds: tuple[int, ...] = (0,)
     test: Path | None = None
     checkpoint: str = LAST
-    options: MetricOptions = field(
-        default_factory=lambda: MetricOptions(
-            groups=(MetricGroup.OVERLAP, MetricGroup.SURFACE, MetricGroup.LESION)
-        )
-    )
+    options: MetricOptions = field(default_factory=MetricOptions)
     published: bool = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of the table."""
-        options = self.options
-        return (*_OVERLAP, options.hausdorff_name, options.surface_dice_name, "assd_pooled_mm", "lesion_f1")
+        """Metrics of the table of the comparison; those of the cases hold all of :attr:`options`."""
+        return headline_metrics(self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """What makes it this experiment and no other."""
@@ -149,7 +145,9 @@ def _measure_and_write(
     experiment: Experiment, paths: Mapping[str, Sequence[Path]], output: Path, progress: Progress | None
 ) -> list[ComparisonRow]:
     runs = {
-        name: [LoadedRun.open(path, checkpoint=experiment.checkpoint, test=experiment.test) for path in found]
+        name: [
+            FinishedRun.open(path, checkpoint=experiment.checkpoint, test=experiment.test) for path in found
+        ]
         for name, found in paths.items()
     }
     _check_same_cases(runs)
@@ -161,9 +159,9 @@ def _measure_and_write(
         tables[name] = []
         for run in loaded:
             step = None if progress is None else functools.partial(progress, run.path.name)
-            table = run.measure(experiment.options, progress=step)
+            table = measure_scans(run.predictor, run.scans, options=experiment.options, progress=step)
             tables[name].append(table)
-            write_case_table(cases, table, name=file_names[run.path], metrics=experiment.metrics)
+            write_measured(cases, table, experiment.options, name=file_names[run.path])
     rows = compare_tables(tables, experiment.metrics, paper=PAPER_FIGURES if experiment.published else None)
     for style, suffix in (("text", "txt"), ("csv", "csv"), ("latex", "tex")):
         write_text_atomic(output / f"table.{suffix}", format_comparison(rows, style=style) + "\n")
@@ -193,11 +191,14 @@ def _file_names(runs: Sequence[Path]) -> dict[Path, str]:
     }
 
 
-def _check_same_cases(runs: Mapping[str, Sequence[LoadedRun]]) -> None:
+def _check_same_cases(runs: Mapping[str, Sequence[FinishedRun]]) -> None:
     (first_name, first), *others = runs.items()
     for name, loaded in others:
         for one, other in zip(first, loaded, strict=True):
-            if one.case_ids != other.case_ids or one.prepared.dataset.root != other.prepared.dataset.root:
+            if (
+                one.scans.case_ids != other.scans.case_ids
+                or one.scans.dataset.root != other.scans.dataset.root
+            ):
                 raise UsageError(
                     f"{one.path} ({first_name}) and {other.path} ({name}) do not hold out the same cases; "
                     "compare runs of the same data and fold"
@@ -205,36 +206,38 @@ def _check_same_cases(runs: Mapping[str, Sequence[LoadedRun]]) -> None:
 
 
 def _notes(
-    experiment: Experiment, runs: Mapping[str, Sequence[LoadedRun]], tables: Mapping[str, Sequence[CaseTable]]
+    experiment: Experiment,
+    runs: Mapping[str, Sequence[FinishedRun]],
+    tables: Mapping[str, Sequence[CaseTable]],
 ) -> list[str]:
     """What a reader must know to judge the table."""
-    some = next(iter(runs.values()))
-    cases = len({case_id for run in some for case_id in run.case_ids})
+    runs_of_first_arm = next(iter(runs.values()))
+    dataset = runs_of_first_arm[0].scans.dataset
+    cases = len({case_id for run in runs_of_first_arm for case_id in run.scans.case_ids})
     first, *_, last = runs
     chosen = {
         True: "Weights: those at the end of the budget; nothing was chosen on the held-out cases.",
         False: "Weights: those of the best validation Dice, which was measured on the same held-out cases.",
     }
     notes = [
-        f"Cells: mean over {cases} cases of {some[0].dataset.name}, with the 95 % BCa bootstrap interval.",
+        f"Cells: mean over {cases} cases of {dataset.name}, with the 95 % BCa bootstrap interval.",
         f"Difference: {last} minus {first}, paired by case; p: Wilcoxon signed-rank test, two-sided.",
         chosen[experiment.checkpoint == LAST],
     ]
     for name, loaded in runs.items():
-        plan = loaded[0].prepared.plan
+        plan = loaded[0].plan
         seconds = [_training_seconds(run.path) for run in loaded]
         notes.append(
             f"{name}: {len(loaded)} run{'s' if len(loaded) > 1 else ''} of {plan.epochs} epochs x "
             f"{plan.steps_per_epoch} steps, batch {plan.batch_size}, patch {' x '.join(map(str, plan.patch_size))}, "
             f"{loaded[0].parameters:,} weights, {np.mean(seconds) / 60:.1f} min of training each."
         )
-    touched = {
-        name: len(
-            {row.case_id for table in found for row in table.rows if row.touched & set(experiment.metrics)}
-        )
+    shown = set(experiment.metrics)
+    decided = {
+        name: len({row.case_id for table in found for row in table.rows if row.touched & shown})
         for name, found in tables.items()
     }
-    counts = ", ".join(f"{count} for {name}" for name, count in touched.items())
+    counts = ", ".join(f"{count} for {name}" for name, count in decided.items())
     notes.append(
         f'Empty masks: policy "{experiment.options.empty.value}"; cases with a metric that it decided: {counts}. '
         "A case whose metric is undefined for one arm is left out of the paired difference."

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ import lungkit
 from lungkit._atomic import make_folder
 from lungkit.data import DEFAULT_MAX_VOXELS, Volume, open_dataset, read_volume
 from lungkit.data.dataset import IGNORE_INDEX, map_labels
-from lungkit.data.geometry import orient, plan_geometry
+from lungkit.data.geometry import Geometry, orient, plan_geometry
 from lungkit.data.layouts import read_declared_labels
 from lungkit.data.nifti_names import nifti_by_stem, nifti_files, split_suffix
 from lungkit.errors import DataError, LungkitError, UsageError, shorten
@@ -109,7 +110,8 @@ def find_pairs(predictions: str | os.PathLike[str], labels: str | os.PathLike[st
 def find_label_scheme(labels: str | os.PathLike[str]) -> LabelScheme:
     """Names and values of the classes from the ``dataset.json`` in the folder of the labels or the one above.
 
-    Where there is none, masks hold 0 and 1 and the class is called "foreground".
+    A dataset of plain folders, which has none, has the labels of :func:`lungkit.data.open_dataset`. Elsewhere masks
+    hold 0 and 1 and the class is called "foreground".
 
     Raises:
         DataError: the ``dataset.json`` cannot be read or declares no labels.
@@ -118,6 +120,9 @@ def find_label_scheme(labels: str | os.PathLike[str]) -> LabelScheme:
     for candidate in (folder / "dataset.json", folder.parent / "dataset.json"):
         if candidate.is_file():
             return LabelScheme(*read_declared_labels(candidate))
+    if Path(labels).is_dir() and not nifti_files(folder):
+        dataset = open_dataset(folder)
+        return LabelScheme(dataset.labels, dataset.ignore_label)
     return FOREGROUND
 
 
@@ -155,7 +160,8 @@ def evaluate_pairs(
     def measure(item: tuple[str, tuple[Path, Path]]) -> tuple[str, dict[str, Measurement] | str]:
         case_id, (prediction, label) = item
         try:
-            return case_id, _measure_files(prediction, label, scheme, options, max_voxels, threads)
+            predicted, true = (read_volume(path, max_voxels=max_voxels) for path in (prediction, label))
+            return case_id, measure_volumes(predicted, true, scheme, options=options, threads=threads)
         except LungkitError as error:
             return case_id, str(error)
 
@@ -172,33 +178,53 @@ def evaluate_pairs(
     return evaluation
 
 
-def _measure_files(
-    prediction: Path,
-    label: Path,
-    scheme: LabelScheme,
-    options: MetricOptions,
-    max_voxels: int,
-    threads: int | None,
+def measure_volumes(
+    prediction: Volume,
+    label: Volume,
+    scheme: LabelScheme = FOREGROUND,
+    *,
+    options: MetricOptions | None = None,
+    threads: int | None = None,
 ) -> dict[str, Measurement]:
-    volumes = [read_volume(path, max_voxels=max_voxels) for path in (prediction, label)]
-    _check_same_grid(*volumes)
-    geometry = plan_geometry(volumes[1])
-    arrays = [
-        orient(map_labels(volume.array, scheme.label_map, str(volume.path)), geometry) for volume in volumes
-    ]
+    """Measure one predicted mask against the true one, as :func:`evaluate_pairs` does with files.
+
+    Args:
+        prediction: mask of the values of ``scheme``.
+        label: the true mask, on the same grid.
+        scheme: what the values mean.
+        options: which metrics, under which definitions.
+        threads: CPU threads for the surface distances.
+
+    Raises:
+        DataError: the grids differ, or a mask holds a value that is not in ``scheme``.
+
+    Example:
+        >>> mask = np.zeros((8, 8, 4), np.uint8)
+        >>> mask[2:6, 2:6, 1:3] = 1
+        >>> volume = Volume(mask, np.diag([-1.0, -1.0, 2.5, 1.0]))
+        >>> measure_volumes(volume, volume)["foreground"].values["volume_true_ml"]
+        0.08
+    """
+    _check_same_grid(prediction, label)
+    geometry = plan_geometry(label)
+    predicted, truth = (class_indices(volume, scheme, geometry) for volume in (prediction, label))
     # A prediction has no voxels to ignore: where it says so nonetheless, it says background.
-    arrays[0] = (
-        np.where(arrays[0] == IGNORE_INDEX, 0, arrays[0]) if scheme.ignore_value is not None else arrays[0]
-    )
+    if scheme.ignore_value is not None:
+        predicted = np.where(predicted == IGNORE_INDEX, 0, predicted)
     return measure_case(
-        arrays[0],
-        arrays[1],
+        predicted,
+        truth,
         scheme.class_indices,
         geometry.spacing_mm,
         options=options,
         ignore_index=None if scheme.ignore_value is None else IGNORE_INDEX,
         threads=threads,
     )
+
+
+def class_indices(mask: Volume, scheme: LabelScheme, geometry: Geometry) -> np.ndarray:
+    """Class indices of a mask, 255 where it is to be ignored; uint8 (Z, Y, X) in RAS+."""
+    return orient(map_labels(mask.array, scheme.label_map, str(mask.path)), geometry)
 
 
 def _check_same_grid(prediction: Volume, label: Volume) -> None:
@@ -266,26 +292,45 @@ def write_evaluation(
     folder = Path(folder)
     make_folder(folder)
     table = evaluation.table
-    shown = [name for name in _headline(options) if name in table.metrics]
     extra = {
         "lungkit": lungkit.__version__,
         "labels": dict(scheme.values),
         "ignored_value": scheme.ignore_value,
-        "definitions": options.definitions(),
         "failed": evaluation.failed,
         "without_prediction": list(found.without_prediction),
         "without_label": list(found.without_label),
     }
-    definitions = options.definitions()
-    notes = [f"{metric_title(name)}: {definitions[name]}." for name in shown]
-    write_case_table(folder, table, metrics=shown, notes=notes, extra=extra)
+    text = write_measured(folder, table, options, extra=extra)
     if table.rows:
+        shown = [name for name in headline_metrics(options) if name in table.metrics]
         save_distributions(folder / "distribution.png", table, shown)
+    return text
+
+
+def write_measured(
+    folder: Path,
+    table: CaseTable,
+    options: MetricOptions,
+    *,
+    name: str = "metrics",
+    notes: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a table with the definitions of its metrics; returns the table to show.
+
+    The table returned leaves single cases out where there are more than fit a screen. Arguments and errors are those
+    of :func:`lungkit.report.write_case_table`; ``options`` are those that the table was measured with.
+    """
+    definitions = options.definitions()
+    shown = [metric for metric in headline_metrics(options) if metric in table.metrics]
+    notes = [*notes, *(f"{metric_title(metric)}: {definitions[metric]}." for metric in shown)]
+    extra = {**(extra or {}), "definitions": definitions}
+    write_case_table(folder, table, name=name, metrics=shown, notes=notes, extra=extra)
     few = len(table.case_ids) <= _CASES_ON_A_SCREEN
     return "\n".join([format_case_table(table, metrics=shown, cases=few), "", *notes])
 
 
-def _headline(options: MetricOptions) -> tuple[str, ...]:
+def headline_metrics(options: MetricOptions) -> tuple[str, ...]:
     """The metrics of the readable table; the other files hold all."""
     surface = (options.hausdorff_name, options.surface_dice_name, "assd_pooled_mm")
     overlap = ("dice", "iou", "ppv", "sensitivity")

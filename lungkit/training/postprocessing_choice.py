@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lungkit._atomic import write_json_atomic
-from lungkit.checkpoint import BEST, describe_checkpoint
-from lungkit.data import CachedCase, Preprocessing
 from lungkit.data.dataset import IGNORE_INDEX
-from lungkit.inference import Postprocessing
+from lungkit.data.geometry import orient, plan_geometry
+from lungkit.inference import Postprocessing, Predictor
 from lungkit.inference.classes import classes_from_probabilities, largest
 from lungkit.inference.lungs import lung_mask, near_lungs
 from lungkit.inference.postprocessing import (
@@ -24,23 +22,18 @@ from lungkit.inference.postprocessing import (
     Lesions,
     fill_holes,
     foreground_box,
-    postprocess,
     voxels_of,
 )
 from lungkit.metrics import overlap_metrics
-from lungkit.training.engine import gather_objects, on_first_process
-from lungkit.training.planning import Plan
-from lungkit.training.run_folder import RunFolder
-from lungkit.training.session import Session
-from lungkit.training.validation import Predict, stream_logits_of
+from lungkit.pipeline.labelled import LabelledScans
+from lungkit.report.evaluation import class_indices
+from lungkit.training.engine import gather_objects
 
 MARGIN = 0.002
 """By how much the mean Dice must rise for an option to be kept."""
 # Nearest to 1/2 first: of equal ones the first is taken.
 _THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8)
 _SIZES_ML = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-# Windows that tell free air from lung and lung from tissue.
-_LUNG_WINDOW_HU = (-980.0, -300.0)
 
 
 @dataclass(frozen=True)
@@ -69,21 +62,8 @@ class Choice:
             return f"No postprocessing raised the mean Dice by more than {MARGIN:g}: none was used."
         return (
             f"Postprocessing: {self.options.summary()}; chosen on these same cases, where it raised the mean Dice from "
-            f"{self.dice_without:.4f} to {self.dice:.4f} on the grid of training."
+            f"{self.dice_without:.4f} to {self.dice:.4f}."
         )
-
-    def predict(self, preprocessing: Preprocessing) -> Predict:
-        """Prediction of cached cases with :attr:`options` applied, on the grid of the cache."""
-
-        def predict(network: nn.Module, case: CachedCase, plan: Plan) -> np.ndarray:
-            label = np.zeros(case.shape, np.uint8)
-            for first, last, rows in stream_logits_of(network, case, plan):
-                classes = classes_from_probabilities(rows.softmax(0), self.options.threshold)
-                label[first:last] = classes.cpu().numpy()
-            hu = hu_of(case, preprocessing) if self.options.inside_lungs else None
-            return postprocess(label, case.spacing_mm, self.options, hu=hu)
-
-        return predict
 
     def to_dict(self) -> dict[str, Any]:
         """What ``postprocessing.json`` in the run folder holds."""
@@ -97,11 +77,8 @@ class Choice:
 
 
 def choose_postprocessing(
-    network: nn.Module,
-    cases: Sequence[CachedCase],
-    plan: Plan,
-    class_names: Sequence[str],
-    preprocessing: Preprocessing,
+    predictor: Predictor,
+    scans: LabelledScans,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -109,45 +86,43 @@ def choose_postprocessing(
 ) -> Choice:
     """Try the options of :class:`~lungkit.inference.Postprocessing` one after the other on validation cases.
 
-    Threshold, holes, lesions outside the lungs (where the cases are in HU), small lesions: of each the value with the
+    Threshold, holes, lesions outside the lungs (where scans are in HU), small lesions: of each the value with the
     highest mean Dice is kept if it beats going without by more than :data:`MARGIN`, together with what was kept before.
-    Dice is that of the table of validation during training: on the grid of the cache, mean over the cases of each
-    class, then over the classes.
+    Dice is that of the final table: on the scans' own grid, mean over the cases of each class, then over the classes.
 
     Every case is predicted once, and all that is tried is counted before the next: 3 bytes a voxel, and no
     probabilities. With several processes each takes its share of the cases; all return the same.
 
     Args:
-        network: with the weights to choose for.
-        cases: validation cases; truth that is to be ignored is left out.
-        plan: of the run.
-        class_names: of all classes, the background first.
-        preprocessing: that of the cases.
+        predictor: with the weights to choose for; its own postprocessing is left out.
+        scans: validation cases; truth that is to be ignored is left out.
         rank: of this process.
         world_size: processes.
         after_case: called after each case; may raise to give up.
     """
-    in_hu = _shows_lungs(preprocessing)
-    thresholds = tuple(
-        t for t in _THRESHOLDS if t != 0.5 or len(class_names) > 2
-    )  # of two classes 0.5 is argmax
+    classes = scans.dataset.num_classes
+    # Of two classes 0.5 is the largest probability.
+    thresholds = tuple(t for t in _THRESHOLDS if t != 0.5 or classes > 2)
     mine = []
-    for case in cases[rank::world_size]:
-        hu = hu_of(case, preprocessing) if in_hu else None
-        logits = stream_logits_of(network, case, plan)
-        mine.append((case.case_id, _count(case, logits, thresholds, len(class_names), hu)))
+    for case_id in scans.case_ids[rank::world_size]:
+        channels, label = scans.read(case_id)
+        geometry = plan_geometry(channels[0])
+        truth = class_indices(label, scans.scheme, geometry)
+        hu = orient(channels[0].array, geometry) if predictor.in_hu else None
+        probabilities = predictor.stream_probabilities(channels)
+        mine.append((case_id, _count(probabilities, truth, geometry.spacing_mm, thresholds, classes, hu)))
         if after_case is not None:
             after_case()
     counts = dict(entry for part in gather_objects(mine, world_size) for entry in part)
     values: dict[str, tuple[Any, ...]] = {
         "threshold": (None, *thresholds),
         "fill_holes": (False, True),
-        "inside_lungs": (False, True) if in_hu else (False,),
+        "inside_lungs": (False, True) if predictor.in_hu else (False,),
         "smallest_lesion_ml": (0.0, *_SIZES_ML),
     }
     if not counts:
         return Choice(Postprocessing(), math.nan, math.nan, ())
-    dice = overlap_metrics(np.stack([counts[case.case_id] for case in cases]))["dice"]
+    dice = overlap_metrics(np.stack([counts[case_id] for case_id in scans.case_ids]))["dice"]
     return _greedy(dice.nanmean(0).nanmean(-1).numpy(), values)
 
 
@@ -167,8 +142,9 @@ def _greedy(dice: np.ndarray, values: dict[str, tuple[Any, ...]]) -> Choice:
 
 
 def _count(
-    case: CachedCase,
-    logits: Iterator[tuple[int, int, Tensor]],
+    stream: Iterator[tuple[int, int, Tensor]],
+    truth: np.ndarray,
+    spacing_mm: tuple[float, float, float],
     thresholds: Sequence[float],
     num_classes: int,
     hu: np.ndarray | None,
@@ -178,16 +154,14 @@ def _count(
     int64 (1 + thresholds, 2, 2 or 1, 1 + sizes, classes - 1, 3); the axes are those of the options.
     """
     ascending = sorted(thresholds)
-    plain, likely, reached = (np.zeros(case.shape, np.uint8) for _ in range(3))
-    for first, last, rows in logits:
-        probabilities = rows.softmax(0)
+    plain, likely, reached = (np.zeros(truth.shape, np.uint8) for _ in range(3))
+    for first, last, probabilities in stream:
         foreground = probabilities[1] if num_classes == 2 else probabilities[1:].sum(0)
         plain[first:last] = classes_from_probabilities(probabilities).cpu().numpy()
         likely[first:last] = (largest(probabilities[1:]) + 1).cpu().numpy()
-        levels = torch.bucketize(foreground, foreground.new_tensor(ascending), right=True)
+        levels = torch.bucketize(foreground.contiguous(), foreground.new_tensor(ascending), right=True)
         reached[first:last] = levels.to(torch.uint8).cpu().numpy()
-    truth = np.asarray(case.label)
-    sizes = [voxels_of(volume, case.spacing_mm) for volume in (0.0, *_SIZES_ML)]
+    sizes = [voxels_of(volume, spacing_mm) for volume in (0.0, *_SIZES_ML)]
     box = foreground_box(np.maximum(plain, reached))
     counts = np.zeros(
         (1 + len(thresholds), 2, 1 if hu is None else 2, len(sizes), num_classes - 1, 3), np.int64
@@ -198,8 +172,8 @@ def _count(
         return counts
     regions: list[np.ndarray | None] = [None]
     if hu is not None:
-        lungs = lung_mask(hu, case.spacing_mm)
-        regions.append(near_lungs(lungs, case.spacing_mm, LUNG_MARGIN_MM, box) if lungs.any() else None)
+        lungs = lung_mask(hu, spacing_mm)
+        regions.append(near_lungs(lungs, spacing_mm, LUNG_MARGIN_MM, box) if lungs.any() else None)
     for t, level in enumerate((None, *thresholds)):
         label = plain[box].copy() if level is None else likely[box] * (reached[box] > ascending.index(level))
         for filled in range(2):
@@ -224,57 +198,6 @@ def _count(
                         -positives,
                     )
     return counts
-
-
-def choose_for_run(
-    session: Session,
-    folder: RunFolder,
-    cases: Sequence[CachedCase],
-    *,
-    after_case: Callable[[], None] | None = None,
-) -> Choice:
-    """Choose for the weights that ``session.evaluated`` holds, those of the best checkpoint; write it down.
-
-    ``postprocessing.json`` in the run folder says what was tried; the manifest of the best checkpoint gets the options
-    as ``postprocessing``, which is what :class:`~lungkit.inference.TrainedModel` goes by.
-    """
-    fabric, prepared = session.fabric, session.prepared
-    with fabric.autocast():
-        choice = choose_postprocessing(
-            session.evaluated,
-            cases,
-            session.plan,
-            prepared.dataset.class_names,
-            prepared.preprocessing,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            after_case=after_case,
-        )
-
-    def write() -> None:
-        write_json_atomic(
-            folder.path / "postprocessing.json", {"epoch": session.best_epoch, **choice.to_dict()}
-        )
-        describe_checkpoint(folder.checkpoints / BEST, postprocessing=choice.options.to_dict())
-
-    on_first_process(fabric, write)
-    return choice
-
-
-def hu_of(case: CachedCase, preprocessing: Preprocessing) -> np.ndarray:
-    """The first channel of a cached case in HU, as far as the window shows them; int16 (Z, Y, X)."""
-    channel = preprocessing.channels[0]
-    hu = np.empty(case.shape, np.int16)
-    for plane, target in zip(case.image[0], hu, strict=True):
-        normalised = plane.astype(np.float32) * np.float32(case.slope) + np.float32(case.intercept)
-        target[:] = np.rint(normalised * np.float32(channel.std) + np.float32(channel.mean))
-    return hu
-
-
-def _shows_lungs(preprocessing: Preprocessing) -> bool:
-    channel = preprocessing.channels[0]
-    low, high = channel.window
-    return channel.units == "HU" and low <= _LUNG_WINDOW_HU[0] and high >= _LUNG_WINDOW_HU[1]
 
 
 def _or_none(value: float) -> float | None:

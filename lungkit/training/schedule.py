@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -39,20 +40,26 @@ class WeightAverage:
     so that the average of a short run is not held back by its first weights. Source: Tarvainen and Valpola, "Mean
     teachers are better role models", 2017.
 
+    Args:
+        network: the network that is trained.
+        decay: d of a long run; 0 takes the weights as they are.
+
+    ``network`` of the average is a copy that holds the averaged weights: what is validated and kept.
+
     Example:
         >>> layer = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.zeros_(layer.weight)
         >>> average = WeightAverage(layer, decay=0.5)
         >>> _ = torch.nn.init.ones_(layer.weight)
         >>> average.update(layer, updates=100)
-        >>> average.state["weight"].item()
+        >>> average.network.weight.item()
         0.5
     """
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
         self.decay = decay
         self._parameters = {name for name, _ in network.named_parameters()}
-        self.state = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        self.network = copy.deepcopy(network)
 
     @torch.no_grad()
     def update(self, network: nn.Module, *, updates: int) -> None:
@@ -60,12 +67,13 @@ class WeightAverage:
         decay = min(self.decay, (1 + updates) / (10 + updates))
         averages: list[Tensor] = []
         weights: list[Tensor] = []
+        state = self.network.state_dict()
         for name, value in network.state_dict().items():
             if name in self._parameters and value.is_floating_point():
-                averages.append(self.state[name])
+                averages.append(state[name])
                 weights.append(value)
             else:
-                self.state[name].copy_(value)
+                state[name].copy_(value)
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
 

@@ -21,11 +21,10 @@ from lungkit.nn.convolution import CHANNELS_LAST
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
 from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
 from lungkit.training.config_io import MOVABLE, config_to_dict
-from lungkit.training.grids import Grid
 from lungkit.training.planning import Plan, Prepared, build_network
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
-from lungkit.training.validation import Predict, predict, validate
+from lungkit.training.validation import validate
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -70,9 +69,9 @@ class Session:
         self.position = Position()
         # On the device: reading it would make every step wait for the GPU.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        self.network = self._new_network()
-        # What is validated and kept: the average of the weights, in a network of its own.
-        self.evaluated = self._new_network()
+        self.network = build_network(self.plan, config.seed).to(fabric.device)
+        if config.engine.channels_last:
+            self.network = self.network.to(memory_format=CHANNELS_LAST[self.plan.dims])  # type: ignore[call-overload]
         self.average = WeightAverage(self.network, decay=config.optimiser.ema_decay)
         optimiser = make_optimiser(self.network, config.optimiser, self.plan.learning_rate)
         forward: Any = torch.compile(self.network) if config.engine.compile else self.network
@@ -81,12 +80,6 @@ class Session:
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
         self.criterion = make_criterion(config.loss, self.plan)
         self.augment = Augmenter(config.augment, self.plan.dims, **augmenter_geometry(prepared))
-
-    def _new_network(self) -> nn.Module:
-        network = build_network(self.plan, self.config.seed).to(self.fabric.device)
-        if self.config.engine.channels_last:
-            network = network.to(memory_format=CHANNELS_LAST[self.plan.dims])  # type: ignore[call-overload]
-        return network
 
     @property
     def epoch(self) -> int:
@@ -171,28 +164,16 @@ class Session:
         self.loss_sum += loss.detach()
         self.position.loss_count += 1
 
-    def validate(
-        self,
-        cases: list[CachedCase],
-        *,
-        current: bool = True,
-        grid: Grid | None = None,
-        predict: Predict = predict,
-        after_case: Callable[[], None] | None = None,
-    ) -> CaseTable:
-        """Metrics of ``cases`` with the averaged weights as they are now, or as :attr:`evaluated` holds them."""
-        if current:
-            self.evaluated.load_state_dict(self.average.state)
+    def validate(self, cases: list[CachedCase], *, after_case: Callable[[], None] | None = None) -> CaseTable:
+        """Metrics of ``cases`` with the averaged weights, on the grid of training, see :func:`validate`."""
         with self.fabric.autocast():
             return validate(
-                self.evaluated,
+                self.average.network,
                 cases,
                 self.plan,
                 self.prepared.dataset.class_names,
                 rank=self.fabric.global_rank,
                 world_size=self.fabric.world_size,
-                grid=grid,
-                predict=predict,
                 after_case=after_case,
             )
 
@@ -200,7 +181,7 @@ class Session:
         """Write the checkpoint ``name``; for the first process."""
         save_checkpoint(
             folder.checkpoints / name,
-            weights=self.average.state,
+            weights=self.average.network.state_dict(),
             description={
                 "epoch": self.epoch,
                 "step": self.position.step,
@@ -213,6 +194,7 @@ class Session:
                 "patch_size": list(self.plan.patch_size),
                 "context_slices": self.plan.context_slices,
                 "training_spacing_mm": _spacing_range(self.prepared),
+                "precision": self.config.engine.precision,
             },
             trainer={
                 "network": self.network.state_dict(),
@@ -221,7 +203,7 @@ class Session:
                 "loss_sum": float(self.loss_sum),
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "data": self._data_digest,
-                "config": _what_counts(self.config),
+                "config": _options_that_shape_weights(self.config),
             },
         )
 
@@ -235,19 +217,20 @@ class Session:
         folder, state = checkpoint.folder, checkpoint.trainer or {}
         if state.get("data") != self._data_digest:
             raise DataError(
-                f"{self.prepared.dataset.root}: the scans or masks are not those that the run was started on; "
-                "restore them, or start a new run"
+                f"{self.prepared.dataset.root}: the scans or masks, or what this version of lungkit makes of them, are "
+                "not those that the run was started on; restore them, go on with the version that began the run "
+                f"({checkpoint.description.get('lungkit')}), or start a new run. Its checkpoints can be used to predict"
             )
-        if state.get("config") != _what_counts(self.config):
+        saved, own = state.get("config") or {}, _options_that_shape_weights(self.config)
+        changed = [name for name in sorted({*saved, *own}) if saved.get(name) != own.get(name)]
+        if changed:
             raise CheckpointError(
-                f"{folder}: was saved under another configuration than the run's config.yaml"
+                f"{folder}: was saved under another configuration than the run's config.yaml: {', '.join(changed)}"
             )
         try:
             self.network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
-            self.evaluated.load_state_dict(checkpoint.weights)  # which checks names and shapes
-            for name, value in checkpoint.weights.items():
-                self.average.state[name].copy_(value)
+            self.average.network.load_state_dict(checkpoint.weights)
             if self._scaler is not None:
                 self._scaler.load_state_dict(state["scaler"])
             self.position = Position(**state["position"])
@@ -265,7 +248,7 @@ def _spacing_range(prepared: Prepared) -> dict[str, list[float]]:
     }
 
 
-def _what_counts(config: TrainConfig) -> dict[str, Any]:
+def _options_that_shape_weights(config: TrainConfig) -> dict[str, Any]:
     """The configuration without what may differ when a run is continued."""
     content = config_to_dict(config)
     for name in MOVABLE:

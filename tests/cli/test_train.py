@@ -33,8 +33,8 @@ def program(tmp_path: Path) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Pictures take most of the time of a tiny run, and have tests of their own."""
-    monkeypatch.setattr("lungkit.training.trainer.save_curves", lambda *args, **options: None)
-    monkeypatch.setattr("lungkit.training.trainer.draw_overlays", lambda *args, **options: None)
+    monkeypatch.setattr("lungkit.training.run.save_curves", lambda *args, **options: None)
+    monkeypatch.setattr("lungkit.training.finishing.draw_overlays", lambda *args, **options: None)
 
 
 def environment() -> dict[str, str]:

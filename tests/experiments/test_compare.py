@@ -7,16 +7,17 @@ import shutil
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pytest
 from pictures import has_colour
+from safetensors.torch import load_file
 
 from lungkit.cli.compare import main
 from lungkit.errors import Interrupted, UsageError
 from lungkit.experiments import Arm, paper_arms, runs
 from lungkit.experiments.arms import budget_differences, check_arms, parse_arm
-from lungkit.experiments.runs import LoadedRun, train_or_resume
+from lungkit.experiments.runs import FinishedRun, train_or_resume
 from lungkit.metrics import MetricOptions
+from lungkit.pipeline.labelled import measure_scans
 from lungkit.training import TrainConfig
 
 TINY = ["--epochs", "1", "--steps_per_epoch", "2", "--batch_size", "2", "--model.features", "4", "8"]
@@ -97,22 +98,31 @@ def test_runs_of_one_name_keep_apart(finished: Path, tmp_path: Path) -> None:
     assert str(paths[1]) in (tmp_path / "out" / "table.txt").read_text()
 
 
-def test_case_is_measured_on_its_own_grid(finished: Path) -> None:
-    run = LoadedRun.open(finished / "runs" / "u-net-ce-fold0-seed0")
-    case_id = run.case_ids[0]
-    prediction, truth, spacing_mm = run._on_own_grid(case_id)
-    case = run.case(case_id)
-    assert np.array_equal(truth, case.label)
-    assert np.array_equal(prediction, run.predict(case))
-    assert spacing_mm == pytest.approx(case.spacing_mm)
+def test_run_predicts_with_its_last_weights_as_lungkit_predict_does(finished: Path) -> None:
+    path = finished / "runs" / "u-net-ce-fold0-seed0"
+    run = FinishedRun.open(path)
+    assert run.predictor.models[0].path == path / "checkpoints" / "last"
+    assert FinishedRun.open(path, checkpoint="best").predictor.models[0].path.name == "best"
+    split = json.loads((path / "dataset.json").read_text())["split"]
+    assert list(run.scans.case_ids) == split["val"]
+    assert run.parameters == sum(
+        value.numel() for value in load_file(path / "checkpoints" / "last" / "model.safetensors").values()
+    )
 
 
-def test_other_dataset_is_measured_whole(finished: Path, options: list[str]) -> None:
-    run = LoadedRun.open(finished / "runs" / "u-net-ce-fold0-seed0")
-    other = LoadedRun.open(run.path, test=run.dataset.root)
-    assert len(other.case_ids) == 10
-    table = other.measure(MetricOptions())
-    assert set(run.case_ids) < set(table.case_ids)
+def test_cases_have_every_metric_of_lungkit_evaluate(finished: Path) -> None:
+    header = (finished / "cases" / "u-net-ce-fold0-seed0.csv").read_text().splitlines()[0]
+    assert header.split(",") == ["case", "label", *MetricOptions().definitions(), "decided_by_policy"]
+
+
+def test_other_dataset_is_measured_whole(finished: Path) -> None:
+    run = FinishedRun.open(finished / "runs" / "u-net-ce-fold0-seed0")
+    other = FinishedRun.open(run.path, test=run.scans.dataset.root)
+    assert len(other.scans.case_ids) == 10
+    seen: list[tuple[int, int]] = []
+    table = measure_scans(other.predictor, other.scans, progress=lambda *counts: seen.append(counts))
+    assert table.case_ids == other.scans.case_ids and set(run.scans.case_ids) < set(table.case_ids)
+    assert seen == [(done, 10) for done in range(1, 11)]
 
 
 class FakeTrainer:

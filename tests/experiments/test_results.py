@@ -9,7 +9,6 @@ import math
 import pytest
 
 from lungkit.errors import UsageError
-from lungkit.experiments.figures import representative_cases
 from lungkit.experiments.results import compare_tables, format_comparison, merge_runs
 from lungkit.metrics import CaseTable
 
@@ -108,13 +107,3 @@ def test_latex_has_a_row_for_each_metric() -> None:
 def test_arms_that_cannot_be_compared_are_refused(arms: dict[str, list[CaseTable]], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         compare_tables(arms, ["dice"])
-
-
-def test_representative_cases_favour_no_arm() -> None:
-    tables = {"A": table({"a": 0.9, "b": 0.1, "c": 0.6}), "B": table({"a": 0.2, "b": 0.8, "c": 0.6})}
-    # Means: a 0.55, b 0.45, c 0.6.
-    assert representative_cases(tables) == {"worst": "b", "median": "a", "best": "c"}
-
-
-def test_undefined_cases_represent_nothing() -> None:
-    assert representative_cases({"A": table({"a": math.nan}), "B": table({"a": 0.5})}) == {}

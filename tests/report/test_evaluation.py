@@ -80,6 +80,13 @@ def test_labels_may_be_a_dataset(tmp_path: Path) -> None:
     assert find_label_scheme(tmp_path / "data" / "labelsTr").values == {"background": 0, "lesion": 1}
 
 
+def test_dataset_of_plain_folders_has_the_labels_of_training(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        write(tmp_path / folder, "a.nii.gz", mask())
+    assert find_label_scheme(tmp_path).values == {"background": 0, "tumour": 1}
+    assert find_label_scheme(tmp_path / "masks") == FOREGROUND
+
+
 def test_no_case_in_common_shows_both_sides(tmp_path: Path) -> None:
     write(tmp_path / "p", "a.nii", mask())
     write(tmp_path / "l", "b.nii", mask())

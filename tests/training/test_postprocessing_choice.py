@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from model_cases import save_model, threshold_network
 from torch import Tensor, nn
 
-from lungkit.data import ChannelNormalisation, Preprocessing, make_phantom
-from lungkit.inference import Postprocessing, TrainedModel
-from lungkit.metrics import CaseTable, evaluate_case
-from lungkit.training import Trainer, load_checkpoint, load_config, validation
+from lungkit.data import ChannelNormalisation, Dataset, Preprocessing, Volume, make_phantom
+from lungkit.inference import Postprocessing, Predictor, TrainedModel
+from lungkit.pipeline.labelled import LabelledScans, measure_scans
+from lungkit.training import Trainer, finishing, load_checkpoint, load_config
 from lungkit.training import postprocessing_choice as module
-from lungkit.training.planning import Plan
-from lungkit.training.postprocessing_choice import MARGIN, Choice, Trial, choose_postprocessing, hu_of
+from lungkit.training.postprocessing_choice import MARGIN, Choice, Trial, choose_postprocessing
 
-PLAN = Plan(
-    dims=2,
-    patch_size=(4, 4),
-    context_slices=0,
-    model={},
-    epochs=1,
-    steps_per_epoch=1,
-    batch_size=1,
-    learning_rate=0.1,
-)
-EIGHT_BIT = Preprocessing((ChannelNormalisation((0, 255), 0.0, 1.0, "8-bit"),), {0: 0, 1: 1})
+# A normalised intensity is the logit of the foreground.
+EIGHT_BIT = Preprocessing((ChannelNormalisation((-20, 20), 0.0, 1.0, "8-bit"),), {0: 0, 1: 1})
 HU = Preprocessing((ChannelNormalisation((-1000, 400), -100.0, 200.0, "HU"),), {0: 0, 1: 1})
+MEDIASTINUM = Preprocessing((ChannelNormalisation((-160, 240), 0.0, 1.0, "HU"),), {0: 0, 1: 1})
+NAMES = ("background", "tumour", "node")
 
 
 class FromImage(nn.Module):
@@ -48,23 +42,68 @@ class FromImage(nn.Module):
         return torch.cat([torch.zeros_like(x), x, x.flip(-1)][: self.classes], 1)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A scan and its mask as files would hold them: axes are (Z, Y, X) here and are turned there."""
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray
+    spacing_mm: tuple[float, float, float] = (2.0, 2.0, 2.0)
+
+    def volume(self, array: np.ndarray) -> Volume:
+        z, y, x = self.spacing_mm
+        return Volume(array[:, ::-1, ::-1].transpose(2, 0, 1), np.array(
+            [[-x, 0, 0, 0], [0, 0, -y, 0], [0, z, 0, 0], [0, 0, 0, 1.0]]
+        ))  # fmt: skip
+
+
+class Scans(LabelledScans):
+    """Cases in memory."""
+
+    def __init__(self, cases: Sequence[Case], classes: int) -> None:
+        labels = {name: index for index, name in enumerate(NAMES[:classes])}
+        dataset = Dataset(Path(), "memory", (), labels, ("CT",), 255, "folders")
+        super().__init__(dataset, tuple(case.name for case in cases))
+        object.__setattr__(self, "cases", {case.name: case for case in cases})
+
+    def read(self, case_id: str) -> tuple[list[Volume], Volume]:
+        case: Case = self.cases[case_id]  # type: ignore[attr-defined]
+        return [case.volume(case.image.astype(np.float32))], case.volume(case.label.astype(np.uint8))
+
+
 def case(
-    name: str, logits: np.ndarray, label: np.ndarray, spacing_mm: tuple[float, ...] = (2.0, 2.0, 2.0)
-) -> Any:
-    volume = logits[None].astype(np.float32)
-    return SimpleNamespace(
-        case_id=name,
-        image_float=lambda: volume,
-        image=volume,
-        slope=1.0,
-        intercept=0.0,
-        label=label.astype(np.uint8),
-        shape=label.shape,
-        spacing_mm=spacing_mm,
-    )
+    name: str, logits: np.ndarray, label: np.ndarray, spacing_mm: tuple[float, float, float] = (2.0, 2.0, 2.0)
+) -> Case:
+    return Case(name, logits, label, spacing_mm)
 
 
-def noisy_case(name: str, seed: int, *, classes: int = 2, ignored: bool = False) -> Any:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    folder = tmp_path_factory.mktemp("model")
+    return TrainedModel.load(save_model(folder / "m", threshold_network(dims=2), patch_size=(4, 4)))
+
+
+@pytest.fixture
+def choose(model: TrainedModel) -> Callable[..., Choice]:
+    def choose(
+        network: FromImage, cases: list[Case], preprocessing: Preprocessing = EIGHT_BIT, **options: Any
+    ) -> Choice:
+        predictor = predictor_of(model, network, preprocessing)
+        return choose_postprocessing(predictor, Scans(cases, network.classes), **options)
+
+    return choose
+
+
+def predictor_of(
+    model: TrainedModel, network: FromImage, preprocessing: Preprocessing, **options: Any
+) -> Predictor:
+    labels = {name: index for index, name in enumerate(NAMES[: network.classes])}
+    own = replace(model, network=network, preprocessing=preprocessing, labels=labels)
+    return Predictor([own], device="cpu", precision="fp32", **options)
+
+
+def noisy_case(name: str, seed: int, *, classes: int = 2, ignored: bool = False) -> Case:
     """A square per class, its border uncertain, with a hole, and specks beside it."""
     random = np.random.default_rng(seed)
     shape = (4, 20, 24)
@@ -79,48 +118,30 @@ def noisy_case(name: str, seed: int, *, classes: int = 2, ignored: bool = False)
     return case(name, logits, label)
 
 
-def mean_dice(
-    network: nn.Module, cases: list[Any], options: Postprocessing, preprocessing: Preprocessing, classes: int
-) -> float:
-    """By way of the final table: predict with the options, measure every case, take the mean."""
-    predict = Choice(options, 0.0, 0.0, ()).predict(preprocessing)
-    table = CaseTable()
-    for each in cases:
-        overlap = evaluate_case(predict(network, each, PLAN), each.label, classes, ignore_index=255)
-        table.add(each.case_id, overlap, {str(index): index for index in range(classes)})
-    return table.mean("dice")
-
-
-def choose(
-    network: nn.Module, cases: list[Any], preprocessing: Preprocessing = EIGHT_BIT, **options: Any
-) -> Choice:
-    names = ["background", "tumour", "node"][: network.classes]
-    return choose_postprocessing(network, cases, PLAN, names, preprocessing, **options)
-
-
 @pytest.mark.parametrize("classes", [2, 3])
-def test_every_dice_is_that_of_predicting_with_the_option(classes):
+def test_every_dice_is_that_of_the_final_table_with_the_option(model, choose, classes):
     network = FromImage(classes)
     cases = [noisy_case(f"c{seed}", seed, classes=classes, ignored=seed == 1) for seed in range(3)]
+
+    def mean_dice(options: Postprocessing) -> float:
+        predictor = predictor_of(model, network, EIGHT_BIT, postprocessing=options)
+        return measure_scans(predictor, Scans(cases, classes)).mean("dice")
+
     choice = choose(network, cases)
     kept: dict[str, Any] = {}
     for number, trial in enumerate(choice.trials):
         tried = Postprocessing(**{**kept, trial.option: trial.value})
-        assert trial.dice == pytest.approx(mean_dice(network, cases, tried, EIGHT_BIT, classes), abs=1e-12)
+        assert trial.dice == pytest.approx(mean_dice(tried), abs=1e-12)
         last = number + 1 == len(choice.trials) or choice.trials[number + 1].option != trial.option
         if last:
             kept |= {t.option: t.value for t in choice.trials if t.option == trial.option and t.kept}
     assert Postprocessing(**kept) == choice.options
-    assert choice.dice == pytest.approx(
-        mean_dice(network, cases, choice.options, EIGHT_BIT, classes), abs=1e-12
-    )
-    assert choice.dice_without == pytest.approx(
-        mean_dice(network, cases, Postprocessing(), EIGHT_BIT, classes), abs=1e-12
-    )
+    assert choice.dice == pytest.approx(mean_dice(choice.options), abs=1e-12)
+    assert choice.dice_without == pytest.approx(mean_dice(Postprocessing()), abs=1e-12)
     assert choice.dice > choice.dice_without + MARGIN
 
 
-def test_a_network_that_is_too_careful_gets_a_lower_threshold():
+def test_a_network_that_is_too_careful_gets_a_lower_threshold(choose):
     label = np.zeros((2, 12, 12), np.uint8)
     label[:, 3:9, 3:9] = 1
     logits = np.where(label == 1, math.log(0.35 / 0.65), -9.0)
@@ -131,7 +152,7 @@ def test_a_network_that_is_too_careful_gets_a_lower_threshold():
     assert [trial.value for trial in choice.trials if trial.kept] == [0.3]
 
 
-def test_holes_are_filled_where_the_truth_has_none():
+def test_holes_are_filled_where_the_truth_has_none(choose):
     label = np.zeros((2, 12, 12), np.uint8)
     label[:, 3:9, 3:9] = 1
     logits = np.where(label == 1, 9.0, -9.0)
@@ -139,7 +160,7 @@ def test_holes_are_filled_where_the_truth_has_none():
     assert choose(FromImage(), [case("a", logits, label)]).options == Postprocessing(fill_holes=True)
 
 
-def test_specks_go_with_the_smallest_volume_that_removes_them():
+def test_specks_go_with_the_smallest_volume_that_removes_them(choose):
     label = np.zeros((2, 12, 12), np.uint8)
     label[:, 2:9, 2:9] = 1
     logits = np.where(label == 1, 9.0, -9.0)
@@ -148,7 +169,7 @@ def test_specks_go_with_the_smallest_volume_that_removes_them():
     assert choose(FromImage(), [case("a", logits, label)]).options == Postprocessing(smallest_lesion_ml=0.01)
 
 
-def test_a_perfect_network_gets_nothing():
+def test_a_perfect_network_gets_nothing(choose):
     label = np.zeros((2, 12, 12), np.uint8)
     label[:, 3:9, 3:9] = 1
     choice = choose(FromImage(), [case("a", np.where(label == 1, 9.0, -9.0), label)])
@@ -158,7 +179,7 @@ def test_a_perfect_network_gets_nothing():
 
 
 @pytest.mark.parametrize(("voxels", "kept"), [(1, False), (9, True)])
-def test_an_option_has_to_pay_more_than_the_margin(voxels, kept):
+def test_an_option_has_to_pay_more_than_the_margin(choose, voxels, kept):
     label = np.zeros((4, 32, 32), np.uint8)
     label[:, :16, :16] = 1
     logits = np.where(label == 1, 9.0, -9.0)
@@ -169,35 +190,30 @@ def test_an_option_has_to_pay_more_than_the_margin(voxels, kept):
     assert (choose(FromImage(), [case("a", logits, label)]).options != Postprocessing()) is kept
 
 
-def test_without_foreground_in_truth_nothing_is_chosen():
+def test_without_foreground_in_truth_nothing_is_chosen(choose):
     label = np.zeros((2, 12, 12), np.uint8)
     choice = choose(FromImage(), [case("a", np.full(label.shape, -9.0), label)])
     assert choice.options == Postprocessing() and math.isnan(choice.dice)
     assert json.loads(json.dumps(choice.to_dict(), allow_nan=False))["dice"] is None
 
 
-def test_without_cases_nothing_is_chosen():
+def test_without_cases_nothing_is_chosen(choose):
     assert choose(FromImage(), []).options == Postprocessing()
 
 
 @pytest.mark.parametrize(
     ("preprocessing", "tried"),
-    [
-        (HU, True),
-        (EIGHT_BIT, False),
-        (Preprocessing((ChannelNormalisation((-160, 240), 0.0, 1.0, "HU"),), {0: 0, 1: 1}), False),
-        (Preprocessing((ChannelNormalisation((-850, 200), 0.0, 1.0, "HU"),), {0: 0, 1: 1}), False),
-    ],
-    ids=["lung window", "8-bit", "mediastinum", "percentiles"],
+    [(HU, True), (EIGHT_BIT, False), (MEDIASTINUM, True)],
+    ids=["lung window", "8-bit", "mediastinum"],
 )
-def test_lungs_are_looked_for_where_the_window_shows_them(preprocessing, tried):
+def test_lungs_are_looked_for_where_scans_are_in_hu(choose, preprocessing, tried):
+    """They are found in the scan itself: the window that the network sees does not matter."""
     choice = choose(FromImage(), [noisy_case("a", 0)], preprocessing)
     assert ("inside_lungs" in {trial.option for trial in choice.trials}) is tried
 
 
-def test_lesions_outside_the_lungs_are_removed_where_that_pays(monkeypatch):
+def test_lesions_outside_the_lungs_are_removed_where_that_pays(model):
     phantom = make_phantom(3, shape=(24, 64, 64), kinds=("solid",))
-    hu = np.clip(phantom.image, -1000, 400).astype(np.float32)
     found = phantom.label.copy()
     found[:8, 1:9, 1:9] = 1
 
@@ -211,20 +227,23 @@ def test_lesions_outside_the_lungs_are_removed_where_that_pays(monkeypatch):
 
     network = Marked()
     network.planes = iter(torch.from_numpy(found))
-    scan = case("a", (hu + 100) / 200, phantom.label, phantom.spacing_mm)
-    plan = replace(PLAN, patch_size=(64, 64))
-    monkeypatch.setattr(validation, "windows_per_call", lambda *_: 1)  # slices come one after the other
-    choice = choose_postprocessing(network, [scan], plan, ["background", "tumour"], HU)
+    scan = case("a", phantom.image, phantom.label, phantom.spacing_mm)
+    predictor = predictor_of(model, network, HU, batch_size=1)  # slices come one after the other
+    choice = choose_postprocessing(predictor, Scans([scan], 2))
     assert choice.options == Postprocessing(inside_lungs=True)
     assert choice.dice == 1.0
 
 
-def test_hu_come_back_from_a_cached_case():
-    hu = np.random.default_rng(0).integers(-1000, 400, (2, 3, 4))
-    assert np.array_equal(hu_of(case("a", (hu + 100) / 200, np.zeros(hu.shape)), HU), hu)
+def test_postprocessing_that_the_predictor_has_is_left_out(model):
+    predictor = predictor_of(
+        model, FromImage(), EIGHT_BIT, postprocessing=Postprocessing(smallest_lesion_ml=1e3)
+    )
+    plain = predictor_of(model, FromImage(), EIGHT_BIT)
+    scans = Scans([noisy_case("a", 0)], 2)
+    assert choose_postprocessing(predictor, scans) == choose_postprocessing(plain, scans)
 
 
-def test_processes_share_the_cases_and_agree(monkeypatch):
+def test_processes_share_the_cases_and_agree(choose, monkeypatch):
     network, cases = FromImage(), [noisy_case(f"c{seed}", seed) for seed in range(5)]
     alone = choose(network, cases)
     shares: list[Any] = []
@@ -242,7 +261,7 @@ def test_processes_share_the_cases_and_agree(monkeypatch):
     assert choose(network, cases, rank=1, world_size=2) == alone
 
 
-def test_it_can_be_given_up_after_a_case():
+def test_it_can_be_given_up_after_a_case(choose):
     seen = []
 
     def stop():
@@ -256,8 +275,8 @@ def test_it_can_be_given_up_after_a_case():
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("lungkit.training.trainer.save_curves", lambda *args: None)
-    monkeypatch.setattr("lungkit.training.trainer.draw_overlays", lambda *args, **options: None)
+    monkeypatch.setattr("lungkit.training.run.save_curves", lambda *args: None)
+    monkeypatch.setattr("lungkit.training.finishing.draw_overlays", lambda *args, **options: None)
 
 
 @pytest.fixture
@@ -265,7 +284,7 @@ def chosen(monkeypatch):
     """What every run chooses, since two epochs of a tiny network make nothing worth choosing."""
     options = Postprocessing(threshold=0.999, smallest_lesion_ml=0.5)
     choice = Choice(options, 0.6, 0.5, (Trial("threshold", 0.999, 0.6, True),))
-    monkeypatch.setattr(module, "choose_postprocessing", lambda *args, **keywords: choice)
+    monkeypatch.setattr(finishing, "choose_postprocessing", lambda *args, **keywords: choice)
     return choice
 
 

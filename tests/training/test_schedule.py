@@ -51,7 +51,7 @@ def test_average_follows_the_formula():
         average.update(layer, updates=updates)
         decay = min(0.9, (1 + updates) / (10 + updates))
         expected = decay * expected + (1 - decay) * layer.weight.detach()
-    torch.testing.assert_close(average.state["weight"], expected)
+    torch.testing.assert_close(average.network.weight, expected)
 
 
 def test_average_without_decay_is_the_network_itself():
@@ -59,7 +59,7 @@ def test_average_without_decay_is_the_network_itself():
     average = WeightAverage(layer, decay=0.0)
     torch.nn.init.normal_(layer.weight)
     average.update(layer, updates=1000)
-    assert torch.equal(average.state["weight"], layer.weight)
+    assert torch.equal(average.network.weight, layer.weight)
 
 
 def test_norm_statistics_are_copied_not_averaged():
@@ -67,15 +67,15 @@ def test_norm_statistics_are_copied_not_averaged():
     average = WeightAverage(norm, decay=0.9)
     norm(torch.randn(4, 2, 3, 3) + 5)
     average.update(norm, updates=1000)
-    assert torch.equal(average.state["running_mean"], norm.running_mean)
-    assert average.state["num_batches_tracked"] == 1
+    assert torch.equal(average.network.running_mean, norm.running_mean)
+    assert average.network.num_batches_tracked == 1
 
 
 def test_averaging_leaves_the_network_alone():
     layer = torch.nn.Linear(3, 1)
     before = layer.weight.detach().clone()
     average = WeightAverage(layer, decay=0.9)
-    torch.nn.init.zeros_(average.state["weight"])
+    torch.nn.init.zeros_(average.network.weight)
     average.update(layer, updates=5)
     assert torch.equal(layer.weight, before)
 

@@ -1,4 +1,4 @@
-"""Validation by whole case equals counting by hand; pictures are of cases that a rule chose."""
+"""Validation by whole case equals counting by hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lungkit.metrics import CaseTable
 from lungkit.training.planning import Plan
-from lungkit.training.validation import METRICS, representative_cases, validate
+from lungkit.training.validation import METRICS, validate
 
 PLAN = Plan(
     dims=2,
@@ -97,7 +96,6 @@ def test_only_empty_cases_have_no_mean() -> None:
     empty = np.zeros((1, 8, 8), int)
     table = validate(Threshold(), [case("empty", empty, empty)], PLAN, ("background", "tumour"))
     assert all(math.isnan(table.mean(metric)) for metric in METRICS)
-    assert representative_cases(table) == {}
 
 
 def test_cases_keep_their_order() -> None:
@@ -132,18 +130,3 @@ def test_it_can_be_given_up_after_a_case() -> None:
     with pytest.raises(KeyboardInterrupt):
         validate(Threshold(), cases, PLAN, ("background", "a", "b"), after_case=after_case)
     assert len(seen) == 2
-
-
-@pytest.mark.parametrize(
-    ("dice", "expected"),
-    [
-        ({"a": 0.9, "b": 0.1, "c": 0.5}, {"worst": "b", "median": "c", "best": "a"}),
-        ({"a": 0.5, "b": 0.5, "c": 0.5}, {"worst": "a", "median": "b", "best": "c"}),
-        ({"a": math.nan, "b": 0.2, "c": 0.4}, {"worst": "b", "median": "c", "best": "c"}),
-    ],
-)
-def test_representative_cases_follow_the_ranks(dice: dict[str, float], expected: dict[str, str]) -> None:
-    table = CaseTable()
-    for name, value in dice.items():
-        table.add_row(name, "tumour", {"dice": value})
-    assert representative_cases(table) == expected

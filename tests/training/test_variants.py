@@ -30,8 +30,8 @@ Tiny = Callable[..., TrainConfig]
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take most of the time of a tiny run; the tests of pictures ask for them."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("lungkit.training.trainer.save_curves", lambda *args: None)
-        monkeypatch.setattr("lungkit.training.trainer.draw_overlays", lambda *args, **options: None)
+        monkeypatch.setattr("lungkit.training.run.save_curves", lambda *args: None)
+        monkeypatch.setattr("lungkit.training.finishing.draw_overlays", lambda *args, **options: None)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_only_ignored_voxels_teach_nothing(
 
 
 def test_a_plain_unet_trains_on_cross_entropy_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = steps_of(monkeypatch, "loss_sum", "network", "average.state")
+    losses = steps_of(monkeypatch, "loss_sum", "network", "average.network")
     captured: list[tuple[Tensor, Tensor]] = []
     step = Session.train_step
 
@@ -191,7 +191,7 @@ def test_what_is_validated_and_kept_is_the_average(tiny: Tiny, monkeypatch: pyte
 
     def validated(self: Session, *arguments: Any, **options: Any) -> Any:
         table = validate(self, *arguments, **options)
-        averages.append({name: value.clone() for name, value in self.evaluated.state_dict().items()})
+        averages.append({name: value.clone() for name, value in self.average.network.state_dict().items()})
         return table
 
     monkeypatch.setattr(Session, "train_step", watched)

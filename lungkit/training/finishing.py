@@ -1,0 +1,78 @@
+"""The end of a run: the model that it ships, measured on the scans themselves."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import lungkit
+from lungkit._atomic import write_json_atomic
+from lungkit.checkpoint import BEST, describe_checkpoint
+from lungkit.inference import Predictor, TrainedModel
+from lungkit.metrics import CaseTable, MetricOptions
+from lungkit.pipeline.labelled import LabelledScans, draw_overlays, measure_scans
+from lungkit.report.evaluation import write_measured
+from lungkit.training.engine import gather_objects, on_first_process
+from lungkit.training.postprocessing_choice import Choice, choose_postprocessing
+from lungkit.training.run import Run
+
+_LOG = logging.getLogger("lungkit")
+
+GRID_NOTE = (
+    "Measured on the scans' own grid against the masks as their files hold them: what lungkit-predict gives with this "
+    "run, by lungkit-evaluate's definitions. The validation of every epoch in metrics.csv is on the grid of training."
+)
+
+
+def finish(run: Run) -> CaseTable:
+    """Measure and draw the validation cases with the best weights; with several processes each predicts its share.
+
+    The model is loaded from the run's checkpoint and predicts the files of the scans with the defaults of
+    ``lungkit-predict``: the table is that of the model that a user gets.
+    """
+    session, fabric, folder = run.session, run.fabric, run.folder
+    config, prepared = session.config, session.prepared
+    # The checkpoint may lie on a disk that the first process alone can see.
+    model = on_first_process(fabric, lambda: TrainedModel.load(folder.checkpoints / BEST))
+    predictor = Predictor([model], device=fabric.device)
+    scans = LabelledScans(prepared.dataset, prepared.split.val, config.data.max_voxels)
+    mine = replace(scans, case_ids=scans.case_ids[fabric.global_rank :: fabric.world_size])
+    notes, extra = (
+        [GRID_NOTE],
+        {"lungkit": lungkit.__version__, "epoch": session.best_epoch, "grid": GRID_NOTE},
+    )
+    if config.choose_postprocessing:
+        choice = choose_postprocessing(
+            predictor,
+            scans,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            after_case=run.stop_in_final_validation,
+        )
+        on_first_process(fabric, lambda: _keep(choice, run))
+        predictor = Predictor([model], device=fabric.device, postprocessing=choice.options)
+        notes.append(choice.note)
+    extra["postprocessing"] = predictor.postprocessing.to_dict()
+    options = MetricOptions()
+    share = measure_scans(
+        predictor, mine, options=options, progress=lambda *_: run.stop_in_final_validation()
+    )
+    rows = [row for part in gather_objects(share.rows, fabric.world_size) for row in part]
+    order = {case_id: index for index, case_id in enumerate(scans.case_ids)}
+    table = CaseTable(share.empty, sorted(rows, key=lambda row: order[row.case_id]))
+
+    def write() -> None:
+        run.draw_curves()
+        text = write_measured(folder.path, table, options, name="validation", notes=notes, extra=extra)
+        draw_overlays(folder.overlays, {"": predictor}, scans, {"": table})
+        _LOG.info("validation with the weights of epoch %d\n%s", session.best_epoch, text)
+
+    on_first_process(fabric, write)
+    return table
+
+
+def _keep(choice: Choice, run: Run) -> None:
+    """Write what was tried to the run folder, and what was chosen to the manifest, which prediction goes by."""
+    content = {"epoch": run.session.best_epoch, **choice.to_dict()}
+    write_json_atomic(run.folder.path / "postprocessing.json", content)
+    describe_checkpoint(run.folder.checkpoints / BEST, postprocessing=choice.options.to_dict())
