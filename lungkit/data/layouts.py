@@ -120,8 +120,14 @@ def _open_nnunet(root: Path) -> Dataset:
                 f"declares {sorted(expected)} ({', '.join(channel_names)}); add files or correct it"
             )
     _warn_of_count(content, json_path, len(images))
+    patients = _parse_patients(content, json_path)
     cases = tuple(
-        Case(case_id, tuple(channels[index] for index in sorted(channels)), masks[case_id], case_id)
+        Case(
+            case_id,
+            tuple(channels[index] for index in sorted(channels)),
+            masks[case_id],
+            patients.get(case_id, case_id),
+        )
         for case_id, channels in sorted(images.items())
     )
     return Dataset(root, _name(content, root), cases, labels, channel_names, ignore_label, "nnunet")
@@ -231,6 +237,14 @@ def _parse_channels(content: dict[str, Any], path: Path) -> tuple[str, ...]:
     if not declared:
         raise DataError(f'{path}: \'channel_names\' is empty; declare e.g. {{"0": "CT"}}')
     return tuple(str(declared[str(index)]) for index in range(len(declared)))
+
+
+def _parse_patients(content: dict[str, Any], path: Path) -> dict[str, str]:
+    """Patient by case id, as ``lungkit-import`` notes them; a case without an entry is a patient of its own."""
+    declared = content.get("patients", {})
+    if not isinstance(declared, dict) or not all(isinstance(patient, str) for patient in declared.values()):
+        raise DataError(f"{path}: 'patients' must map case ids to names of patients, found {declared!r:.80}")
+    return declared
 
 
 def _name(content: dict[str, Any], root: Path) -> str:

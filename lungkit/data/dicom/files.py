@@ -13,7 +13,7 @@ from lungkit.errors import DataError, LungkitError
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 _FILE_META = (0x00020002, 0x00020010)  # MediaStorageSOPClassUID, TransferSyntaxUID
-_DICOMDIR = "1.2.840.10008.1.3.10"
+DICOMDIR = "1.2.840.10008.1.3.10"
 
 # Names that DICOM files go by; some archives give them none, or end the name with a part of a UID.
 _DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
@@ -64,11 +64,11 @@ def read_headers(folder: Path) -> list[tuple[Path, Any]]:
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder.name}: cannot be read ({error.strerror}); name a readable folder") from None
-    found = [(path, read_header(path)) for path in files if _is_dicom(path)]
+    found = [(path, read_header(path)) for path in files if is_dicom(path)]
     found = [
         (path, header)
         for path, header in found
-        if header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR
+        if header.file_meta.get("MediaStorageSOPClassUID") != DICOMDIR
     ]
     if not found:
         raise DataError(
@@ -95,7 +95,7 @@ def read_header(path: Path) -> Any:
                         "written: export it again"
                     )
                 del header[tag]
-    if header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
+    if header.file_meta.get("MediaStorageSOPClassUID") != DICOMDIR:
         for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"):
             if not header.get(keyword):
                 raise DataError(
@@ -178,7 +178,7 @@ def is_localizer(header: Any) -> bool:
     return "LOCALIZER" in [str(word).upper() for word in (header.get("ImageType") or ())]
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     """Whether the file carries the DICOM mark; DataError where it does not but its name or content says it should."""
     try:
         with path.open("rb") as file:

@@ -16,6 +16,7 @@ from lungkit.data.dicom.files import (
     ENHANCED_CT,
     is_image,
     is_localizer,
+    read_header,
     read_headers,
 )
 from lungkit.data.dicom.pixels import read_slice
@@ -70,7 +71,7 @@ def find_series(folder: str | os.PathLike[str]) -> list[SeriesInfo]:
         DataError: no such folder, no DICOM file in it, or a damaged one.
         UsageError: pydicom is not installed.
     """
-    return [info for info, _ in _group(read_headers(Path(folder)))]
+    return [info for info, _ in group_series(read_headers(Path(folder)))]
 
 
 def read_series(
@@ -106,7 +107,17 @@ def read_series(
         ((512, 512, 240), 'int16')
     """
     folder = Path(folder)
-    info, headers = _choose(_group(read_headers(folder)), series, folder)
+    info, headers = _choose(group_series(read_headers(folder)), series, folder)
+    return _read(folder, info, headers, max_voxels)
+
+
+def read_found_series(info: SeriesInfo, *, max_voxels: int = DEFAULT_MAX_VOXELS) -> DicomScan:
+    """As :func:`read_series`, for a series of :func:`find_series`: no other file of its folder is looked at."""
+    headers = [read_header(path) for path in info.files]
+    return _read(info.files[0].parent, info, headers, max_voxels)
+
+
+def _read(folder: Path, info: SeriesInfo, headers: list[Any], max_voxels: int) -> DicomScan:
     names = [path.name for path in info.files]
     if len(headers) * info.size[0] * info.size[1] > max_voxels:
         raise DataError(
@@ -128,7 +139,8 @@ def read_series(
     return DicomScan(Volume(array=array, affine=grid.affine, path=folder), info, tuple(headers))
 
 
-def _group(headers: Sequence[tuple[Path, Any]]) -> list[tuple[SeriesInfo, list[Any]]]:
+def group_series(headers: Sequence[tuple[Path, Any]]) -> list[tuple[SeriesInfo, list[Any]]]:
+    """The image series among ``headers`` of :func:`~lungkit.data.dicom.files.read_headers`, by series number."""
     groups: dict[str, list[tuple[Path, Any]]] = {}
     for path, header in headers:
         if is_image(header) and not is_localizer(header):

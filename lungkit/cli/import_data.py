@@ -1,0 +1,131 @@
+"""``lungkit-import``: a dataset to train on from what hospitals and archives hold."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lungkit
+from lungkit.cli._common import run_command
+from lungkit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from lungkit.data.dicom.import_dataset import Import
+
+_LOG = logging.getLogger("lungkit")
+
+_EPILOG = """
+SRC is looked through at any depth (PATIENT/STUDY/SERIES) for CT series and for the RTSTRUCT and SEG objects made on
+them. DATASET gets imagesTr/, labelsTr/ and dataset.json (nnU-Net raw) with cases p001-ct1, p002-ct1, ...: no name, no
+date, no UID. lungkit-train keeps the cases of a patient in one fold.
+Examples:
+  lungkit-import dicom archive/ -o DATASET --roi 'GTV.*=tumour'
+  lungkit-import dicom archive/ -o DATASET --roi 'GTV.*=tumour' --roi 'lung.*=lung' --masks rtstruct
+  lungkit-train --data DATASET
+Where classes overlap, the one that comes first stays. Exit codes: 0 ok, 2 usage, 3 bad data: something could not be
+used; it is named, and the rest is written.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    return run_command(lambda: _import_dicom(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from lungkit.data.volume import DEFAULT_MAX_VOXELS
+
+    parser = argparse.ArgumentParser(
+        prog="lungkit-import", description="Make a dataset to train on.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=lungkit.__version__)
+    dicom = parser.add_subparsers(dest="kind", required=True, metavar="KIND").add_parser(
+        "dicom",
+        help="CT series with RTSTRUCT or SEG",
+        description="Make a dataset to train on from DICOM: CT series with RTSTRUCT or SEG.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = dicom.add_argument
+    add("source", type=Path, metavar="SRC", help="folder of DICOM files, at any depth")
+    add("-o", "--output", type=Path, required=True, metavar="DATASET", help="new folder for the dataset")
+    add(
+        "--roi",
+        action="append",
+        default=[],
+        metavar="REGEX=LABEL",
+        help="structures whose whole name fits, in any case, are of this class; repeatable "
+        "(default: the one name that all masks share)",
+    )
+    add(
+        "--masks",
+        nargs="+",
+        default=["rtstruct", "seg"],
+        choices=("rtstruct", "seg"),
+        help="which to take (default: both)",
+    )
+    add("--unite", action="store_true", help="put several masks of one series together (default: refuse it)")
+    add(
+        "--patient-ids",
+        action="store_true",
+        help="call cases after the patient ID (default: p001, p002, ...)",
+    )
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE.csv",
+        help="new file that says which folder became which case: it names patients where the folders do",
+    )
+    add("--max-voxels", type=int, default=DEFAULT_MAX_VOXELS, metavar="N", help="refuse larger series")
+    return parser
+
+
+def _import_dicom(options: argparse.Namespace) -> int:
+    from lungkit._atomic import write_text_atomic
+    from lungkit.data.dicom.import_dataset import import_dicom
+    from lungkit.data.dicom.read_label import StructureRule
+
+    if options.report is not None and options.report.exists():
+        raise UsageError(f"--report {options.report} exists; name a new file")
+    result = import_dicom(
+        options.source,
+        options.output,
+        rules=[StructureRule.parse(text) for text in options.roi],
+        kinds=options.masks,
+        unite=options.unite,
+        name_patients=options.patient_ids,
+        max_voxels=options.max_voxels,
+    )
+    for what, count in sorted(result.others.items()):
+        _LOG.info("passed over: %d %s", count, what)
+    for path, reason in result.unlabelled.items():
+        _LOG.warning("passed over: %s: %s", path, reason)
+    for path, reason in result.failed.items():
+        _LOG.error("not used: %s: %s", path, reason)
+    if options.report is not None:
+        write_text_atomic(options.report, _table(result))
+    _LOG.info(
+        "%d cases in %s; train with: lungkit-train --data %s",
+        len(result.cases),
+        options.output,
+        options.output,
+    )
+    return DataError.exit_code if result.failed else 0
+
+
+def _table(result: Import) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["case", "folder", "masks", "note"])
+    for case in result.cases:
+        writer.writerow([case.case_id, case.series, "; ".join(map(str, case.masks)), ""])
+    for path, reason in {**result.unlabelled, **result.failed}.items():
+        writer.writerow(["", path, "", reason])
+    return text.getvalue()
