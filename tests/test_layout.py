@@ -46,8 +46,6 @@ TESTED_IN = {
     "experiments/arms.py": "experiments/test_compare.py",
     "experiments/figures.py": "experiments/test_compare.py",
     "experiments/runs.py": "experiments/test_compare.py",
-    "inference/classes.py": "inference/test_postprocessing.py",
-    "inference/windows_plan.py": "inference/test_patches.py",
     "losses/_ranks.py": "losses/test_dice_ce_loss.py",
     "losses/dice_ce.py": "losses/test_dice_ce_loss.py",
     "losses/focal.py": "losses/test_overlap.py",

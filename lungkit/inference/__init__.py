@@ -5,7 +5,6 @@ from __future__ import annotations
 from lungkit.inference.lungs import lung_mask
 from lungkit.inference.patches import gaussian_weights, patch_starts
 from lungkit.inference.postprocessing import Postprocessing, classes_from_probabilities, postprocess
-from lungkit.inference.predict import attention_map, predict_case
 from lungkit.inference.predictor import Prediction, Predictor
 from lungkit.inference.sliding_window import predict_label, sliding_window, stream_logits
 from lungkit.inference.trained_model import TrainedModel
@@ -15,13 +14,11 @@ __all__ = [
     "Prediction",
     "Predictor",
     "TrainedModel",
-    "attention_map",
     "classes_from_probabilities",
     "gaussian_weights",
     "lung_mask",
     "patch_starts",
     "postprocess",
-    "predict_case",
     "predict_label",
     "sliding_window",
     "stream_logits",

@@ -15,13 +15,14 @@ from torch import Tensor
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.inference import Postprocessing, Predictor
-from lungkit.inference.classes import classes_from_probabilities, largest
 from lungkit.inference.lungs import lung_mask, near_lungs
 from lungkit.inference.postprocessing import (
     LUNG_MARGIN_MM,
     Lesions,
+    classes_from_probabilities,
     fill_holes,
     foreground_box,
+    largest,
     voxels_of,
 )
 from lungkit.metrics import overlap_metrics

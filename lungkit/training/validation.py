@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,9 +10,9 @@ from torch import nn
 
 from lungkit.data import CachedCase
 from lungkit.data.dataset import IGNORE_INDEX
-from lungkit.inference import predict_case
+from lungkit.inference import predict_label
+from lungkit.inference.patches import patches_per_call, prediction_patch
 from lungkit.inference.sliding_window import device_of
-from lungkit.inference.windows_plan import windows_per_call
 from lungkit.metrics import CaseTable, evaluate_case
 from lungkit.training.engine import gather_objects
 from lungkit.training.planning import Plan
@@ -38,19 +37,19 @@ def validate(
     :func:`lungkit.training.finishing.finish`. ``after_case`` is called after each case and may raise to give up.
     """
     labels = {name: index for index, name in enumerate(class_names)}
+    device = device_of(network, torch.device("cpu"))
     mine = []
     for case in cases[rank::world_size]:
-        size = case.shape[1:] if plan.dims == 2 else plan.patch_size
-        prediction = predict_case(
+        patch = prediction_patch(plan.patch_size, case.shape)
+        label = predict_label(
             network,
-            case,
-            plan.patch_size,
-            batch_size=windows_per_call(device_of(network, torch.device("cpu")).type, math.prod(size)),
-            whole_slices=plan.dims == 2,
+            torch.from_numpy(case.image_float()).to(device),
+            patch,
+            batch_size=patches_per_call(device.type, patch),
             context_slices=plan.context_slices,
         )
         truth = np.asarray(case.label)
-        overlap = evaluate_case(prediction, truth, len(labels), ignore_index=IGNORE_INDEX)
+        overlap = evaluate_case(label.cpu().numpy(), truth, len(labels), ignore_index=IGNORE_INDEX)
         mine.append((case.case_id, overlap))
         if after_case is not None:
             after_case()

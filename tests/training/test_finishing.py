@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from lungkit.data import read_volume
+from lungkit.data import CachedCase, read_volume
 from lungkit.inference import Predictor
 from lungkit.metrics import MetricOptions
 from lungkit.training import TrainConfig, Trainer, finishing
@@ -53,8 +54,16 @@ def test_the_truth_is_the_mask_of_the_file_not_of_the_cache(
     resampled: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network that repeats the resampled truth is perfect in metrics.csv, and the final table does not ask it."""
+    image_float, asked = CachedCase.image_float, []
+
+    def watched(case: CachedCase) -> np.ndarray:
+        asked.append(case)
+        return image_float(case)
+
+    monkeypatch.setattr(CachedCase, "image_float", watched)
     monkeypatch.setattr(
-        "lungkit.training.validation.predict_case", lambda network, case, *_, **__: np.asarray(case.label)
+        "lungkit.training.validation.predict_label",
+        lambda *_, **__: torch.from_numpy(np.array(asked[-1].label)),
     )
     result = Trainer(resampled).fit()
     assert result.best_dice == 1.0 and result.dice < 1.0
