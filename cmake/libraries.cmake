@@ -1,6 +1,6 @@
 # lungkit_cpu.so, lungkit_cuda.so and, for the tests, lungkit_emulated.so. An op is a folder csrc/<op>/ with cpu.cpp
 # (registration), kernel_cpu.cpp (compiled once for each instruction set) and cuda.cu; naming it here is all it takes.
-set(LUNGKIT_OPS attention_gate confusion_counts dice_ce gate_tail)
+set(LUNGKIT_OPS attention_gate confusion_counts dice_ce gate_tail norm_act)
 
 set(csrc ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
 list(TRANSFORM LUNGKIT_OPS PREPEND ${csrc}/ OUTPUT_VARIABLE op_folders)

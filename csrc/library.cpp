@@ -5,6 +5,7 @@
 #include "confusion_counts/schema.h"
 #include "dice_ce/schema.h"
 #include "gate_tail/schema.h"
+#include "norm_act/schema.h"
 
 #ifdef LUNGKIT_EMULATE
 STABLE_TORCH_LIBRARY(lungkit_emulated, m) {
@@ -15,4 +16,5 @@ STABLE_TORCH_LIBRARY(lungkit, m) {
   lungkit::define_confusion_counts(m);
   lungkit::define_dice_ce(m);
   lungkit::define_gate_tail(m);
+  lungkit::define_norm_act(m);
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lungkit.errors import UsageError
 from lungkit.nn.convolution import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from lungkit.nn.norms import make_norm
+from lungkit.nn.norms import GroupNorm, make_norm
 
 _DROPOUTS: dict[int, Any] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _AVERAGE_POOLS: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -103,6 +103,35 @@ class ConvUnit(nn.Sequential):
             layers["act"] = make_activation(activation)
         super().__init__(layers)
 
+    def forward(
+        self, input: Tensor, *, residual: Tensor | None = None, activation: nn.Module | None = None
+    ) -> Tensor:
+        """``activation(norm(conv(input)) + residual)``, with the unit's own activation where it has one."""
+        layers = dict(self.named_children())
+        return _finish(layers["conv"](input), layers.get("norm"), layers.get("act", activation), residual)
+
+
+def _finish(
+    x: Tensor, norm: nn.Module | None, activation: nn.Module | None, residual: Tensor | None
+) -> Tensor:
+    """``activation(norm(x) + residual)``: one op where it can be; x, which nobody else has seen, may be overwritten."""
+    slope = _slope_of(activation)
+    if isinstance(norm, GroupNorm) and slope is not None:
+        out: Tensor = norm(x, slope=slope, residual=residual, in_place=True)
+        return out
+    x = x if norm is None else norm(x)
+    x = x if residual is None else x + residual
+    return x if activation is None else activation(x)
+
+
+def _slope_of(activation: nn.Module | None) -> float | None:
+    """Slope for negative values where the activation is a leaky ReLU, a ReLU or none."""
+    if activation is None:
+        return 1.0
+    if isinstance(activation, nn.ReLU):
+        return 0.0
+    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else None
+
 
 class ConvBlock(nn.Module):
     """Several convolution units at one level; the first carries the stride.
@@ -170,9 +199,14 @@ class ConvBlock(nn.Module):
         self.dropout = _DROPOUTS[dims](dropout) if dropout else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.units(x)
-        if self.shortcut is not None and self.act is not None:
-            out = self.act(out + self.shortcut(x))
+        if self.shortcut is None:
+            out = self.units(x)
+        else:
+            *first, last = self.units
+            out = x
+            for unit in first:
+                out = unit(out)
+            out = last(out, residual=self.shortcut(x), activation=self.act)
         return out if self.dropout is None else self.dropout(out)
 
 

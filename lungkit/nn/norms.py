@@ -1,23 +1,64 @@
-"""Normalisation layers by name, and an instance norm that is fast in both memory layouts."""
+"""Normalisation layers by name; group and instance norm by the fused op."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lungkit.errors import UsageError
-from lungkit.nn.convolution import CHANNELS_LAST
+from lungkit.ops.norm_act import norm_act
 
 BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 NORMS = ("instance", "batch", "group", "none")
 
 
-class InstanceNorm(nn.GroupNorm):
+class GroupNorm(nn.GroupNorm):
+    r"""Group norm, together with the leaky ReLU and the sum that may follow it: :func:`lungkit.ops.norm_act`.
+
+    Parameters have the names and shapes of ``nn.GroupNorm``, and the numbers are the same; half features stay half,
+    with statistics in float32.
+
+    Args:
+        groups: groups of channels.
+        channels: C, a multiple of ``groups``.
+        eps: added to the variance.
+        affine: learn gamma and beta; without, they are 1 and 0.
+
+    Shapes:
+        (B, C, \*S) -> (B, C, \*S), in the memory layout of the input.
+
+    Source: Wu and He, "Group Normalization", 2018.
+
+    Example:
+        >>> import torch
+        >>> from lungkit.nn.norms import GroupNorm
+        >>> norm, x, other = GroupNorm(2, 4), torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+        >>> expected = torch.nn.functional.leaky_relu(norm(x) + other, 0.1)
+        >>> bool(torch.allclose(norm(x, slope=0.1, residual=other), expected, atol=1e-5))
+        True
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, *, affine: bool = True) -> None:
+        super().__init__(groups, channels, eps=eps, affine=affine)
+
+    def forward(
+        self, input: Tensor, *, slope: float = 1.0, residual: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        """leaky(norm(input) + residual), see :func:`lungkit.ops.norm_act`."""
+        return norm_act(
+            input,
+            self.weight,
+            self.bias,
+            groups=self.num_groups,
+            residual=residual,
+            slope=slope,
+            eps=self.eps,
+            in_place=in_place,
+        )
+
+
+class InstanceNorm(GroupNorm):
     r"""Instance norm in 2D and 3D: a group norm with one channel per group.
 
     .. math::
@@ -25,10 +66,6 @@ class InstanceNorm(nn.GroupNorm):
 
     with mean and (biased) variance over the voxels of each image and channel. Parameters have the names and
     shapes of ``nn.InstanceNorm2d``, and the numbers are the same.
-
-    ``nn.InstanceNorm`` runs on CPU as a batch norm over B x C channels and copies channels-last input; the group
-    norm is several times faster. Its backward pass for channels-last input on CPU reads each channel with a
-    stride, ten times slower than need be, so that case has a backward pass of its own here.
 
     Args:
         channels: C.
@@ -49,52 +86,7 @@ class InstanceNorm(nn.GroupNorm):
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, *, affine: bool = True) -> None:
-        super().__init__(channels, channels, eps=eps, affine=affine)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _is_slow_in_backward(input):
-            return _ChannelsLastInstanceNorm.apply(input, self.weight, self.bias, self.eps)
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-
-
-def _is_slow_in_backward(x: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.is_contiguous():
-        return False
-    layout = CHANNELS_LAST.get(x.dim() - 2)
-    return layout is not None and x.is_contiguous(memory_format=layout)
-
-
-class _ChannelsLastInstanceNorm(torch.autograd.Function):
-    """Group norm with one channel per group, with a backward pass that reads channels-last tensors in order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        batch, channels = x.shape[:2]
-        voxels = math.prod(x.shape[2:])
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, voxels, channels, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        voxels = math.prod(x.shape[2:])
-        # Sums over the voxels as products with a row of ones: accurate, and read in memory order.
-        rows, gradient_rows = (t.movedim(1, -1).flatten(1, -2) for t in (x, dy))
-        ones = x.new_ones(x.shape[0], 1, voxels)
-        sum_dy = torch.bmm(ones, gradient_rows)[:, 0]
-        sum_dy_x = torch.bmm(ones, gradient_rows * rows)[:, 0]
-        sum_dy_xhat = (sum_dy_x - mean * sum_dy) * rstd
-        # dx = gamma rstd (dy - mean(dy) - xhat mean(dy xhat)), arranged as a dy + b x + c.
-        a = rstd if weight is None else weight * rstd
-        b = -a * rstd * sum_dy_xhat / voxels
-        c = -a * sum_dy / voxels - b * mean
-        a, b, c = (t.reshape(*t.shape, *(1,) * (x.dim() - 2)) for t in (a, b, c))
-        dx = torch.addcmul(c, x, b).addcmul_(dy, a)
-        if weight is None:
-            return dx, None, None, None
-        return dx, sum_dy_xhat.sum(0), sum_dy.sum(0), None
+        super().__init__(channels, channels, eps, affine=affine)
 
 
 def make_norm(norm: str, dims: int, channels: int, *, groups: int = 8) -> nn.Module:
@@ -126,7 +118,7 @@ def make_norm(norm: str, dims: int, channels: int, *, groups: int = 8) -> nn.Mod
             raise UsageError(
                 f"groups must divide the channels of every level, got {groups} for {channels} channels"
             )
-        return nn.GroupNorm(groups, channels)
+        return GroupNorm(groups, channels)
     if norm == "none":
         return nn.Identity()
     raise UsageError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lungkit.errors import UsageError
-from lungkit.nn.norms import InstanceNorm, make_norm
+from lungkit.nn.norms import GroupNorm, InstanceNorm, make_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +66,7 @@ def test_instance_norm_takes_a_gradient_in_another_layout():
 def test_instance_norm_refuses_a_silent_second_derivative():
     x = torch.randn(2, 4, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
     (gradient,) = torch.autograd.grad(InstanceNorm(4)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
 
 
@@ -82,7 +82,7 @@ def test_instance_norm_takes_an_empty_batch():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("instance", InstanceNorm), ("group", nn.GroupNorm), ("none", nn.Identity)]
+    ("name", "kind"), [("instance", InstanceNorm), ("group", GroupNorm), ("none", nn.Identity)]
 )
 def test_make_norm_by_name(name, kind):
     assert type(make_norm(name, 2, 16)) is kind
