@@ -1,0 +1,364 @@
+"""Norm, residual and leaky ReLU in one op: every instruction set and the emulated CUDA kernels against the twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_on_cpu.emulator import Emulator
+from torch import Tensor
+
+from lungkit.errors import UsageError
+from lungkit.ops import norm_act as module
+from lungkit.ops.norm_act import norm_act, reference
+
+OPS = torch.ops.lungkit
+# Shape and groups: one voxel left over everywhere, channels that no vector divides, groups of several channels, long
+# images of several chunks.
+SHAPES = [
+    ((2, 3, 5, 7), 3),
+    ((1, 16, 9, 8, 7), 16),
+    ((2, 33, 10, 11), 33),
+    ((2, 8, 20, 33), 4),
+    ((1, 24, 6, 7, 8), 3),
+    ((2, 1, 50), 1),
+    ((1, 4, 100, 101), 4),
+    ((1, 300, 3, 4), 300),
+    ((1, 2, 64, 128), 2),
+]
+# As a share of the largest value: half types round once, on the way out; float sums over a chunk.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SLOPE = 0.1
+
+
+def draw(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, channels_last: bool = False, offset: float = 0.0
+) -> Tensor:
+    tensor = (2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + offset).to(dtype)
+    if channels_last and len(shape) > 3:
+        order = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        tensor = tensor.contiguous(memory_format=order)
+    return tensor
+
+
+def parameters(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return draw((channels,), wide, 10), draw((channels,), wide, 11)
+
+
+def assert_near(found: Tensor, exact: Tensor, limit: float, what: str) -> None:
+    assert found.shape == exact.shape, what
+    if exact.numel():
+        scale = max(float(exact.abs().max()), 1e-3)
+        difference = float((found.double() - exact).abs().max()) / scale
+        assert difference <= limit, f"{what} differs by {difference:.2g} of the largest, allowed {limit:.2g}"
+
+
+def check(
+    ops: object,
+    x: Tensor,
+    grad: Tensor,
+    groups: int,
+    *,
+    affine: bool = True,
+    residual: Tensor | None = None,
+    slope: float = SLOPE,
+) -> None:
+    """Forward and backward against the twin and its autograd in float64."""
+    weight, bias = parameters(x.shape[1], x.dtype) if affine else (None, None)
+    y, mean, rstd = ops.norm_act(x, weight, bias, residual, groups, 1e-5, slope)
+    kept = None if residual is None else y
+    found = ops.norm_act_backward(grad, x, kept, mean, rstd, weight, bias, slope, residual is not None)
+    exact = [
+        None if tensor is None else tensor.double().clone().requires_grad_()
+        for tensor in (x, weight, bias, residual)
+    ]
+    expected, expected_mean, expected_rstd = reference(*exact, groups, 1e-5, slope)
+    limit = TOLERANCE[x.dtype]
+    assert y.dtype == x.dtype
+    assert_near(y, expected.detach(), limit, "y")
+    # Which side of the activation a voxel next to zero is on is a matter of rounding: gradients go by the kernels' own.
+    sums = min(limit, 1e-5)
+    assert_near(mean, expected_mean.detach(), sums, "mean")
+    assert_near(rstd, expected_rstd.detach(), sums, "rstd")
+    wanted = module._reference_backward(
+        grad.double(), x.double(), None if kept is None else y.double(), mean.double(), rstd.double(),
+        None if weight is None else weight.double(), None if bias is None else bias.double(), slope,
+        residual is not None,
+    )  # fmt: skip
+    for name, one, other in zip(("x", "weight", "bias", "residual"), found, wanted, strict=True):
+        assert_near(one, other, limit, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_every_shape_equals_the_twin(isa, shape, groups, dtype, channels_last, with_residual):
+    x, grad, residual = (
+        draw(shape, dtype, seed, channels_last=channels_last, offset=3.0) for seed in range(3)
+    )
+    check(OPS, x, grad, groups, residual=residual if with_residual else None)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_the_emulated_cuda_kernels_equal_the_twin(emulated, shape, groups, dtype, channels_last):
+    x, grad, residual = (
+        draw(shape, dtype, seed, channels_last=channels_last, offset=3.0) for seed in range(3)
+    )
+    check(emulated, x, grad, groups)
+    check(emulated, x, grad, groups, affine=False, residual=residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_emulated_cuda_kernels_take_every_dtype(emulated, dtype):
+    x, grad, residual = (draw((2, 8, 9, 16), dtype, seed) for seed in range(3))
+    check(emulated, x, grad, 4, residual=residual)
+
+
+def test_the_emulated_cuda_kernels_give_the_same_bits_in_every_order_of_threads(emulated_library):
+    torch.ops.load_library(str(emulated_library))
+    emulated = torch.ops.lungkit_emulated
+    for channels_last in (False, True):
+        x, grad = (draw((2, 16, 33, 40), torch.float32, seed, channels_last=channels_last) for seed in (0, 1))
+        weight, bias = parameters(16, torch.float32)
+
+        def both(x=x, grad=grad, weight=weight, bias=bias):
+            y, mean, rstd = emulated.norm_act(x, weight, bias, None, 16, 1e-5, SLOPE)
+            gradients = emulated.norm_act_backward(grad, x, None, mean, rstd, weight, bias, SLOPE, False)
+            return (y, mean, rstd, *gradients)
+
+        Emulator(emulated_library).in_every_order(both)
+
+
+@pytest.mark.parametrize(("extent", "launches"), [(32, 1), (96, 3)])
+def test_a_channel_that_a_block_holds_takes_one_launch(emulated_library, extent, launches):
+    torch.ops.load_library(str(emulated_library))
+    x = draw((1, 4, extent, extent), torch.float32, 0)
+    with Emulator(emulated_library).counted() as counts:
+        torch.ops.lungkit_emulated.norm_act(x, None, None, None, 4, 1e-5, SLOPE)
+    assert counts.launches == launches
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.repeat(1, 2, 1, 1, 1)[:, : t.shape[1]],
+        lambda t: t.transpose(3, 4).contiguous().transpose(3, 4),
+        lambda t: t.repeat(1, 2, 1, 1, 1).contiguous(memory_format=torch.channels_last_3d)[:, : t.shape[1]],
+        lambda t: t[:1].expand_as(t),
+    ],
+    ids=["channel slice", "transposed", "slice of channels-last", "one image"],
+)
+@pytest.mark.parametrize("which", range(3))
+def test_any_strides_equal_the_twin(isa, which, view):
+    tensors = [draw((2, 6, 4, 6, 5), torch.float32, seed) for seed in range(3)]
+    tensors[which] = view(tensors[which])
+    x, grad, residual = tensors
+    check(OPS, x, grad, 3, residual=residual)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("groups", [6, 2])
+def test_the_numbers_are_those_of_torch(groups, slope):
+    x, residual = draw((2, 6, 9, 8), torch.float64, 0), draw((2, 6, 9, 8), torch.float64, 1)
+    weight, bias = parameters(6, torch.float64)
+    found = norm_act(x, weight, bias, groups=groups, residual=residual, slope=slope)
+    expected = F.leaky_relu(F.group_norm(x, groups, weight, bias) + residual, slope)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_large_mean_costs_no_digits(isa):
+    # E[x^2] - E[x]^2 in float32 would leave nothing of a variance of 1 beside a mean of 30,000.
+    x = 30_000 + draw((1, 2, 64, 65), torch.float32, 0) / 2
+    for features in (x, x.contiguous(memory_format=torch.channels_last)):
+        exact = F.group_norm(features.double(), 2)
+        assert float((norm_act(features).double() - exact).abs().max()) < 5e-3  # x itself has steps of 2e-3
+
+
+def test_statistics_of_half_features_are_float():
+    x = torch.full((1, 1, 300, 300), 1000.0, dtype=torch.float16)
+    x[..., ::2] = 1002.0  # the sum is 9e7, the sum of squares 9e10
+    y, mean, rstd = OPS.norm_act(x, None, None, None, 1, 0.0, 1.0)
+    assert (mean.dtype, mean.item(), rstd.item()) == (torch.float32, 1001.0, 1.0)
+    assert y.unique().tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_lie_as_the_features_do(channels_last):
+    x = draw((2, 5, 4, 6, 5), torch.float32, 0, channels_last=channels_last).requires_grad_()
+    y = norm_act(x, residual=x.detach().contiguous())
+    y.backward(torch.ones_like(y, memory_format=torch.contiguous_format))
+    assert y.stride() == x.grad.stride() == x.stride()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_same_bits_for_any_number_of_threads(channels_last):
+    x = draw((1, 3, 90, 100), torch.float32, 0, channels_last=channels_last)
+    grad = draw((1, 3, 90, 100), torch.float32, 1, channels_last=channels_last)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, mean, rstd = OPS.norm_act(x, None, None, None, 3, 1e-5, SLOPE)
+            results.append((y, *OPS.norm_act_backward(grad, x, None, mean, rstd, None, None, SLOPE, False)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_in_place_overwrites_its_input_where_no_gradient_is_recorded():
+    for channels_last in (False, True):
+        x = draw((2, 6, 9, 8), torch.float32, 0, channels_last=channels_last)
+        expected = norm_act(x, slope=SLOPE)
+        with torch.no_grad():
+            y = norm_act(x, slope=SLOPE, in_place=True)
+        assert y.data_ptr() == x.data_ptr()
+        assert torch.equal(y, expected)
+
+
+def test_in_place_of_a_view_with_gaps_writes_to_the_view():
+    base = draw((2, 6, 9, 8), torch.float32, 0).contiguous(memory_format=torch.channels_last)
+    kept = base.clone()
+    expected = norm_act(base[:, :3])
+    with torch.no_grad():
+        norm_act(base[:, :3], in_place=True)
+    assert torch.equal(base[:, :3], expected)
+    assert torch.equal(base[:, 3:], kept[:, 3:])
+
+
+def test_in_place_leaves_its_input_alone_where_a_gradient_is_recorded():
+    x = draw((2, 6, 9, 8), torch.float32, 0)
+    before = x.clone()
+    norm_act(x, in_place=True)
+    assert torch.equal(x, before)
+
+
+def test_backward_keeps_x_and_two_numbers_a_channel():
+    kept = []
+    x = draw((2, 6, 9, 8), torch.float32, 0).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm_act(x, slope=SLOPE)
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(2, 6), (2, 6), (2, 6, 9, 8)]
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4, 6), (2, 5, 0, 6)])
+def test_nothing_in_gives_nothing_out(shape):
+    x, weight = torch.zeros(shape, requires_grad=True), torch.ones(5, requires_grad=True)
+    norm_act(x, weight, slope=SLOPE).sum().backward()
+    assert x.grad.shape == shape
+    assert float(weight.grad.abs().sum()) == 0
+
+
+def test_nan_stays_in_its_channel():
+    x = draw((1, 3, 5, 6), torch.float32, 0)
+    x[0, 1, 2, 3] = float("nan")
+    assert norm_act(x).isnan().flatten(2).all(2).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_gradcheck(groups, with_residual):
+    x, residual = (draw((2, 4, 3, 5), torch.float64, seed).requires_grad_() for seed in (0, 1))
+    weight, bias = (tensor.requires_grad_() for tensor in parameters(4, torch.float64))
+    inputs = (x, weight, bias, *([residual] if with_residual else []))
+
+    def run(x, weight, bias, residual=None):
+        return norm_act(x, weight, bias, groups=groups, residual=residual, slope=SLOPE)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(channels_last):
+    x = draw((2, 4, 3, 5), torch.float32, 0, channels_last=channels_last).requires_grad_()
+    weight, bias = (tensor.requires_grad_() for tensor in parameters(4, torch.float32))
+    torch.library.opcheck(OPS.norm_act.default, (x, weight, bias, None, 4, 1e-5, SLOPE))
+    residual = x.detach().clone().requires_grad_()
+    torch.library.opcheck(OPS.norm_act.default, (x, weight, bias, residual, 2, 1e-5, SLOPE))
+    torch.library.opcheck(
+        OPS.norm_act_.default, (x.detach().clone(), weight.detach(), None, None, 4, 1e-5, SLOPE)
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic):
+    torch._dynamo.reset()
+    weight, bias = parameters(4, torch.float32)
+    run = torch.compile(
+        lambda x: norm_act(x, weight, bias, slope=SLOPE, in_place=True), fullgraph=True, dynamic=dynamic
+    )
+    for size in (6, 9):
+        x = draw((2, 4, size, 5), torch.float32, 0)
+        torch.testing.assert_close(run(x), norm_act(x, weight, bias, slope=SLOPE))
+
+
+def test_exported_programs_hold_only_operations_of_torch():
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return norm_act(x, slope=SLOPE)
+
+    x = draw((2, 4, 6, 5), torch.float32, 0)
+    program = torch.export.export(Block(), (x,))
+    assert not any("lungkit" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), norm_act(x, slope=SLOPE))
+
+
+def test_forward_mode_derivatives_are_those_of_torch():
+    x, tangent = draw((2, 4, 6, 5), torch.float64, 0), draw((2, 4, 6, 5), torch.float64, 1)
+    found = torch.func.jvp(lambda t: norm_act(t, slope=SLOPE), (x,), (tangent,))
+    expected = torch.func.jvp(lambda t: F.leaky_relu(F.group_norm(t, 4), SLOPE), (x,), (tangent,))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_keeps_half_features_half():
+    x = draw((2, 4, 6, 5), torch.float32, 0)
+    weight, bias = parameters(4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm_act(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+
+
+def test_a_second_derivative_is_refused():
+    x = draw((2, 4, 5, 6), torch.float32, 0).requires_grad_()
+    (gradient,) = torch.autograd.grad(norm_act(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4)}, r"x must be \(B, C, \*S\)"),
+        ({"x": torch.zeros(2, 4, 3, dtype=torch.int32)}, "x must be float64"),
+        ({"groups": 3}, "groups must divide the 4 channels of x, got 3"),
+        ({"slope": -0.1}, "slope must be at least 0"),
+        ({"weight": torch.ones(3)}, r"weight must be \(C,\) = \(4,\), got \(3,\)"),
+        ({"bias": torch.ones(4, dtype=torch.float64)}, "bias must have x's dtype"),
+        ({"residual": torch.ones(2, 4, 6)}, "residual must have the shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = {"x": torch.zeros(2, 4, 5), **change}
+    with pytest.raises(UsageError, match=message):
+        norm_act(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (1, torch.ones(3), r"weight must be \(C,\) = \(4,\)"),
+        (3, torch.ones(2, 4, 6), "residual must have the shape of x"),
+        (4, 3, "groups must divide the 4 channels"),
+        (6, -1.0, "slope must be at least 0"),
+    ],
+)
+def test_the_kernels_check_what_they_get(index, value, message):
+    arguments = [torch.zeros(2, 4, 5), None, None, None, 4, 1e-5, SLOPE]
+    arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        OPS.norm_act(*arguments)
