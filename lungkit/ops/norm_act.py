@@ -86,11 +86,7 @@ def _has_kernel(x: Tensor) -> bool:
 
     Exported programs run without lungkit, and forward-mode derivatives are torch's own.
     """
-    return (
-        x.device.type in _NATIVE
-        and not torch.compiler.is_exporting()
-        and forward_ad._current_level < 0
-    )
+    return x.device.type in _NATIVE and not torch.compiler.is_exporting() and forward_ad._current_level < 0
 
 
 def _check(
