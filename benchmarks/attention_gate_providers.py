@@ -1,4 +1,4 @@
-"""Ways to compute the additive attention gate, and one training step of a network that has gates.
+"""Ways to compute the additive attention gate.
 
 The op's providers take x (B, Cx, *S), phi (B, Ci, *Sg) and the weights, and return (out, alpha). Two compiled forms
 take part, since neither is the faster one everywhere: with the interpolation compiled too, and with the library's. Both
@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from harness import OURS, Case, Provider
 from torch import Tensor, nn
 
-from lungkit.losses import DiceCELoss
-from lungkit.nn import AttentionGate, AttentionUNet, MonaiAttentionGate, MonaiAttentionUNet
+from lungkit.nn import AttentionGate, MonaiAttentionGate
 from lungkit.ops.attention_gate import attention_gate, reference
 
 MONAI_FORM = "lungkit, MONAI's form"
@@ -154,53 +152,3 @@ class AttentionGateCase(Case):
 
             return AttentionBlock(dims, ci, cx, cx), (self.batch, cx, *self.size)
         return AttentionGate(dims, cx, 2 * cx, ci), (self.batch, 2 * cx, *self.coarse)
-
-
-@dataclass(frozen=True)
-class TrainingStepCase(Case):
-    """Forward, loss, backward and SGD step of an attention U-Net; the loss is ours for all."""
-
-    size: tuple[int, ...]
-    features: tuple[int, ...]
-    batch: int = 1
-
-    op = "attention_unet_step"
-    modes = ("both",)
-
-    @property
-    def label(self) -> str:
-        return f"{'x'.join(map(str, (self.batch, 1, *self.size)))} features {'-'.join(map(str, self.features))} float32"
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        return (OURS, "eager gates", MONAI_FORM, "MONAI AttentionUnet")
-
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(self.device).manual_seed(0)
-        image = torch.randn(self.batch, 1, *self.size, generator=generator, device=self.device)
-        labels = torch.randint(2, (self.batch, 1, *self.size), generator=generator, device=self.device)
-        return image, labels.to(torch.uint8)
-
-    def build(self, provider: str, inputs: tuple[Tensor, Tensor]) -> Provider:
-        image, labels = inputs
-        network = self._network(provider).to(self.device).train()
-        loss = DiceCELoss(softmax=True, to_onehot_y=True)
-        optimiser = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-
-        def step(value: Any) -> None:
-            value.backward()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-
-        return Provider(lambda: loss(network(image), labels), step)
-
-    def _network(self, provider: str) -> nn.Module:
-        dims = len(self.size)
-        if provider == MONAI_FORM:
-            return MonaiAttentionUNet(dims, 1, 2, features=self.features)
-        if provider == "MONAI AttentionUnet":
-            from monai.networks.nets import AttentionUnet
-
-            return AttentionUnet(dims, 1, 2, self.features, (2,) * (len(self.features) - 1))
-        gate = "auto" if provider == OURS else "reference"
-        return AttentionUNet(dims, 1, 2, features=self.features, gate=gate, seed=0)

@@ -1,4 +1,4 @@
-"""The attention gate at the levels of a network, and one training step of the whole network."""
+"""The attention gate at the levels of a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from attention_gate_providers import (
     GATES,
     AttentionGateCase,
     Gate,
-    TrainingStepCase,
     whole_form,
 )
 
@@ -67,22 +66,10 @@ def gates(selection: str, device: str, threads: tuple[int, ...]) -> list[Attenti
     ]
 
 
-def steps(selection: str, device: str, threads: tuple[int, ...]) -> list[TrainingStepCase]:
-    if selection == "smoke":
-        return [TrainingStepCase(device, threads[0], (16, 16, 16), (4, 8, 8))]
-    counts = threads if selection == "full" else threads[:1]
-    return [TrainingStepCase(device, count, (64, 64, 64), (16, 32, 64, 128)) for count in counts]
-
-
 @pytest.mark.cases(of=gates)
 def test_attention_gate(
     report: Callable[..., None], case: AttentionGateCase, mode: str, provider: str
 ) -> None:
-    report(case, mode, provider)
-
-
-@pytest.mark.cases(of=steps)
-def test_training_step(report: Callable[..., None], case: TrainingStepCase, mode: str, provider: str) -> None:
     report(case, mode, provider)
 
 
