@@ -1,11 +1,11 @@
-"""Norm, residual and leaky ReLU in one op: every instruction set and the emulated CUDA kernels against the twin."""
+"""Norm, residual and leaky ReLU in one op: the kernels of every backend against the twin in fp64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_on_cpu.emulator import Emulator
+from op_kernels import CPU, EMULATED, on_kernels
 from torch import Tensor
 
 from lungkit.errors import UsageError
@@ -26,9 +26,13 @@ SHAPES = [
     ((1, 300, 3, 4), 300),
     ((1, 2, 64, 128), 2),
 ]
+# The emulator runs thread by thread: the same kinds in fewer voxels, two chunks included.
+EMULATED_SHAPES = [((2, 3, 5, 7), 3), ((2, 33, 3, 5), 33), ((1, 24, 3, 4, 4), 3), ((1, 1, 95, 97), 1)]
 # As a share of the largest value: half types round once, on the way out; float sums over a chunk.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SLOPE = 0.1
+# On a device the fixture would overwrite a copy.
+in_place_kernels = pytest.mark.parametrize("kernels", [*CPU, *EMULATED], indirect=True)
 
 
 def draw(
@@ -55,7 +59,6 @@ def assert_near(found: Tensor, exact: Tensor, limit: float, what: str) -> None:
 
 
 def check(
-    ops: object,
     x: Tensor,
     grad: Tensor,
     groups: int,
@@ -66,9 +69,9 @@ def check(
 ) -> None:
     """Forward and backward against the twin and its autograd in float64."""
     weight, bias = parameters(x.shape[1], x.dtype) if affine else (None, None)
-    y, mean, rstd = ops.norm_act(x, weight, bias, residual, groups, 1e-5, slope)
+    y, mean, rstd = OPS.norm_act(x, weight, bias, residual, groups, 1e-5, slope)
     kept = None if residual is None else y
-    found = ops.norm_act_backward(grad, x, kept, mean, rstd, weight, bias, slope, residual is not None)
+    found = OPS.norm_act_backward(grad, x, kept, mean, rstd, weight, bias, slope, residual is not None)
     exact = [
         None if tensor is None else tensor.double().clone().requires_grad_()
         for tensor in (x, weight, bias, residual)
@@ -93,51 +96,30 @@ def check(
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("shape", "groups"), SHAPES)
-def test_every_shape_equals_the_twin(isa, shape, groups, dtype, channels_last, with_residual):
+@on_kernels("shape, groups", SHAPES, emulated=EMULATED_SHAPES)
+def test_every_shape_equals_the_twin(kernels, shape, groups, dtype, channels_last, with_residual):
     x, grad, residual = (
         draw(shape, dtype, seed, channels_last=channels_last, offset=3.0) for seed in range(3)
     )
-    check(OPS, x, grad, groups, residual=residual if with_residual else None)
+    check(x, grad, groups, affine=not with_residual, residual=residual if with_residual else None)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "groups"), SHAPES)
-def test_the_emulated_cuda_kernels_equal_the_twin(emulated, shape, groups, dtype, channels_last):
-    x, grad, residual = (
-        draw(shape, dtype, seed, channels_last=channels_last, offset=3.0) for seed in range(3)
-    )
-    check(emulated, x, grad, groups)
-    check(emulated, x, grad, groups, affine=False, residual=residual)
+def test_the_same_bits_however_the_parts_are_scheduled(schedules, channels_last):
+    x, grad = (draw((2, 3, 50, 100), torch.float32, seed, channels_last=channels_last) for seed in (0, 1))
+    weight, bias = parameters(3, torch.float32)
 
+    def both():
+        y, mean, rstd = OPS.norm_act(x, weight, bias, None, 3, 1e-5, SLOPE)
+        return (y, mean, rstd, *OPS.norm_act_backward(grad, x, None, mean, rstd, weight, bias, SLOPE, False))
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_the_emulated_cuda_kernels_take_every_dtype(emulated, dtype):
-    x, grad, residual = (draw((2, 8, 9, 16), dtype, seed) for seed in range(3))
-    check(emulated, x, grad, 4, residual=residual)
-
-
-def test_the_emulated_cuda_kernels_give_the_same_bits_in_every_order_of_threads(emulated_library):
-    torch.ops.load_library(str(emulated_library))
-    emulated = torch.ops.lungkit_emulated
-    for channels_last in (False, True):
-        x, grad = (draw((2, 16, 33, 40), torch.float32, seed, channels_last=channels_last) for seed in (0, 1))
-        weight, bias = parameters(16, torch.float32)
-
-        def both(x=x, grad=grad, weight=weight, bias=bias):
-            y, mean, rstd = emulated.norm_act(x, weight, bias, None, 16, 1e-5, SLOPE)
-            gradients = emulated.norm_act_backward(grad, x, None, mean, rstd, weight, bias, SLOPE, False)
-            return (y, mean, rstd, *gradients)
-
-        Emulator(emulated_library).in_every_order(both)
+    schedules.assert_same_bits(both)
 
 
 @pytest.mark.parametrize(("extent", "launches"), [(32, 1), (96, 3)])
-def test_a_channel_that_a_block_holds_takes_one_launch(emulated_library, extent, launches):
-    torch.ops.load_library(str(emulated_library))
+def test_a_channel_that_a_block_holds_takes_one_launch(emulator, extent, launches):
     x = draw((1, 4, extent, extent), torch.float32, 0)
-    with Emulator(emulated_library).counted() as counts:
+    with emulator.counted() as counts:
         torch.ops.lungkit_emulated.norm_act(x, None, None, None, 4, 1e-5, SLOPE)
     assert counts.launches == launches
 
@@ -153,11 +135,11 @@ def test_a_channel_that_a_block_holds_takes_one_launch(emulated_library, extent,
     ids=["channel slice", "transposed", "slice of channels-last", "one image"],
 )
 @pytest.mark.parametrize("which", range(3))
-def test_any_strides_equal_the_twin(isa, which, view):
+def test_any_strides_equal_the_twin(kernels, which, view):
     tensors = [draw((2, 6, 4, 6, 5), torch.float32, seed) for seed in range(3)]
     tensors[which] = view(tensors[which])
     x, grad, residual = tensors
-    check(OPS, x, grad, 3, residual=residual)
+    check(x, grad, 3, residual=residual)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
@@ -170,7 +152,7 @@ def test_the_numbers_are_those_of_torch(groups, slope):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_a_large_mean_costs_no_digits(isa):
+def test_a_large_mean_costs_no_digits(kernels):
     # E[x^2] - E[x]^2 in float32 would leave nothing of a variance of 1 beside a mean of 30,000.
     x = 30_000 + draw((1, 2, 64, 65), torch.float32, 0) / 2
     for features in (x, x.contiguous(memory_format=torch.channels_last)):
@@ -178,7 +160,7 @@ def test_a_large_mean_costs_no_digits(isa):
         assert float((norm_act(features).double() - exact).abs().max()) < 5e-3  # x itself has steps of 2e-3
 
 
-def test_statistics_of_half_features_are_float():
+def test_statistics_of_half_features_are_float(kernels):
     x = torch.full((1, 1, 300, 300), 1000.0, dtype=torch.float16)
     x[..., ::2] = 1002.0  # the sum is 9e7, the sum of squares 9e10
     y, mean, rstd = OPS.norm_act(x, None, None, None, 1, 0.0, 1.0)
@@ -187,30 +169,15 @@ def test_statistics_of_half_features_are_float():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_results_lie_as_the_features_do(channels_last):
+def test_results_lie_as_the_features_do(kernels, channels_last):
     x = draw((2, 5, 4, 6, 5), torch.float32, 0, channels_last=channels_last).requires_grad_()
     y = norm_act(x, residual=x.detach().contiguous())
     y.backward(torch.ones_like(y, memory_format=torch.contiguous_format))
     assert y.stride() == x.grad.stride() == x.stride()
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_same_bits_for_any_number_of_threads(channels_last):
-    x = draw((1, 3, 90, 100), torch.float32, 0, channels_last=channels_last)
-    grad = draw((1, 3, 90, 100), torch.float32, 1, channels_last=channels_last)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y, mean, rstd = OPS.norm_act(x, None, None, None, 3, 1e-5, SLOPE)
-            results.append((y, *OPS.norm_act_backward(grad, x, None, mean, rstd, None, None, SLOPE, False)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
-
-
-def test_in_place_overwrites_its_input_where_no_gradient_is_recorded():
+@in_place_kernels
+def test_in_place_overwrites_its_input_where_no_gradient_is_recorded(kernels):
     for channels_last in (False, True):
         x = draw((2, 6, 9, 8), torch.float32, 0, channels_last=channels_last)
         expected = norm_act(x, slope=SLOPE)
@@ -220,7 +187,8 @@ def test_in_place_overwrites_its_input_where_no_gradient_is_recorded():
         assert torch.equal(y, expected)
 
 
-def test_in_place_of_a_view_with_gaps_writes_to_the_view():
+@in_place_kernels
+def test_in_place_of_a_view_with_gaps_writes_to_the_view(kernels):
     base = draw((2, 6, 9, 8), torch.float32, 0).contiguous(memory_format=torch.channels_last)
     kept = base.clone()
     expected = norm_act(base[:, :3])
@@ -246,14 +214,14 @@ def test_backward_keeps_x_and_two_numbers_a_channel():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 6), (2, 5, 0, 6)])
-def test_nothing_in_gives_nothing_out(shape):
+def test_nothing_in_gives_nothing_out(kernels, shape):
     x, weight = torch.zeros(shape, requires_grad=True), torch.ones(5, requires_grad=True)
     norm_act(x, weight, slope=SLOPE).sum().backward()
     assert x.grad.shape == shape
     assert float(weight.grad.abs().sum()) == 0
 
 
-def test_nan_stays_in_its_channel():
+def test_nan_stays_in_its_channel(kernels):
     x = draw((1, 3, 5, 6), torch.float32, 0)
     x[0, 1, 2, 3] = float("nan")
     assert norm_act(x).isnan().flatten(2).all(2).tolist() == [[False, True, False]]
@@ -261,7 +229,7 @@ def test_nan_stays_in_its_channel():
 
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("groups", [4, 2])
-def test_gradcheck(groups, with_residual):
+def test_gradcheck(kernels, groups, with_residual):
     x, residual = (draw((2, 4, 3, 5), torch.float64, seed).requires_grad_() for seed in (0, 1))
     weight, bias = (tensor.requires_grad_() for tensor in parameters(4, torch.float64))
     inputs = (x, weight, bias, *([residual] if with_residual else []))
@@ -357,7 +325,7 @@ def test_what_does_not_fit_is_refused(change, message):
         (6, -1.0, "slope must be at least 0"),
     ],
 )
-def test_the_kernels_check_what_they_get(index, value, message):
+def test_the_kernels_check_what_they_get(kernels, index, value, message):
     arguments = [torch.zeros(2, 4, 5), None, None, None, 4, 1e-5, SLOPE]
     arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
