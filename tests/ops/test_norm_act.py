@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_kernels import CPU, EMULATED, on_kernels
+from op_kernels import CPU, EMULATED, on_kernels, on_the_cpu
 from torch import Tensor
 
 from lungkit.errors import UsageError
@@ -227,6 +227,7 @@ def test_nan_stays_in_its_channel(kernels):
     assert norm_act(x).isnan().flatten(2).all(2).tolist() == [[False, True, False]]
 
 
+@on_the_cpu
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_gradcheck(kernels, groups, with_residual):
