@@ -22,6 +22,8 @@ Examples:
   lungkit-evaluate predictions/ labelsTr/                every metric of every case in both folders
   lungkit-evaluate predictions/ DATASET/                 labels and their names from a dataset's folder
   lungkit-evaluate a.nii.gz b.nii.gz --label tumour=2    two files, and which value is the tumour
+  lungkit-evaluate mask.nii.gz RS.dcm --roi 'GTV.*=tumour'    a DICOM RTSTRUCT or SEG, on the grid of the other file
+  lungkit-evaluate seg.dcm RS.dcm --scans DIR            two of them, on that of the series they were made on
 Exit codes: 0 ok, 2 usage, 3 bad data: a case could not be measured or is on one side only; the others are measured.
 """
 
@@ -45,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "predictions", type=Path, help="folder of predicted masks (.nii, .nii.gz), or one file"
+        "predictions",
+        type=Path,
+        help="folder of predicted masks (.nii, .nii.gz, DICOM SEG or RTSTRUCT), or one file",
     )
     parser.add_argument(
         "labels", type=Path, help="folder of true masks of the same names, a dataset, or one file"
@@ -62,6 +66,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="a class and its value in the files, repeatable; ignore=VALUE leaves voxels out "
         "(default: from dataset.json beside the labels, else foreground=1)",
+    )
+    parser.add_argument(
+        "--roi",
+        action="append",
+        default=[],
+        metavar="REGEX=LABEL",
+        help="structures of DICOM masks whose whole name fits, in any case, are of this class; repeatable "
+        "(default: those called like the classes)",
+    )
+    parser.add_argument(
+        "--scans",
+        type=Path,
+        metavar="DIR",
+        help="where the CT series of DICOM masks are, at any depth (default: the other mask's grid is taken)",
     )
     parser.add_argument(
         "--metrics",
@@ -106,9 +124,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
+    from lungkit.data.dicom.archive import find_archive
+    from lungkit.data.dicom.read_label import StructureRule
     from lungkit.metrics import EmptyPolicy, HausdorffDefinition, MetricGroup, MetricOptions
     from lungkit.metrics.surface import available_cpus
     from lungkit.report import evaluation as evaluating
+    from lungkit.report.mask_files import MaskReader, find_pairs
 
     options = MetricOptions(
         groups=tuple(MetricGroup(name) for name in arguments.metrics),
@@ -120,11 +141,23 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if arguments.max_voxels < 1:
         raise UsageError(f"--max-voxels must be at least 1, got {arguments.max_voxels}")
-    found = evaluating.find_pairs(arguments.predictions, arguments.labels)
+    found = find_pairs(arguments.predictions, arguments.labels)
+    rules = tuple(StructureRule.parse(text) for text in arguments.roi)
     if arguments.label:
         scheme = evaluating.parse_labels(arguments.label)
     else:
         scheme = evaluating.find_label_scheme(arguments.labels)
+        if rules and scheme == evaluating.FOREGROUND:
+            names = dict.fromkeys(rule.label for rule in rules)
+            scheme = evaluating.LabelScheme(
+                {"background": 0, **{name: n for n, name in enumerate(names, start=1)}}
+            )
+    unknown = sorted({rule.label for rule in rules} - scheme.values.keys())
+    if unknown:
+        raise UsageError(
+            f"--roi: {shorten(unknown)} is none of the classes {shorten(scheme.values)}; see --label"
+        )
+    archive = None if arguments.scans is None else find_archive(arguments.scans)
     jobs = min(available_cpus() if arguments.jobs is None else arguments.jobs, len(found.pairs))
     if jobs > 1:
         torch.set_num_threads(1)  # each job has a core of its own
@@ -136,7 +169,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 scheme,
                 options=options,
                 jobs=jobs,
-                max_voxels=arguments.max_voxels,
+                reader=MaskReader(scheme.values, rules, archive, arguments.max_voxels),
                 progress=bar.update,
             )
     except BaseException:

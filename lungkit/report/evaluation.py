@@ -1,4 +1,4 @@
-"""Evaluation of a folder of predictions against a folder of labels: files paired, read, checked and measured."""
+"""Evaluation of a folder of predictions against a folder of labels: pairs read, checked and measured."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 
 import lungkit
 from lungkit._atomic import make_folder
-from lungkit.data import DEFAULT_MAX_VOXELS, Volume, open_dataset, read_volume
+from lungkit.data import Volume, open_dataset
 from lungkit.data.dataset import IGNORE_INDEX, map_labels
 from lungkit.data.geometry import Geometry, orient, plan_geometry
 from lungkit.data.layouts import read_declared_labels
-from lungkit.data.nifti_names import nifti_by_stem, nifti_files, split_suffix
-from lungkit.errors import DataError, LungkitError, UsageError, shorten
+from lungkit.errors import DataError, LungkitError, UsageError
 from lungkit.metrics import CaseTable, Measurement, MetricGroup, MetricOptions, measure_case
 from lungkit.report.distributions import save_distributions
+from lungkit.report.mask_files import CasePairs, MaskReader, masks_in
 from lungkit.report.tables import format_case_table, metric_title, write_case_table
 
 _LOG = logging.getLogger("lungkit")
@@ -56,15 +56,6 @@ FOREGROUND = LabelScheme({"background": 0, "foreground": 1})
 """Masks of one class without a name."""
 
 
-@dataclass(frozen=True)
-class CasePairs:
-    """Predictions and labels by case id, and the cases that are on one side only."""
-
-    pairs: dict[str, tuple[Path, Path]]
-    without_prediction: tuple[str, ...] = ()
-    without_label: tuple[str, ...] = ()
-
-
 @dataclass
 class Evaluation:
     """Metrics of all cases that could be measured, and what was wrong with the others."""
@@ -72,39 +63,6 @@ class Evaluation:
     table: CaseTable
     failed: dict[str, str] = field(default_factory=dict)
     """Case id -> message."""
-
-
-def find_pairs(predictions: str | os.PathLike[str], labels: str | os.PathLike[str]) -> CasePairs:
-    """Pair predictions with labels: two files, or two folders whose files have the same names.
-
-    ``labels`` may be the root of a dataset as well (see :func:`lungkit.data.open_dataset`); its labels are then
-    paired by case id.
-
-    Raises:
-        DataError: a path is absent, a folder holds no masks, or no case is on both sides.
-    """
-    predictions, labels = Path(predictions), Path(labels)
-    for path in (predictions, labels):
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
-    if predictions.is_file() != labels.is_file():
-        raise DataError(f"{predictions} and {labels}: give two files or two folders, not one of each")
-    if predictions.is_file():
-        return CasePairs({split_suffix(labels.name)[0]: (predictions, labels)})
-    predicted, true = nifti_by_stem(predictions), _labels_in(labels)
-    if not predicted:
-        raise DataError(f"{predictions}: holds no .nii or .nii.gz files")
-    common = sorted(predicted.keys() & true.keys())
-    if not common:
-        raise DataError(
-            f"{predictions} and {labels} have no case in common: predictions {shorten(sorted(predicted))}; "
-            f"labels {shorten(sorted(true))}; the files must have the same names"
-        )
-    return CasePairs(
-        {case_id: (predicted[case_id], true[case_id]) for case_id in common},
-        without_prediction=tuple(sorted(true.keys() - predicted.keys())),
-        without_label=tuple(sorted(predicted.keys() - true.keys())),
-    )
 
 
 def find_label_scheme(labels: str | os.PathLike[str]) -> LabelScheme:
@@ -120,7 +78,7 @@ def find_label_scheme(labels: str | os.PathLike[str]) -> LabelScheme:
     for candidate in (folder / "dataset.json", folder.parent / "dataset.json"):
         if candidate.is_file():
             return LabelScheme(*read_declared_labels(candidate))
-    if Path(labels).is_dir() and not nifti_files(folder):
+    if Path(labels).is_dir() and not masks_in(folder):
         dataset = open_dataset(folder)
         return LabelScheme(dataset.labels, dataset.ignore_label)
     return FOREGROUND
@@ -132,7 +90,7 @@ def evaluate_pairs(
     *,
     options: MetricOptions | None = None,
     jobs: int = 1,
-    max_voxels: int = DEFAULT_MAX_VOXELS,
+    reader: MaskReader | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Measure every pair of files; one that cannot be measured is reported and stops none of the others.
@@ -145,13 +103,14 @@ def evaluate_pairs(
         scheme: what the values of the files mean.
         options: which metrics, under which definitions.
         jobs: cases measured at the same time, in threads; the result does not depend on it.
-        max_voxels: refuse larger files.
+        reader: reads a pair; how, is said there. None: NIfTI, and DICOM whose structures are called like the classes.
         progress: called with the case id, the cases done and the cases in all.
 
     Returns:
         the rows in the order of ``pairs``.
     """
     options = options or MetricOptions()
+    reader = reader or MaskReader(scheme.values)
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}")
     # With one case at a time its surfaces may use every core; with several, each has one.
@@ -160,7 +119,7 @@ def evaluate_pairs(
     def measure(item: tuple[str, tuple[Path, Path]]) -> tuple[str, dict[str, Measurement] | str]:
         case_id, (prediction, label) = item
         try:
-            predicted, true = (read_volume(path, max_voxels=max_voxels) for path in (prediction, label))
+            predicted, true = reader.read(prediction, label)
             return case_id, measure_volumes(predicted, true, scheme, options=options, threads=threads)
         except LungkitError as error:
             return case_id, str(error)
@@ -245,12 +204,6 @@ def _check_same_grid(prediction: Volume, label: Volume) -> None:
 
 def _rounded(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(round(float(value), 4) for value in values)
-
-
-def _labels_in(folder: Path) -> dict[str, Path]:
-    if (folder / "dataset.json").is_file() or not nifti_files(folder):
-        return {case.case_id: case.label for case in open_dataset(folder).cases if case.label is not None}
-    return nifti_by_stem(folder)
 
 
 def parse_labels(texts: Sequence[str]) -> LabelScheme:

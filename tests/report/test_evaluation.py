@@ -16,9 +16,9 @@ from lungkit.report.evaluation import (
     LabelScheme,
     evaluate_pairs,
     find_label_scheme,
-    find_pairs,
     parse_labels,
 )
+from lungkit.report.mask_files import find_pairs
 
 AFFINE = np.diag([0.8, 0.8, 2.5, 1.0])
 OVERLAP = MetricOptions(groups=(MetricGroup.OVERLAP,))

@@ -48,11 +48,12 @@ class FoundMask:
 
 @dataclass
 class Archive:
-    """CT series and masks in a tree of folders.
+    """CT series and masks in ``root`` and the folders below it.
 
     ``problems`` says of each file or folder that could not be read why; ``others`` counts objects of other kinds.
     """
 
+    root: Path
     series: list[FoundSeries] = field(default_factory=list)
     masks: list[FoundMask] = field(default_factory=list)
     problems: dict[Path, str] = field(default_factory=dict)
@@ -77,7 +78,7 @@ def find_archive(root: Path) -> Archive:
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    archive = Archive()
+    archive = Archive(root)
 
     def unreadable(folder: Path, error: OSError) -> None:
         archive.problems[folder] = f"cannot be listed ({error.strerror or error})"

@@ -97,7 +97,7 @@ def add_structures(
         DataError: the file cannot be used.
     """
     rank = {values[rule.label]: index for index, rule in reversed(list(enumerate(rules)))}
-    table = np.full(256, len(rules))
+    table = np.full(1 + max(values.values()), len(rules))
     for value, index in rank.items():
         table[value] = index
     for name in structures:
