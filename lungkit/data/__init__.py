@@ -21,7 +21,7 @@ _MODULES = {
         "write_rtstruct",
     ),
     "fingerprint": ("Fingerprint", "fingerprint_dataset"),
-    "geometry": ("Geometry", "restore_label"),
+    "geometry": ("Geometry",),
     "layouts": ("open_dataset",),
     "patches": ("Patch", "PatchSampler"),
     "phantom": ("Phantom", "make_phantom", "write_phantom_dataset"),
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         write_rtstruct,
     )
     from lungkit.data.fingerprint import Fingerprint, fingerprint_dataset
-    from lungkit.data.geometry import Geometry, restore_label
+    from lungkit.data.geometry import Geometry
     from lungkit.data.layouts import open_dataset
     from lungkit.data.patches import Patch, PatchSampler
     from lungkit.data.phantom import Phantom, make_phantom, write_phantom_dataset
@@ -103,7 +103,6 @@ __all__ = [
     "read_rtstruct",
     "read_series",
     "read_volume",
-    "restore_label",
     "save_augmentation_preview",
     "write_dicom_seg",
     "write_nifti",

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lungkit.data.resampling import resample_nearest
 from lungkit.data.volume import Volume
-from lungkit.errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """What it takes to bring a mask back to the grid of the scan it was predicted on.
+    """A scan's own grid, and the one on which a network sees it.
 
     ``original_shape`` (X, Y, Z) and ``affine`` are the scan's; axis i of the scan becomes axis ``axes[i]`` of
     R, A, S, flipped where ``flips[i]``; ``shape`` (Z, Y, X) and ``spacing_mm`` (Z, Y, X) are those after
@@ -79,35 +77,15 @@ def plan_geometry(volume: Volume, *, target_spacing_mm: tuple[float, float, floa
 
 
 def orient(array: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """View of ``array`` (X, Y, Z as stored) in RAS+ as (Z, Y, X)."""
-    array = array[_flip_slices(geometry)]
-    return array.transpose(np.argsort(geometry.axes)).transpose(2, 1, 0)
+    """View of ``array`` (X, Y, Z as stored) in RAS+ as (Z, Y, X).
 
+    What is written to it lies where it belongs on the scan's own grid:
 
-def restore_label(label: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Bring ``label`` (Z, Y, X) back to the scan's own grid and orientation, (X, Y, Z) as in its file.
-
-    Exact where the scan was only reoriented; after resampling each voxel takes the nearest label.
-
-    Args:
-        label: (Z, Y, X) of shape ``geometry.shape``, any dtype.
-        geometry: of the preprocessed image the label belongs to.
-
-    Raises:
-        UsageError: the shape is another.
-
-    Example:
-        >>> volume = Volume(np.arange(24).reshape(2, 3, 4), np.diag([-1.0, 1.0, 2.5, 1.0]))
-        >>> geometry = plan_geometry(volume)
-        >>> bool((restore_label(orient(volume.array, geometry), geometry) == volume.array).all())
-        True
+        >>> scan = Volume(np.arange(24).reshape(2, 3, 4), np.diag([-1.0, 1.0, 2.5, 1.0]))
+        >>> mask = np.zeros(scan.array.shape, bool)
+        >>> orient(mask, plan_geometry(scan))[0, 0] = True
+        >>> scan.array[mask].tolist()
+        [0, 12]
     """
-    if label.shape != geometry.shape:
-        raise UsageError(f"label: shape {label.shape}, but the preprocessed scan has {geometry.shape}")
-    oriented = resample_nearest(label, geometry.oriented_shape)
-    restored = oriented.transpose(2, 1, 0).transpose(geometry.axes)[_flip_slices(geometry)]
-    return np.asfortranarray(restored)
-
-
-def _flip_slices(geometry: Geometry) -> tuple[slice, ...]:
-    return tuple(slice(None, None, -1) if flip else slice(None) for flip in geometry.flips)
+    array = array[tuple(slice(None, None, -1) if flip else slice(None) for flip in geometry.flips)]
+    return array.transpose(np.argsort(geometry.axes)).transpose(2, 1, 0)

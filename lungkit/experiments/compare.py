@@ -234,7 +234,7 @@ def _notes(
         )
     shown = set(experiment.metrics)
     decided = {
-        name: len({row.case_id for table in found for row in table.rows if row.touched & shown})
+        name: len({row.case_id for table in found for row in table.rows if row.decided_by_policy & shown})
         for name, found in tables.items()
     }
     counts = ", ".join(f"{count} for {name}" for name, count in decided.items())

@@ -125,7 +125,7 @@ def merge_runs(tables: Sequence[CaseTable]) -> CaseTable:
     merged = CaseTable(empty=tables[0].empty)
     for (case_id, label), rows in sorted(found.items(), key=lambda item: item[0][0]):
         means = {name: math.fsum(row.values[name] for row in rows) / len(rows) for name in rows[0].values}
-        merged.add_row(case_id, label, means, frozenset().union(*(row.touched for row in rows)))
+        merged.add_row(case_id, label, means, frozenset().union(*(row.decided_by_policy for row in rows)))
     return merged
 
 

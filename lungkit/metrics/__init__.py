@@ -10,9 +10,9 @@ from lungkit.metrics.overlap import (
     OVERLAP_METRICS,
     CaseOverlap,
     EmptyPolicy,
+    decided_by_policy,
     evaluate_case,
     overlap_metrics,
-    touched_by_policy,
 )
 from lungkit.metrics.surface import (
     HausdorffDefinition,
@@ -81,6 +81,7 @@ __all__ = [
     "assd_mm",
     "bca_interval",
     "compare_paired",
+    "decided_by_policy",
     "evaluate_case",
     "hausdorff_mm",
     "label_lesions",
@@ -92,7 +93,6 @@ __all__ = [
     "overlap_metrics",
     "surface_dice",
     "surface_distances",
-    "touched_by_policy",
     "volume_ml",
     "wilcoxon_signed_rank",
 ]

@@ -14,12 +14,12 @@ from lungkit.metrics.overlap import CaseOverlap, EmptyPolicy
 
 @dataclass(frozen=True)
 class CaseRow:
-    """Metrics of one class in one case; ``touched`` names those that the empty policy decided."""
+    """Metrics of one class in one case; ``decided_by_policy`` names those that the empty policy decided."""
 
     case_id: str
     label: str
     values: dict[str, float]
-    touched: frozenset[str] = frozenset()
+    decided_by_policy: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MetricSummary:
     """Cases that the numbers above are taken over."""
     undefined: int
     """Cases that are NaN and therefore left out."""
-    touched: int
+    decided_by_policy: int
     """Cases whose value the empty policy decided, NaN or not."""
 
 
@@ -69,15 +69,19 @@ class CaseTable:
                     f"label {label!r} has index {index}, but the case was evaluated with "
                     f"{len(overlap.counts)} classes"
                 )
-            self.add_row(case_id, label, overlap.of_class(index), overlap.touched_in_class(index))
+            self.add_row(case_id, label, overlap.of_class(index), overlap.decided_in_class(index))
 
     def add_row(
-        self, case_id: str, label: str, values: Mapping[str, float], touched: frozenset[str] = frozenset()
+        self,
+        case_id: str,
+        label: str,
+        values: Mapping[str, float],
+        decided_by_policy: frozenset[str] = frozenset(),
     ) -> None:
         """Append one row; every row of a table holds the same metrics."""
         if self.rows and tuple(values) != self.metrics:
             raise UsageError(f"case {case_id} has metrics {tuple(values)}, the table has {self.metrics}")
-        self.rows.append(CaseRow(case_id, label, dict(values), touched))
+        self.rows.append(CaseRow(case_id, label, dict(values), decided_by_policy))
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -107,7 +111,7 @@ class CaseTable:
         """Every metric of one class, summed up over the cases."""
         return {
             name: _summarise(
-                self.column(name, label), sum(name in row.touched for row in self.of_label(label))
+                self.column(name, label), sum(name in row.decided_by_policy for row in self.of_label(label))
             )
             for name in self.metrics
         }
@@ -134,11 +138,13 @@ class CaseTable:
             )
 
 
-def _summarise(values: np.ndarray, touched: int) -> MetricSummary:
+def _summarise(values: np.ndarray, decided_by_policy: int) -> MetricSummary:
     defined = values[~np.isnan(values)]
     undefined = len(values) - len(defined)
     if not len(defined):
-        return MetricSummary(math.nan, math.nan, math.nan, math.nan, math.nan, 0, undefined, touched)
+        return MetricSummary(
+            math.nan, math.nan, math.nan, math.nan, math.nan, 0, undefined, decided_by_policy
+        )
     # An infinite distance makes mean and deviation infinite or undefined, which is what they are.
     with np.errstate(invalid="ignore"):
         std = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
@@ -150,5 +156,5 @@ def _summarise(values: np.ndarray, touched: int) -> MetricSummary:
         maximum=float(defined.max()),
         cases=len(defined),
         undefined=undefined,
-        touched=touched,
+        decided_by_policy=decided_by_policy,
     )

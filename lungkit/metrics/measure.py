@@ -133,7 +133,7 @@ class Measurement:
     """Metrics of one class in one case."""
 
     values: dict[str, float]
-    touched: frozenset[str]
+    decided_by_policy: frozenset[str]
     """Names of the metrics that the empty policy decided."""
 
 
@@ -174,14 +174,14 @@ def measure_case(
     """
     options = options or MetricOptions()
     measured: dict[str, dict[str, float]] = {name: {} for name, index in labels.items() if index != 0}
-    touched: dict[str, set[str]] = {name: set() for name in measured}
+    decided: dict[str, set[str]] = {name: set() for name in measured}
     if MetricGroup.OVERLAP in options.groups:
         classes = max(2, *(index + 1 for index in labels.values()))
         overlap = evaluate_case(prediction, truth, classes, ignore_index=ignore_index, empty=options.empty)
         for name in measured:
             counts = zip(("tp", "fp", "fn"), overlap.counts[labels[name]].tolist(), strict=True)
             measured[name] |= overlap.of_class(labels[name]) | {key: float(count) for key, count in counts}
-            touched[name] |= overlap.touched_in_class(labels[name])
+            decided[name] |= overlap.decided_in_class(labels[name])
     if set(options.groups) != {MetricGroup.OVERLAP}:
         if ignore_index is not None:
             kept = truth != ignore_index
@@ -197,19 +197,19 @@ def measure_case(
         )
         for name, distances in zip(measured, sets, strict=True):
             measured[name] |= _surface_metrics(distances, options)
-            touched[name] |= _touched_surface_metrics(distances, options)
+            decided[name] |= _surface_metrics_decided(distances, options)
     for name in measured:
         if MetricGroup.LESION in options.groups or MetricGroup.SIZE in options.groups:
             masks = [as_numpy(volume) == labels[name] for volume in (prediction, truth)]
         if MetricGroup.LESION in options.groups:
             found = lesion_metrics(match_lesions(*masks, min_iou=options.min_iou), empty=options.empty)
             measured[name] |= found
-            touched[name] |= _touched_lesion_metrics(found, options.empty)
+            decided[name] |= _lesion_metrics_decided(found, options.empty)
         if MetricGroup.SIZE in options.groups:
             measured[name] |= _sizes(masks[0], masks[1], spacing_mm, voxel_ml)
     order = list(options.definitions())
     return {
-        name: Measurement({key: values[key] for key in order}, frozenset(touched[name]))
+        name: Measurement({key: values[key] for key in order}, frozenset(decided[name]))
         for name, values in measured.items()
     }
 
@@ -224,15 +224,15 @@ def _surface_metrics(distances: SurfaceDistances, options: MetricOptions) -> dic
     }
 
 
-def _touched_surface_metrics(distances: SurfaceDistances, options: MetricOptions) -> set[str]:
-    touched = {options.hausdorff_name, "assd_pooled_mm"} if distances.empty_sides else set()
+def _surface_metrics_decided(distances: SurfaceDistances, options: MetricOptions) -> set[str]:
+    decided = {options.hausdorff_name, "assd_pooled_mm"} if distances.empty_sides else set()
     no_truth = not len(distances.truth_to_prediction)
     if distances.empty_sides == 2 or (no_truth and options.empty is EmptyPolicy.NAN_IF_TRUTH_EMPTY):
-        touched.add(options.surface_dice_name)
-    return touched
+        decided.add(options.surface_dice_name)
+    return decided
 
 
-def _touched_lesion_metrics(found: Mapping[str, float], empty: EmptyPolicy) -> set[str]:
+def _lesion_metrics_decided(found: Mapping[str, float], empty: EmptyPolicy) -> set[str]:
     no_truth, no_prediction = not found["lesions_true"], not found["lesions_predicted"]
     if no_truth and (no_prediction or empty is EmptyPolicy.NAN_IF_TRUTH_EMPTY):
         return {"lesion_sensitivity", "lesion_precision", "lesion_f1", "lesion_dice"}

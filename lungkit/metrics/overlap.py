@@ -80,17 +80,17 @@ def overlap_metrics(
     return {name: value for name, (value, _) in _overlap(counts, voxels, empty).items()}
 
 
-def touched_by_policy(
+def decided_by_policy(
     counts: ArrayLike, *, voxels: ArrayLike | int | None = None, empty: EmptyPolicy = EmptyPolicy.NAN
 ) -> dict[str, Tensor]:
     """Where ``empty`` and not the formula decided the values of :func:`overlap_metrics`, as bool tensors (...).
 
     Example:
-        >>> touched = touched_by_policy(torch.tensor([[0, 0, 0], [0, 5, 0]]))
-        >>> touched["dice"].tolist(), touched["sensitivity"].tolist()
+        >>> decided = decided_by_policy(torch.tensor([[0, 0, 0], [0, 5, 0]]))
+        >>> decided["dice"].tolist(), decided["sensitivity"].tolist()
         ([True, False], [True, True])
     """
-    return {name: touched for name, (_, touched) in _overlap(counts, voxels, empty).items()}
+    return {name: decided for name, (_, decided) in _overlap(counts, voxels, empty).items()}
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,16 @@ class CaseOverlap:
     """Voxels that count: all but the ignored ones."""
     values: dict[str, Tensor]
     """Metric name -> float64 (K,)."""
-    touched: dict[str, Tensor]
+    decided_by_policy: dict[str, Tensor]
     """Metric name -> bool (K,): where the empty policy decided the value."""
 
     def of_class(self, index: int) -> dict[str, float]:
         """The metrics of one class as plain numbers."""
         return {name: float(value[index]) for name, value in self.values.items()}
 
-    def touched_in_class(self, index: int) -> frozenset[str]:
+    def decided_in_class(self, index: int) -> frozenset[str]:
         """Names of the metrics of one class that the empty policy decided."""
-        return frozenset(name for name, touched in self.touched.items() if touched[index])
+        return frozenset(name for name, decided in self.decided_by_policy.items() if decided[index])
 
 
 def evaluate_case(
@@ -168,7 +168,7 @@ def evaluate_case(
         counts=counts[0].cpu(),
         voxels=seen,
         values={name: value for name, (value, _) in results.items()},
-        touched={name: touched for name, (_, touched) in results.items()},
+        decided_by_policy={name: decided for name, (_, decided) in results.items()},
     )
 
 
@@ -188,15 +188,15 @@ def _overlap(
     empty = EmptyPolicy(empty)
     results = {}
     for name, (numerator, denominator) in ratios.items():
-        touched = denominator == 0
+        decided = denominator == 0
         if empty is EmptyPolicy.NAN_IF_TRUTH_EMPTY:
-            touched = touched | (tp + fn == 0)
+            decided = decided | (tp + fn == 0)
         if empty is EmptyPolicy.PERFECT_IF_BOTH_EMPTY:
             # With the denominator at zero, "both empty" and "no error" are the same for each of the ratios.
             instead = (fp + fn == 0).double()
         else:
             instead = torch.full_like(tp, torch.nan)
-        results[name] = (torch.where(touched, instead, numerator / denominator), touched)
+        results[name] = (torch.where(decided, instead, numerator / denominator), decided)
     return results
 
 

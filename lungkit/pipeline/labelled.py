@@ -74,7 +74,7 @@ def measure_scans(
         prediction = predictor(channels)
         mask = Volume(prediction.mask, prediction.affine, channels[0].path)
         for name, measured in measure_volumes(mask, label, scans.scheme, options=options).items():
-            table.add_row(case_id, name, measured.values, measured.touched)
+            table.add_row(case_id, name, measured.values, measured.decided_by_policy)
         if progress is not None:
             progress(done, len(scans.case_ids))
     return table

@@ -131,7 +131,9 @@ def evaluate_pairs(
                 evaluation.failed[case_id] = result
             else:
                 for label, measurement in result.items():
-                    evaluation.table.add_row(case_id, label, measurement.values, measurement.touched)
+                    evaluation.table.add_row(
+                        case_id, label, measurement.values, measurement.decided_by_policy
+                    )
             if progress is not None:
                 progress(case_id, done, len(pairs))
     return evaluation

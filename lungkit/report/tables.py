@@ -136,8 +136,8 @@ def format_case_table(
 
 def policy_note(table: CaseTable) -> str:
     """One sentence on the empty policy and how much of the table it decided."""
-    values = sum(len(row.touched) for row in table.rows)
-    cases = len({row.case_id for row in table.rows if row.touched})
+    values = sum(len(row.decided_by_policy) for row in table.rows)
+    cases = len({row.case_id for row in table.rows if row.decided_by_policy})
     return (
         f"{_count(len(table.case_ids), 'case')}. "
         'Undefined values ("-") are left out of the means. '
@@ -154,7 +154,7 @@ def case_table_to_dict(table: CaseTable) -> dict[str, Any]:
                 "case": row.case_id,
                 "label": row.label,
                 **_json_numbers(row.values),
-                "decided_by_policy": sorted(row.touched),
+                "decided_by_policy": sorted(row.decided_by_policy),
             }
             for row in table.rows
         ],
@@ -207,7 +207,7 @@ def _cases_csv(table: CaseTable) -> str:
             row.case_id,
             row.label,
             *(repr(value) for value in row.values.values()),
-            " ".join(sorted(row.touched)),
+            " ".join(sorted(row.decided_by_policy)),
         ]
         for row in table.rows
     ]

@@ -61,6 +61,6 @@ def validate(
             if index == 0:
                 continue
             values = overlap.of_class(index)
-            touched = overlap.touched_in_class(index) & set(METRICS)
-            table.add_row(case_id, name, {metric: values[metric] for metric in METRICS}, touched)
+            decided = overlap.decided_in_class(index) & set(METRICS)
+            table.add_row(case_id, name, {metric: values[metric] for metric in METRICS}, decided)
     return table

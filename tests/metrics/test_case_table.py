@@ -1,4 +1,4 @@
-"""The table of cases: means, what is left out of them, what the policy touched."""
+"""The table of cases: means, what is left out of them, what the policy decided."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_mean_leaves_nan_out_and_counts_it() -> None:
     assert (summary.mean, summary.cases, summary.undefined) == (pytest.approx((1 + 2 / 3) / 2), 2, 1)
 
 
-def test_policy_that_fills_in_is_counted_as_touched() -> None:
+def test_policy_that_fills_in_is_counted() -> None:
     summary = table_of(EmptyPolicy.PERFECT_IF_BOTH_EMPTY).summary("tumour")["dice"]
-    assert (summary.cases, summary.undefined, summary.touched) == (3, 0, 1)
+    assert (summary.cases, summary.undefined, summary.decided_by_policy) == (3, 0, 1)
 
 
 def test_mean_over_the_classes() -> None:

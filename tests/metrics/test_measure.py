@@ -97,16 +97,18 @@ def test_tensors_give_what_arrays_give() -> None:
 
 @pytest.mark.parametrize("policy", list(EmptyPolicy))
 @pytest.mark.parametrize("prediction", [block(), block() * 0], ids=["false alarm", "both empty"])
-def test_touched_are_the_undefined_under_nan(policy: EmptyPolicy, prediction: np.ndarray) -> None:
+def test_decided_by_the_policy_are_the_undefined_under_nan(
+    policy: EmptyPolicy, prediction: np.ndarray
+) -> None:
     truth = block() * 0
     measured = measure_case(prediction, truth, LABELS, SPACING, options=MetricOptions(empty=policy))["tumour"]
     undefined = {name for name, value in measured.values.items() if math.isnan(value)}
     if policy is EmptyPolicy.PERFECT_IF_BOTH_EMPTY:
         nan = measure_case(prediction, truth, LABELS, SPACING)["tumour"]
         assert not undefined
-        assert measured.touched == nan.touched
+        assert measured.decided_by_policy == nan.decided_by_policy
     else:
-        assert measured.touched == undefined
+        assert measured.decided_by_policy == undefined
 
 
 def test_label_outside_the_map_is_a_data_error() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lungkit.errors import DataError, UsageError
-from lungkit.metrics import OVERLAP_METRICS, EmptyPolicy, evaluate_case, overlap_metrics, touched_by_policy
+from lungkit.metrics import OVERLAP_METRICS, EmptyPolicy, decided_by_policy, evaluate_case, overlap_metrics
 
 NAN = math.nan
 BOTH_EMPTY = (0, 0, 0)
@@ -72,7 +72,7 @@ def test_empty_policy(
 
 
 @pytest.mark.parametrize(
-    ("counts", "policy", "touched"),
+    ("counts", "policy", "decided"),
     [
         (BOTH_EMPTY, EmptyPolicy.NAN, {"dice", "iou", "ppv", "sensitivity", "volume_similarity"}),
         (FALSE_ALARM, EmptyPolicy.NAN, {"sensitivity"}),
@@ -81,11 +81,11 @@ def test_empty_policy(
         ((1, 1, 1), EmptyPolicy.NAN, set()),
     ],
 )
-def test_touched_names_the_values_that_the_policy_decided(
-    counts: tuple[int, int, int], policy: EmptyPolicy, touched: set[str]
+def test_names_are_given_of_the_values_that_the_policy_decided(
+    counts: tuple[int, int, int], policy: EmptyPolicy, decided: set[str]
 ) -> None:
-    found = touched_by_policy(torch.tensor(counts), voxels=20, empty=policy)
-    assert {name for name, flag in found.items() if flag} == touched
+    found = decided_by_policy(torch.tensor(counts), voxels=20, empty=policy)
+    assert {name for name, flag in found.items() if flag} == decided
 
 
 def test_counts_of_another_shape_are_refused() -> None:

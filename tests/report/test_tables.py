@@ -19,8 +19,8 @@ def table() -> CaseTable:
     table = CaseTable(empty=EmptyPolicy.NAN)
     table.add_row("lung_1", "tumour", {"dice": 0.123456789, "hd95_pooled_mm": 3.14159})
     table.add_row("lung_2", "tumour", {"dice": 0.5, "hd95_pooled_mm": math.inf})
-    touched = frozenset({"dice", "hd95_pooled_mm"})
-    table.add_row("lung_3", "tumour", {"dice": math.nan, "hd95_pooled_mm": math.nan}, touched)
+    decided = frozenset({"dice", "hd95_pooled_mm"})
+    table.add_row("lung_3", "tumour", {"dice": math.nan, "hd95_pooled_mm": math.nan}, decided)
     return table
 
 

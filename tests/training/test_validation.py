@@ -89,7 +89,7 @@ def test_a_case_without_foreground_is_left_out_and_counted() -> None:
     cases = [case("empty", empty, empty), case("full", full, full)]
     table = validate(Threshold(), cases, PLAN, ("background", "tumour"))
     summary = table.summary("tumour")["dice"]
-    assert (summary.mean, summary.cases, summary.undefined, summary.touched) == (1.0, 1, 1, 1)
+    assert (summary.mean, summary.cases, summary.undefined, summary.decided_by_policy) == (1.0, 1, 1, 1)
 
 
 def test_only_empty_cases_have_no_mean() -> None:
