@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import lungkit
 from lungkit.cli._common import run_command
+from lungkit.cli._shares import launcher_around, parse_shard
 from lungkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,13 +25,14 @@ _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
 Written to the output folder: NAME.nii.gz (uint8, on the scan's own grid), reports/NAME.json (volumes, diameters,
-lesions), previews/NAME.png and results.jsonl, a line a scan. The same command again does what is missing. One scan that
-cannot be used does not stop the rest; it is named, and the exit code says so.
+lesions), previews/NAME.png, results.jsonl and results.csv, a line a scan. The same command again does what is missing.
+One scan that cannot be used does not stop the rest; it is named, and the exit code says so.
 Examples:
   lungkit-predict -i scan.nii.gz -o mask.nii.gz --model runs/NAME     one scan
   lungkit-predict -i scans/ -o masks/ --model runs/A runs/B --tta     a folder; two models and their mirror images
   lungkit-predict -i series/ -o out/ --model runs/NAME --format dicom-seg rtstruct
   lungkit-predict -i scans/ -o masks/ --model runs/NAME --shard 0/8   a share; then: lungkit-predict merge masks/
+Nothing is shared out without --shard, whatever torchrun or Slurm say. A share that holds no scan is an error (2).
 Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved.
 """
 
@@ -130,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--shard",
         metavar="I/N",
-        help="predict share I (from 0) of N (default: from torchrun or a Slurm array)",
+        help="predict share I (from 0) of N; auto takes it from torchrun or a Slurm array (default: all scans)",
     )
     add("--overwrite", action="store_true", help="replace what OUT holds")
     add("--max-voxels", type=int, metavar="N", help="refuse larger scans")
@@ -167,15 +169,28 @@ def _run(options: argparse.Namespace) -> int:
     scans = find_scans(options.input, channels=len(models[0].channels), series=options.series)
     files = OutputFiles(options.output, tuple(dict.fromkeys(options.format)), options.preview)
     check_formats(files.formats, scans)
-    shard = _shard(options.shard, os.environ)
+    shard = parse_shard(options.shard, os.environ)
+    launcher = launcher_around(os.environ) if options.shard is None and len(scans) > 1 else None
+    if launcher is not None:
+        _LOG.info("%s runs several of this command; each predicts all scans, --shard auto a share", launcher)
     records = None
     if files.is_file:
+        if options.shard is not None:
+            raise UsageError(
+                f"--shard shares out many scans, but --output {files.path} is the file of one mask"
+            )
         _check_single_file(files.path, len(scans), options.overwrite)
     else:
         claim(files.path, _plan(predictor, options), overwrite=options.overwrite)
         records = Records(files.path, shard)
     wanted = Wanted(options.probabilities, options.attention)
     mine = share_of(scans, *shard)
+    if records is not None and not mine:
+        records.write()  # so that merging knows of this share
+        raise UsageError(
+            f"nothing to do: share {shard[0]} of {shard[1]} holds no scan, as {options.input} holds {len(scans)}; "
+            f"divide them into at most {len(scans)} shares"
+        )
     if shard[1] > 1:
         _LOG.info("share %d of %d: %d of %d scans", *shard, len(mine), len(scans))
     with _Bars(len(mine)) as bars:
@@ -188,6 +203,8 @@ def _run(options: argparse.Namespace) -> int:
             max_voxels=options.max_voxels or DEFAULT_MAX_VOXELS,
             watcher=bars,
         )
+    if records is not None:
+        records.write()
     rate = 3600 * len(outcome.predicted) / outcome.seconds if outcome.seconds else 0.0
     _LOG.info(
         "%d predicted (%.0f scans per hour), %d done before, %d failed; results in %s",
@@ -249,28 +266,6 @@ def _plan(predictor: Predictor, options: argparse.Namespace) -> dict[str, Any]:
         "attention": options.attention,
         "previews": options.preview,
     }
-
-
-def _shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """(I, N) of "I/N"; else those of torchrun or of a Slurm array where this process is one of several."""
-    if text is not None:
-        index, slash, count = text.partition("/")
-        if not slash or not index.isdigit() or not count.isdigit() or int(index) >= int(count):
-            raise UsageError(f"--shard is {text!r}; give I/N with I from 0 to N - 1, e.g. 0/8")
-        return int(index), int(count)
-    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0") or 0)
-    for index, count, start in (
-        ("RANK", "WORLD_SIZE", 0),
-        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", first),
-    ):
-        if environment.get(index, "").isdigit() and environment.get(count, "").isdigit():
-            share = int(environment[index]) - start, int(environment[count])
-            if not 0 <= share[0] < share[1]:
-                raise UsageError(
-                    f"{index}={environment[index]} is no share of {count}={environment[count]}; give --shard I/N"
-                )
-            return share
-    return 0, 1
 
 
 def _check_single_file(path: Path, scans: int, overwrite: bool) -> None:

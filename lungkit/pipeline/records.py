@@ -17,6 +17,7 @@ from lungkit.checkpoint import sha256_of
 from lungkit.errors import DataError
 
 RESULTS = "results.jsonl"
+_TABLE = "results.csv"
 _PLAN = "prediction.json"
 _SHARD = re.compile(r"results-(\d+)-of-(\d+)\.jsonl")
 
@@ -60,6 +61,14 @@ class Records:
             file.flush()
             os.fsync(file.fileno())
 
+    def write(self) -> None:
+        """Write ``results.csv`` of all scans; of a share, whose rows are put together by merging, the records alone."""
+        if self.path.name == RESULTS:
+            rows = [self._rows[name] for name in sorted(self._rows)]
+            write_text_atomic(self.folder / _TABLE, _table(rows))
+        else:
+            self.path.touch()
+
     def _mend(self) -> None:
         """End a last line that was cut short, so that the next row begins on a line of its own."""
         if self.path.is_file() and self.path.stat().st_size:
@@ -76,8 +85,8 @@ def claim(folder: Path, plan: Mapping[str, Any], *, overwrite: bool = False) -> 
         UsageError: it holds something else, or cannot be written.
     """
     if overwrite:
-        for old in _files(folder):
-            old.unlink()
+        for old in (*_files(folder), folder / _TABLE):
+            old.unlink(missing_ok=True)
     advice = "name another folder, or replace what it holds with --overwrite"
     claim_folder(folder, _PLAN, plan, holds="predictions", overwrite=overwrite, advice=advice)
 
@@ -106,7 +115,7 @@ def merge(folder: Path) -> list[dict[str, Any]]:
     rows = {row["scan"]: row for path in files for row in _read(path)}
     ordered = [rows[name] for name in sorted(rows)]
     write_text_atomic(folder / RESULTS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered))
-    write_text_atomic(folder / "results.csv", _table(ordered))
+    write_text_atomic(folder / _TABLE, _table(ordered))
     for path in files:
         if path.name != RESULTS:
             path.unlink()

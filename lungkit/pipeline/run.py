@@ -187,7 +187,8 @@ class _Run:
             )
         self.outcome.predicted.append(scan.name)
         found = ", ".join(
-            f"{name} {entry['volume_ml']:.2f} ml in {len(entry['lesions'])}"
+            f"{name} {entry['volume_ml']:.2f} ml in {len(entry['lesions'])} "
+            f"connected lesion{'s' if len(entry['lesions']) != 1 else ''}"
             for name, entry in classes.items()
         )
         _LOG.info("%s: %s; %.1f s", scan.name, found, prediction.seconds)

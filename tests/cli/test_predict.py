@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -15,10 +16,8 @@ import torch
 from model_cases import random_network, save_model, threshold_network
 from pictures import has_colour
 
-from lungkit.cli import predict as command
 from lungkit.cli.predict import main
 from lungkit.data import read_volume, write_nifti
-from lungkit.errors import UsageError
 
 OUTLINE = "#ff6b4a"  # of the first class in a preview
 AFFINE = np.array([[-0.8, 0, 0, 20], [0, 0.8, 0, -7], [0, 0, 2.5, 3], [0, 0, 0, 1.0]])
@@ -118,34 +117,60 @@ def test_shares_meet_in_one_folder(tmp_path, scans, model, monkeypatch):
     assert main(["merge", str(out)]) == 3  # the other share is missing
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
-    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    assert predict("-i", scans, "-o", out, "--model", model, "--shard", "auto") == 0
     assert main(["merge", str(out)]) == 0
     assert len((out / "results.jsonl").read_text().splitlines()) == 3
     assert len((out / "results.csv").read_text().splitlines()) == 1 + 3
 
 
 @pytest.mark.parametrize(
-    ("text", "environment", "expected"),
+    "leftover",
     [
-        ("2/5", {}, (2, 5)),
-        (None, {}, (0, 1)),
-        (None, {"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
-        (
-            None,
-            {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"},
-            (2, 4),
-        ),
-        ("0/1", {"RANK": "1", "WORLD_SIZE": "4"}, (0, 1)),
+        {"RANK": "3", "WORLD_SIZE": "8"},
+        {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "10", "SLURM_ARRAY_TASK_MIN": "0"},
+        {"RANK": "x", "WORLD_SIZE": "many"},
     ],
 )
-def test_the_share_comes_from_the_option_else_from_the_scheduler(text, environment, expected):
-    assert command._shard(text, environment) == expected
+def test_variables_of_a_launcher_share_nothing_out_unasked(
+    tmp_path, scans, model, monkeypatch, caplog, leftover
+):
+    for name, value in leftover.items():
+        monkeypatch.setenv(name, value)
+    mask = tmp_path / "mask.nii.gz"
+    assert predict("-i", scans / "b.nii.gz", "-o", mask, "--model", model) == 0 and mask.is_file()
+    assert "--shard auto" not in caplog.text
+    assert predict("-i", scans, "-o", tmp_path / "out", "--model", model) == 0
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
+    assert "--shard auto a share" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["2/2", "x/3", "3", "-1/2", "1/0"])
-def test_a_share_that_is_none_is_refused(text):
-    with pytest.raises(UsageError, match="--shard"):
-        command._shard(text, {})
+def test_a_share_without_a_scan_is_said_and_no_success(tmp_path, scans, model, caplog):
+    out = tmp_path / "out"
+    arguments = ("-i", scans, "-o", out, "--model", model, "--shard")
+    assert predict(*arguments, "3/4") == 2
+    assert "share 3 of 4 holds no scan" in caplog.text
+    assert [predict(*arguments, f"{share}/4") for share in range(3)] == [0, 0, 0]
+    assert main(["merge", str(out)]) == 0
+
+
+def test_the_file_of_one_mask_is_not_shared_out(tmp_path, scans, model, caplog):
+    mask = tmp_path / "mask.nii.gz"
+    assert predict("-i", scans / "b.nii.gz", "-o", mask, "--model", model, "--shard", "1/2") == 2
+    assert "file of one mask" in caplog.text and not mask.exists()
+
+
+def test_every_prediction_leaves_a_table_of_all_scans_with_units(tmp_path, scans, model, caplog):
+    out = tmp_path / "out"
+    (scans / "c.nii.gz").rename(tmp_path / "c.nii.gz")
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    (tmp_path / "c.nii.gz").rename(scans / "c.nii.gz")
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["scan"] for row in rows] == ["a", "b", "c"]
+    report = json.loads((out / "reports" / "c.json").read_text())
+    assert float(rows[2]["tumour: volume_ml"]) == report["classes"]["tumour"]["volume_ml"]
+    assert rows[2]["tumour: lesions"] == "1" and "in 1 connected lesion;" in caplog.text
 
 
 def test_everything_that_was_asked_for_is_written(tmp_path, scans):
