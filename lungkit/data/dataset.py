@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from lungkit.data.geometry import on_grid_of
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume, read_volume
 from lungkit.errors import DataError, UsageError, shorten
 
 IGNORE_INDEX = 255
 """Class index of voxels that neither the loss nor a metric looks at."""
 
-_AFFINE_TOLERANCE_MM = 1e-3
+MAX_LABEL_VALUE = 65_535
+"""Largest value in a mask: what uint16 holds."""
+
+BLACK_AND_WHITE = "the mask holds 0 and 255, read as 0 and 1"
+"""Note of a mask that was."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ class Dataset:
 def read_case(
     case: Case, label_map: Mapping[int, int], *, max_voxels: int = DEFAULT_MAX_VOXELS
 ) -> tuple[tuple[Volume, ...], Volume | None]:
-    """Read the channels and the mask of one case, and check that they lie on one grid.
+    """Read the channels and the mask of one case, all on the grid of the first channel.
+
+    A channel or mask that is stored in another orientation is turned, see :func:`lungkit.data.geometry.on_grid_of`.
 
     Args:
         case: the case.
@@ -95,21 +102,24 @@ def read_case(
         The channels, and the mask with class indices as uint8 (None where the case has none).
 
     Raises:
-        DataError: a file cannot be read, shapes or affines differ by more than 1e-3, or the mask holds a
-            value that is not in ``label_map``.
+        DataError: a file cannot be read, lies on other voxels, or the mask holds a value that is not in
+            ``label_map``.
     """
-    volumes = tuple(read_volume(path, max_voxels=max_voxels) for path in case.images)
-    for other in volumes[1:]:
-        _check_same_grid(volumes[0], other)
+    first, *others = (read_volume(path, max_voxels=max_voxels) for path in case.images)
+    volumes = (first, *(on_grid_of(other, first) for other in others))
     if case.label is None:
         return volumes, None
-    mask = read_volume(case.label, max_voxels=max_voxels)
-    _check_same_grid(volumes[0], mask)
-    return volumes, Volume(map_labels(mask.array, label_map, str(case.label)), mask.affine, mask.path)
+    mask = on_grid_of(read_volume(case.label, max_voxels=max_voxels), first)
+    notes = (*mask.notes, BLACK_AND_WHITE) if is_black_and_white(mask.array, label_map) else mask.notes
+    return volumes, replace(mask, array=map_labels(mask.array, label_map, str(case.label)), notes=notes)
 
 
 def map_labels(array: np.ndarray, label_map: Mapping[int, int], where: str) -> np.ndarray:
     """Class indices (uint8) of the mask values in ``array``; ``where`` begins the message of an error.
+
+    Floats are rounded where they lie within half a step of 8-bit storage (1/254 of their range) of a whole number:
+    programs that save float labels as integers with scl_slope bring 1 back as 1.00002. Where 0 and 1 are declared,
+    a mask of 0 and 255 (black and white) is read as 0 and 1.
 
     Raises:
         DataError: a value is not a key of ``label_map``, with the value, its count and the declared set.
@@ -117,55 +127,84 @@ def map_labels(array: np.ndarray, label_map: Mapping[int, int], where: str) -> n
     Example:
         >>> map_labels(np.array([0, 7, 7]), {0: 0, 7: 1}, "mask.nii.gz").tolist()
         [0, 1, 1]
+        >>> map_labels(np.array([0.0, 1.00002]), {0: 0, 1: 1}, "mask.nii.gz").tolist()
+        [0, 1]
+        >>> map_labels(np.array([0, 255]), {0: 0, 1: 1}, "mask.nii.gz").tolist()
+        [0, 1]
     """
-    if array.dtype == np.uint8:
-        # Counting all 256 values is one fast pass, and masks are nearly always uint8.
-        flat = array.ravel(order="K")
-        # In pieces, since bincount makes an int64 copy of what it is given.
-        counts = np.sum(
-            [
-                np.bincount(flat[start : start + (1 << 20)], minlength=256)
-                for start in range(0, flat.size, 1 << 20)
-            ],
-            axis=0,
-        )
-        values = np.flatnonzero(counts)
-        counts = counts[values]
-    else:
-        values, counts = np.unique(array, return_counts=True)
-    unknown = [index for index, value in enumerate(values.tolist()) if value not in label_map]
-    if unknown:
-        found = ", ".join(f"{values[index]:g} ({counts[index]} voxels)" for index in unknown[:5])
-        more = f" and {len(unknown) - 5} more values" if len(unknown) > 5 else ""
-        raise DataError(
-            f"{where}: undeclared label {found}{more}; the dataset declares {sorted(label_map)}: "
-            "correct the mask or declare the label"
-        )
-    if all(label_map[int(value)] == value for value in values.tolist()):
+    if array.dtype == np.bool_:
+        array = array.view(np.uint8)
+    values, counts = _values_of(array)
+    labels = _whole(values)
+    if labels is None or not set(labels) <= label_map.keys():
+        if labels is not None and set(label_map) == {0, 1} and set(labels) == {0, 255}:
+            label_map = {0: label_map[0], 255: label_map[1]}
+        else:
+            raise _undeclared(values, counts, label_map, where)
+    if array.dtype.kind in "iu" and all(label_map[label] == label for label in labels):
         return array.astype(np.uint8, copy=False)
     if array.dtype == np.uint8:
         table = np.zeros(256, np.uint8)
-        table[values] = [label_map[int(value)] for value in values]
+        table[labels] = [label_map[label] for label in labels]
         return table[array]
     mapped = np.empty(array.shape, np.uint8, order="F" if array.flags.f_contiguous else "C")
-    for value in values:
-        mapped[array == value] = label_map[int(value)]
+    for value, label in zip(values, labels, strict=True):
+        mapped[array == value] = label_map[label]
     return mapped
 
 
-def _check_same_grid(first: Volume, second: Volume) -> None:
-    if first.array.shape != second.array.shape:
-        raise DataError(
-            f"{second.path}: shape {second.array.shape}, but {first.path} has {first.array.shape}; "
-            "channels and mask of a case must lie on one grid: resample one onto the other"
-        )
-    difference = float(np.abs(first.affine - second.affine).max())
-    if difference > _AFFINE_TOLERANCE_MM:
-        raise DataError(
-            f"{second.path}: affine {_rows(second.affine)} differs by {difference:g} from "
-            f"{_rows(first.affine)} of {first.path}; correct the header of the one that is wrong"
-        )
+def is_black_and_white(array: np.ndarray, label_map: Mapping[int, int]) -> bool:
+    """Whether :func:`map_labels` takes 255 for 1 in this mask."""
+    return set(label_map) == {0, 1} and round(float(array.max())) == 255
 
 
-def _rows(affine: np.ndarray) -> str:
-    return "[" + "; ".join(" ".join(f"{value:g}" for value in row) for row in affine[:3]) + "]"
+def _values_of(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values and how often each occurs."""
+    if array.dtype != np.uint8:
+        return np.unique(array, return_counts=True)
+    # Counting all 256 values is one fast pass, and masks are nearly always uint8.
+    flat = array.ravel(order="K")
+    # In pieces, since bincount makes an int64 copy of what it is given.
+    counts = np.sum(
+        [
+            np.bincount(flat[start : start + (1 << 20)], minlength=256)
+            for start in range(0, flat.size, 1 << 20)
+        ],
+        axis=0,
+    )
+    values = np.flatnonzero(counts)
+    return values, counts[values]
+
+
+def _whole(values: np.ndarray) -> list[int] | None:
+    """The whole number that each of the sorted ``values`` stands for, or None where one stands for none."""
+    if values.dtype.kind != "f":
+        return [int(value) for value in values]
+    if not np.isfinite(values).all():
+        return None
+    exact = values.astype(np.float64)
+    whole = np.rint(exact)
+    step = float(exact[-1] - exact[0]) / 254
+    apart = float(np.abs(exact - whole).max())
+    if apart > min(max(step, 1e-4 * float(np.abs(exact).max())), 0.499):
+        return None
+    labels = [int(value) for value in whole]
+    # Steps of half a label or more tell two labels apart only where no two values meet in one.
+    return labels if apart < 0.05 or len(set(labels)) == len(labels) else None
+
+
+def _undeclared(
+    values: np.ndarray, counts: np.ndarray, label_map: Mapping[int, int], where: str
+) -> DataError:
+    whole = _whole(values)
+    names = values.tolist() if whole is None else whole
+    unknown = [index for index, value in enumerate(names) if value not in label_map]
+    found = ", ".join(f"{names[index]:.9g} ({counts[index]} voxels)" for index in unknown[:5])
+    more = f" and {len(unknown) - 5} more values" if len(unknown) > 5 else ""
+    advice = "correct the mask or declare the label"
+    if whole is None:
+        advice = "labels are whole numbers: save the mask as integers, without interpolation or scaling"
+    elif set(label_map) == {0, 1}:
+        advice = "correct the mask (0 and 1, or 0 and 255), or declare its values in a dataset.json as nnU-Net has them"
+    declared = shorten([str(value) for value in sorted(label_map)], limit=20)
+    return DataError(f"{where}: undeclared label {found}{more}; the dataset declares [{declared}]: {advice}")

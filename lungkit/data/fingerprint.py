@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case
+from lungkit.data.dataset import BLACK_AND_WHITE, IGNORE_INDEX, Case, Dataset, read_case
 from lungkit.data.geometry import plan_geometry
 from lungkit.data.volume import DEFAULT_MAX_VOXELS
 from lungkit.errors import DataError, UsageError, shorten
@@ -211,6 +211,7 @@ class _CaseMeasure:
     spacing_mm: tuple[float, float, float]
     class_voxels: np.ndarray
     channels: tuple[_ChannelMeasure, ...]
+    label_notes: tuple[str, ...]
 
     @property
     def foreground_voxels(self) -> int:
@@ -239,7 +240,7 @@ def _measure(case: Case, label_map: Mapping[int, int], num_classes: int, max_vox
                 everything=_sample(values[:: max(1, values.size // _SAMPLES_OF_ALL_VOXELS)]),
             )
         )
-    return _CaseMeasure(geometry.shape, geometry.spacing_mm, class_voxels, tuple(channels))
+    return _CaseMeasure(geometry.shape, geometry.spacing_mm, class_voxels, tuple(channels), label.notes)
 
 
 def _sample(values: np.ndarray) -> _Sample:
@@ -326,6 +327,9 @@ def _notices(
         notices.append(f"{len(empty)} of {len(cases)} cases hold no foreground: {shorten(empty)}")
     if all(measure.spacing_mm == (1.0, 1.0, 1.0) for measure in measured):
         notices.append("every spacing is exactly 1 mm: probably unknown, so lengths in mm mean little")
+    white = sum(BLACK_AND_WHITE in measure.label_notes for measure in measured)
+    if white:
+        notices.append(f"{white} of {len(cases)} masks hold 0 and 255, which are read as 0 and 1")
     slices = sum(measure.shape[0] == 1 for measure in measured)
     if slices:
         notices.append(f"{slices} of {len(cases)} cases are a single slice")

@@ -9,11 +9,15 @@ n s / m.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lungkit.data.volume import Volume
+from lungkit.errors import DataError
+
+SAME_PLACE_MM = 1e-3
+"""Largest difference between the entries of two affines of one grid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,3 +93,96 @@ def orient(array: np.ndarray, geometry: Geometry) -> np.ndarray:
     """
     array = array[tuple(slice(None, None, -1) if flip else slice(None) for flip in geometry.flips)]
     return array.transpose(np.argsort(geometry.axes)).transpose(2, 1, 0)
+
+
+def on_grid_of(volume: Volume, reference: Volume) -> Volume:
+    """``volume`` with its axes in the order and direction of ``reference``, whose voxels it must share.
+
+    Programs store one grid in several orientations (LPS, RAS, ...): axes are permuted and flipped, nothing is
+    interpolated. Where sform and qform of the reference lie apart, it is enough that ``volume`` fits one of them:
+    programs that go by the qform write masks there.
+
+    Args:
+        volume: a mask, or another channel.
+        reference: the scan.
+
+    Returns:
+        ``volume`` on the grid of ``reference`` (its voxels a view where it was turned).
+
+    Raises:
+        DataError: it lies on other voxels; says which size or place differs and by how much.
+
+    Example:
+        >>> scan = Volume(np.zeros((2, 3, 4)), np.diag([1.0, 1.0, 2.5, 1.0]))
+        >>> turned = np.diag([-1.0, 1.0, 2.5, 1.0])
+        >>> turned[0, 3] = 1.0
+        >>> mask = Volume(np.arange(24).reshape(2, 3, 4), turned)
+        >>> bool((on_grid_of(mask, scan).array == mask.array[::-1]).all())
+        True
+    """
+    found = None
+    for wanted in _affines(reference):
+        turn = _turn(volume.affine, wanted)
+        if turn is None:
+            continue
+        axes, flips = turn
+        array = volume.array.transpose(axes)
+        array = array[tuple(slice(None, None, -1) if flip else slice(None) for flip in flips)]
+        if array.shape != reference.array.shape:
+            continue
+        apart = float(np.abs(_turned(volume, axes, flips) - wanted).max())
+        if apart <= SAME_PLACE_MM:
+            # The header's fields speak of the axes as they were.
+            return replace(volume, array=array, affine=reference.affine, space=None)
+        found = apart if found is None else min(found, apart)
+    raise _other_grid(volume, reference, found)
+
+
+def _affines(volume: Volume) -> list[np.ndarray]:
+    """The affine of a volume, and those that other programs may read from its header where they only shift it."""
+    others = volume.space.alternatives(volume.array.shape) if volume.space is not None else []
+    return [
+        volume.affine,
+        *(other for other in others if np.allclose(other[:3, :3], volume.affine[:3, :3], atol=SAME_PLACE_MM)),
+    ]
+
+
+def _turn(own: np.ndarray, wanted: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, ...]] | None:
+    """Axis of ``own`` for each axis of ``wanted``, and whether it runs the other way; None for another direction."""
+    steps = np.linalg.solve(own[:3, :3], wanted[:3, :3])
+    whole = np.rint(steps)
+    if not np.isfinite(steps).all() or not np.array_equal(np.abs(whole) @ np.ones(3), np.ones(3)):
+        return None
+    if not np.array_equal(np.ones(3) @ np.abs(whole), np.ones(3)):
+        return None
+    first, second, third = (int(axis) for axis in np.abs(whole).argmax(axis=0))
+    return (first, second, third), tuple(bool(flip) for flip in whole.sum(axis=0) < 0)
+
+
+def _turned(volume: Volume, axes: tuple[int, int, int], flips: tuple[bool, ...]) -> np.ndarray:
+    affine, shape = volume.affine, volume.array.shape
+    turned = affine.copy()
+    for target, (axis, flip) in enumerate(zip(axes, flips, strict=True)):
+        turned[:3, target] = -affine[:3, axis] if flip else affine[:3, axis]
+        if flip:
+            turned[:3, 3] += affine[:3, axis] * (shape[axis] - 1)
+    return turned
+
+
+def _other_grid(volume: Volume, reference: Volume, apart: float | None) -> DataError:
+    name, other = volume.path or "the volume", reference.path or "the scan"
+    if volume.array.shape != reference.array.shape and apart is None:
+        return DataError(
+            f"{name}: shape {volume.array.shape}, but {other} has {reference.array.shape}; both must lie on one grid: "
+            "resample one onto the other"
+        )
+    difference = float(np.abs(volume.affine - reference.affine).max()) if apart is None else apart
+    return DataError(
+        f"{name}: affine {_rows(volume.affine)} differs by {difference:g} from {_rows(reference.affine)} of {other}, "
+        "in whatever order and direction the axes are taken; both must lie on one grid: resample one onto the other, "
+        "or correct the header of the one that is wrong"
+    )
+
+
+def _rows(affine: np.ndarray) -> str:
+    return "[" + "; ".join(" ".join(f"{value:g}" for value in row) for row in affine[:3]) + "]"

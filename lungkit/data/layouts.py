@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset
+from lungkit.data.dataset import IGNORE_INDEX, MAX_LABEL_VALUE, Case, Dataset
 from lungkit.data.nifti_names import SUFFIXES, nifti_by_stem, nifti_files, split_channel, split_suffix
 from lungkit.errors import DataError, UsageError, shorten
 
@@ -206,6 +206,11 @@ def _parse_labels(content: dict[str, Any], path: Path) -> tuple[dict[str, int], 
         parsed = _as_int(number)
         if parsed is None or parsed < 0 or not isinstance(name, str):
             raise DataError(f"{path}: label {key!r}: {value!r} is not a name with a whole number >= 0")
+        if parsed > MAX_LABEL_VALUE:
+            raise DataError(
+                f"{path}: label {name!r} has the value {parsed}; masks hold values up to {MAX_LABEL_VALUE} (uint16): "
+                "give the classes smaller values"
+            )
         if name in labels or parsed in labels.values():
             raise DataError(f"{path}: label {name!r} or its value {parsed} is declared twice")
         labels[name] = parsed
@@ -224,6 +229,8 @@ def _as_int(value: object) -> int | None:
         return None
     if isinstance(value, int):
         return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value) else None
 
 

@@ -1,12 +1,13 @@
 """NIfTI headers, checked before a single voxel is allocated.
 
 The layout is that of NIfTI-1 and NIfTI-2 (Cox et al. 2004, "A (sort of) new image data format standard:
-NIfTI-1"); nibabel reads the fields and the geometry, the checks are ours.
+NIfTI-1"); nibabel reads the fields, geometry (:mod:`lungkit.data.nifti_space`) and checks are ours.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lungkit.data.integrity import VerifiedStream
+from lungkit.data.nifti_space import NiftiSpace
 from lungkit.errors import DataError
 
 _LOG = logging.getLogger("lungkit")
@@ -46,7 +48,11 @@ _REFUSED_DTYPES = {
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """What it takes to read the voxels; ``shape`` is (X, Y, Z), ``dtype`` the stored one."""
+    """What it takes to read the voxels.
+
+    ``shape`` is (X, Y, Z), ``dtype`` the stored one, ``affine`` in mm; ``notes`` are sentences that the user of the
+    volume has to know.
+    """
 
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
@@ -54,6 +60,8 @@ class NiftiHeader:
     intercept: float
     affine: np.ndarray
     skip_bytes: int
+    space: NiftiSpace
+    notes: tuple[str, ...]
 
 
 def read_header(stream: VerifiedStream, path: Path, *, max_voxels: int) -> NiftiHeader:
@@ -90,7 +98,7 @@ def read_header(stream: VerifiedStream, path: Path, *, max_voxels: int) -> Nifti
     shape = _shape(header, path, max_voxels)
     dtype = _dtype(header, path)
     skip_bytes = _skip_bytes(header, path, len(block))
-    claimed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    claimed = math.prod(shape) * dtype.itemsize
     if claimed > stream.capacity:
         raise DataError(
             f"{path}: the header describes {shape} voxels of {dtype.name} ({claimed} bytes), more than the "
@@ -100,33 +108,22 @@ def read_header(stream: VerifiedStream, path: Path, *, max_voxels: int) -> Nifti
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
         raise DataError(f"{path}: {error}; correct scl_slope and scl_inter in the header") from error
+    space = NiftiSpace.from_header(header)
+    affine, notes = space.choose(shape, str(path))
+    if space.millimetres != 1:
+        _LOG.info("%s: geometry converted from %s to mm", path, space.unit_name)
+    for note in notes:
+        _LOG.warning("%s: %s", path, note)
     return NiftiHeader(
         shape=shape,
         dtype=dtype,
         slope=1.0 if slope is None else slope,
         intercept=0.0 if intercept is None else intercept,
-        affine=_affine(header, path, shape),
+        affine=affine,
         skip_bytes=skip_bytes,
+        space=space,
+        notes=notes,
     )
-
-
-def check_affine(affine: np.ndarray, where: str) -> None:
-    """Raise DataError, beginning with ``where``, unless ``affine`` maps voxels to millimetres one to one."""
-    problem = None
-    if affine.shape != (4, 4):
-        problem = f"has shape {affine.shape}, expected (4, 4)"
-    elif not np.isfinite(affine).all():
-        problem = "holds values that are not finite"
-    elif not np.array_equal(affine[3], (0, 0, 0, 1)):
-        problem = "does not end with the row 0 0 0 1"
-    else:
-        lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        # The determinant of the unit directions: 1 for a right angle, 0 for axes in one plane.
-        if (lengths == 0).any() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-4:
-            problem = "is not invertible"
-    if problem is not None:
-        rows = "; ".join(" ".join(f"{value:g}" for value in row) for row in np.atleast_2d(affine))
-        raise DataError(f"{where}: the affine {problem} [{rows}]; correct the geometry of the file")
 
 
 def _read_bytes(stream: VerifiedStream, path: Path, count: int) -> bytes:
@@ -140,12 +137,13 @@ def _read_bytes(stream: VerifiedStream, path: Path, count: int) -> bytes:
 def _shape(header: Any, path: Path, max_voxels: int) -> tuple[int, int, int]:
     dims = [int(value) for value in header["dim"]]
     axes = dims[0]
-    if not 2 <= axes <= 7 or any(size < 1 for size in dims[1 : axes + 1]):
+    if not 2 <= axes <= 7 or any(size < 1 for size in dims[1 : min(axes, 3) + 1]):
         raise DataError(
             f"{path}: the header gives dim {dims}, not a 2D slice or a 3D volume; write the file again"
         )
     sizes = dims[1 : axes + 1]
-    if any(size != 1 for size in sizes[3:]):
+    # Some programs count axes beyond the third that they leave at 0, which stands for 1.
+    if any(size > 1 for size in sizes[3:]):
         raise DataError(
             f"{path}: {axes}D file of shape {tuple(sizes)}; write one 3D file for each channel or time point"
         )
@@ -184,25 +182,3 @@ def _skip_bytes(header: Any, path: Path, header_bytes: int) -> int:
             f"{path}: the header puts the voxels at byte {offset:g}, expected {lowest} or a little more"
         )
     return int(offset) - header_bytes
-
-
-def _affine(header: Any, path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    if not (int(header["sform_code"]) or int(header["qform_code"])):
-        # Method 1 of the NIfTI standard: spacing alone, no orientation.
-        spacing = np.abs([float(value) for value in header["pixdim"][1:4]])
-        if shape[2] == 1 and spacing[2] == 0:
-            spacing[2] = 1.0
-        _LOG.warning(
-            "%s: neither sform nor qform is set, so the orientation is unknown; "
-            "using pixdim (%g, %g, %g mm) and taking the axes as right, anterior, superior",
-            path,
-            *spacing,
-        )
-        affine = np.diag([*spacing, 1.0])
-    else:
-        try:
-            affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-        except Exception as error:  # nibabel raises several kinds for an impossible quaternion
-            raise DataError(f"{path}: the geometry in the header cannot be used ({error})") from error
-    check_affine(affine, str(path))
-    return affine

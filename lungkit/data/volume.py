@@ -14,8 +14,9 @@ import numpy as np
 
 from lungkit._atomic import atomic_path
 from lungkit.data.integrity import VerifiedStream, open_verified
-from lungkit.data.nifti_header import NiftiHeader, check_affine, read_header
+from lungkit.data.nifti_header import NiftiHeader, read_header
 from lungkit.data.nifti_names import split_suffix
+from lungkit.data.nifti_space import NiftiSpace, affine_text, problem_of_affine
 from lungkit.errors import DataError, ResourceError, UsageError
 
 _LOG = logging.getLogger("lungkit")
@@ -38,12 +39,37 @@ class Volume:
     """A scan or a mask as it lies in its file.
 
     ``array`` has shape (X, Y, Z), a 2D file (X, Y, 1); ``affine`` (4, 4) maps voxel indices to millimetres in
-    RAS+ world space (x to the right, y to the front, z to the head), as in nibabel.
+    RAS+ world space (x to the right, y to the front, z to the head), as in nibabel. ``space`` holds the geometry
+    fields of the NIfTI header that it was read from, and ``notes`` what its reader has to say to people.
+
+    Raises:
+        UsageError: the array is not one of numbers with three axes, none of them empty, or the affine is not an
+            invertible (4, 4).
+
+    Example:
+        >>> Volume(np.zeros((4, 4)), np.eye(4))
+        Traceback (most recent call last):
+        lungkit.errors.UsageError: array: shape (4, 4), expected (X, Y, Z); a slice is (X, Y, 1)
     """
 
     array: np.ndarray
     affine: np.ndarray
     path: Path | None = None
+    space: NiftiSpace | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        array = np.asarray(self.array)
+        if array.ndim != 3:
+            raise UsageError(f"array: shape {array.shape}, expected (X, Y, Z); a slice is (X, Y, 1)")
+        if array.size == 0:
+            raise UsageError(
+                f"array: shape {array.shape} holds no voxels; expected (X, Y, Z), each at least 1"
+            )
+        if array.dtype.kind not in "biuf":
+            raise UsageError(f"array: dtype {array.dtype}, expected integers, floats or bool")
+        object.__setattr__(self, "array", array)
+        object.__setattr__(self, "affine", _usable_affine(self.affine))
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -95,18 +121,28 @@ def read_volume(
         header = read_header(stream, path, max_voxels=max_voxels)
         stored = _read_voxels(stream, header, path)
         stream.finish()
-    array = _refuse_or_replace_nan(_scale(stored, header), path, nan_policy)
-    return Volume(array=array, affine=header.affine, path=path)
+    array, notes = _refuse_or_replace_nan(_scale(stored, header), path, nan_policy)
+    return Volume(array, header.affine, path, header.space, (*header.notes, *notes))
 
 
-def write_nifti(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndarray) -> None:
+def write_nifti(
+    path: str | os.PathLike[str], array: np.ndarray, affine: np.ndarray, *, space: NiftiSpace | None = None
+) -> None:
     """Write ``array`` (X, Y, Z) or (X, Y) with ``affine`` (4, 4) as NIfTI-1, whole or not at all.
 
     bool is written as uint8; integers wider than 32 bits as the smallest of uint8, int16, int32 that holds
     their values; float16 as float32. The same array gives the same bytes.
 
+    Args:
+        path: the file, .nii or .nii.gz.
+        array: the voxels.
+        affine: voxel indices to mm in RAS+.
+        space: of the volume that the array belongs to, see :attr:`Volume.space`; its geometry fields are written as
+            they stood in that file, so that both lie in one place in every reader.
+
     Raises:
-        UsageError: the name does not end with .nii or .nii.gz, or the array or the affine cannot be written.
+        UsageError: the name does not end with .nii or .nii.gz, the array or the affine cannot be written, or
+            ``space`` puts the voxels elsewhere than ``affine``.
         ResourceError: the disk is full; nothing is left behind.
 
     Example:
@@ -122,11 +158,7 @@ def write_nifti(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndar
     if not split_suffix(path.name)[1]:
         raise UsageError(f"path: {path} does not end with .nii or .nii.gz")
     array = _storable(np.asarray(array))
-    affine = np.asarray(affine, dtype=np.float64)
-    try:
-        check_affine(affine, "affine")
-    except DataError as error:
-        raise UsageError(str(error)) from error
+    affine = _usable_affine(affine)
     header = Nifti1Header(endianness="<")
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
@@ -137,6 +169,13 @@ def write_nifti(path: str | os.PathLike[str], array: np.ndarray, affine: np.ndar
     header.set_qform(affine, code=1)
     if not np.allclose(header.get_qform(), affine, atol=1e-3):
         header.set_qform(affine, code=0)  # a quaternion cannot hold shear; readers then take the sform
+    if space is not None:
+        shape = (*array.shape, 1)[:3]
+        if not np.allclose(space.choose(shape, "space")[0], affine, atol=1e-3, rtol=1e-5):
+            raise UsageError(
+                f"space: puts the voxels elsewhere than affine {affine.tolist()}; give those of one volume"
+            )
+        space.write_to(header)
     header["vox_offset"] = 352
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
     head = header.binaryblock + b"\0\0\0\0"
@@ -213,19 +252,34 @@ def _scale_whole(stored: np.ndarray, slope: int, intercept: int, dtype: np.dtype
     return result
 
 
-def _refuse_or_replace_nan(array: np.ndarray, path: Path, policy: NanPolicy) -> np.ndarray:
+def _refuse_or_replace_nan(
+    array: np.ndarray, path: Path, policy: NanPolicy
+) -> tuple[np.ndarray, tuple[str, ...]]:
     # Minimum and maximum carry NaN and infinity along, without a mask as large as the volume.
     if array.dtype.kind != "f" or (np.isfinite(array.min()) and np.isfinite(array.max())):
-        return array
+        return array, ()
     bad = ~np.isfinite(array)
     count = int(np.count_nonzero(bad))
     first = tuple(int(axis) for axis in np.unravel_index(int(np.argmax(bad)), bad.shape))
     found = f"{count} of {array.size} voxels are NaN or infinite, the first at (x, y, z) = {first}"
     if policy is NanPolicy.REFUSE or count == array.size:
         raise DataError(f"{path}: {found}; repair the file, or read it with NanPolicy.MINIMUM")
-    _LOG.warning("%s: %s; replaced with the smallest finite value", path, found)
+    note = f"{found}; replaced with the smallest finite value"
+    _LOG.warning("%s: %s", path, note)
     array[bad] = array[~bad].min()
-    return array
+    return array, (note,)
+
+
+def _usable_affine(affine: Any) -> np.ndarray:
+    try:
+        usable = np.asarray(affine, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"affine: {error}; expected an invertible (4, 4)") from error
+    problem = problem_of_affine(usable)
+    if problem is not None:
+        shown = affine_text(usable) if usable.ndim <= 2 else ""
+        raise UsageError(f"affine: {problem} {shown}; expected an invertible (4, 4), voxels to mm in RAS+")
+    return usable
 
 
 def _storable(array: np.ndarray) -> np.ndarray[Any, Any]:

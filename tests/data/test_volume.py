@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lungkit import _atomic
-from lungkit.data import NanPolicy, read_volume, write_nifti
+from lungkit.data import NanPolicy, Volume, read_volume, write_nifti
 from lungkit.errors import DataError, ResourceError, UsageError
 
 AFFINE = np.array([[-0.7, 0.0, 0.0, 10.5], [0.0, 0.7, 0.0, -20.0], [0.0, 0.0, 2.5, 30.25], [0, 0, 0, 1.0]])
@@ -374,3 +374,33 @@ def test_simpleitk_places_voxels_where_we_do(tmp_path: Path, array: np.ndarray) 
     point = np.array(image.TransformIndexToPhysicalPoint((1, 2, 1))) * (-1, -1, 1)  # LPS to RAS
     np.testing.assert_allclose(point, (AFFINE @ (1, 2, 1, 1))[:3], atol=1e-4)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image).T, array)
+
+
+@pytest.mark.parametrize(
+    ("array", "affine", "message"),
+    [
+        (np.zeros((4, 4)), AFFINE, r"array: shape \(4, 4\), expected \(X, Y, Z\)"),
+        (np.zeros((4, 4, 2, 1)), AFFINE, r"array: shape \(4, 4, 2, 1\)"),
+        (np.zeros((0, 4, 2)), AFFINE, "holds no voxels"),
+        (np.zeros((4, 4, 2), complex), AFFINE, "dtype complex128"),
+        (np.full((4, 4, 2), "a"), AFFINE, "dtype <U1"),
+        (np.zeros((4, 4, 2), object), AFFINE, "dtype object"),
+        (np.zeros((4, 4, 2)), AFFINE[:3], r"affine: has shape \(3, 4\)"),
+        (np.zeros((4, 4, 2)), AFFINE[:3, :3], r"affine: has shape \(3, 3\)"),
+        (np.zeros((4, 4, 2)), np.zeros((4, 4)), "affine: does not end with"),
+        (np.zeros((4, 4, 2)), np.diag([1, 1, 0, 1]), "affine: is not invertible"),
+        (np.zeros((4, 4, 2)), np.full((4, 4), np.nan), "affine: holds values that are not finite"),
+        (np.zeros((4, 4, 2)), "RAS", "affine: could not convert"),
+        (np.zeros((4, 4, 2)), None, "affine: has shape"),
+        (np.zeros((4, 4, 2)), [[1, 0], [0]], "affine: "),
+    ],
+)
+def test_volume_refuses_what_is_no_volume(array: np.ndarray, affine: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Volume(array, affine)
+
+
+def test_volume_takes_lists() -> None:
+    volume = Volume([[[1, 2]], [[3, 4]]], AFFINE.tolist())  # type: ignore[arg-type]
+    assert volume.array.shape == (2, 1, 2)
+    np.testing.assert_array_equal(volume.affine, AFFINE)
