@@ -28,7 +28,8 @@ _IMAGE = """
     InstanceNumber AcquisitionNumber FrameOfReferenceUID PositionReferenceIndicator ImagePositionPatient
     ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices Rows Columns SamplesPerPixel
     PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation NumberOfFrames RescaleSlope
-    RescaleIntercept RescaleType LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod
+    RescaleIntercept RescaleType PixelPaddingValue PixelPaddingRangeLimit LossyImageCompression
+    LossyImageCompressionRatio LossyImageCompressionMethod
 """
 PATIENT_AND_STUDY = tuple(_PATIENT_AND_STUDY.split())
 """Attributes of the Patient, General Study and Patient Study modules that a derived object repeats."""

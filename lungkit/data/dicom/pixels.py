@@ -11,14 +11,98 @@ from lungkit.data.dicom._packages import quiet, require
 from lungkit.data.dicom.files import read_dataset
 from lungkit.errors import DataError, UsageError
 
+AIR_HU = -1024
+"""What padding becomes: as dark as 12-bit CT can store."""
+
+# Padding this dark is air already; real air may have the same value and must keep it.
+_DARK_HU = -900
+# No tissue, but dense metal: a padding value up to here may occur in the patient too, whatever the tag says.
+_BRIGHT_HU = 3071
+
 
 def read_slice(path: Path, header: Any) -> np.ndarray:
-    """Stored values (rows, columns) of a single-frame CT image, integers as stored.
+    """HU (rows, columns) of a single-frame CT image: integers where slope and intercept are whole, else float64.
+
+    HU = RescaleSlope * stored + RescaleIntercept, of this slice. Voxels of PixelPaddingValue (up to
+    PixelPaddingRangeLimit), which lie outside of the scanned circle, become :data:`AIR_HU` unless they are dark as
+    air anyhow; where the value could be one of tissue as well, only those that hang together with the border do.
 
     Raises:
         DataError: no decoder for the compression, pixels missing, truncated or damaged, or another object
             than ``header`` describes.
     """
+    raw = _read_raw(path, header)
+    stored = _stored_bits(raw, int(header.BitsStored))
+    slope, intercept = rescale_of(header)
+    if is_whole(slope, intercept):
+        hu = stored.astype(np.int32 if stored.dtype.itemsize < 4 else np.int64)
+        hu *= int(slope)
+        hu += int(intercept)
+    else:
+        hu = stored * np.float64(slope) + intercept
+    padding = _padding(raw, stored, hu, header, path)
+    if padding is not None:
+        hu[padding] = AIR_HU
+    return hu
+
+
+def rescale_of(header: Any) -> tuple[float, float]:
+    """Slope and intercept of a slice."""
+    return float(header.RescaleSlope), float(header.RescaleIntercept)
+
+
+def is_whole(slope: float, intercept: float) -> bool:
+    """Whether HU are whole numbers."""
+    return slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**15
+
+
+def _padding(
+    raw: np.ndarray, stored: np.ndarray, hu: np.ndarray, header: Any, path: Path
+) -> np.ndarray | None:
+    """Which pixels are padding and are to become air."""
+    value, limit = (header.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+    if value is None:
+        return None
+    try:
+        ends = [int(end) for end in (value, value if limit is None else limit)]
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{path.name}: PixelPaddingValue or PixelPaddingRangeLimit is not a number; correct or remove it"
+        ) from None
+    # Written as signed or unsigned, with bits that are not stored or without them, whatever the other tags say.
+    found = np.zeros(raw.shape, bool)
+    for pixels, bits in ((raw, 8 * raw.dtype.itemsize), (stored, int(header.BitsStored))):
+        low, high = sorted(_as_stored(end, bits, signed=raw.dtype.kind == "i") for end in ends)
+        if high - low == abs(ends[1] - ends[0]):
+            found |= (pixels >= low) & (pixels <= high)
+    if not found.any():
+        return None
+    found &= (hu < AIR_HU) | (hu > _DARK_HU)
+    doubtful = found & (hu > _DARK_HU) & (hu <= _BRIGHT_HU)
+    if doubtful.any():
+        found &= ~doubtful | _touching_border(found)
+    return found
+
+
+def _as_stored(value: int, bits: int, *, signed: bool) -> int:
+    value %= 1 << bits
+    return value - (1 << bits) if signed and value >= 1 << bits - 1 else value
+
+
+def _touching_border(mask: np.ndarray) -> np.ndarray:
+    """The part of ``mask`` (rows, columns) that hangs together with its border."""
+    import cc3d
+
+    labels = cc3d.connected_components(mask, connectivity=4)
+    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    touching = np.zeros(int(labels.max()) + 1, bool)
+    touching[border] = True
+    touching[0] = False
+    return touching[labels]
+
+
+def _read_raw(path: Path, header: Any) -> np.ndarray:
+    """Integers (rows, columns) with all their allocated bits."""
     dataset = read_dataset(path)
     if (
         "SOPInstanceUID" not in dataset
@@ -49,7 +133,7 @@ def read_slice(path: Path, header: Any) -> np.ndarray:
             f"{path.name}: pixels of shape {stored.shape} and type {stored.dtype}, expected integers "
             f"({header.Rows}, {header.Columns})"
         )
-    return _stored_bits(stored, int(header.BitsStored))
+    return stored
 
 
 def _require_decoder(syntax: Any, path: Path) -> None:

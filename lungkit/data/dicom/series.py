@@ -19,7 +19,7 @@ from lungkit.data.dicom.files import (
     read_header,
     read_headers,
 )
-from lungkit.data.dicom.pixels import read_slice
+from lungkit.data.dicom.pixels import is_whole, read_slice, rescale_of
 from lungkit.data.dicom.slices import plan_slices
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume
 from lungkit.errors import DataError, ResourceError, shorten
@@ -30,6 +30,9 @@ _NEEDED = (
     "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation", "RescaleSlope",
     "RescaleIntercept",
 )  # fmt: skip
+
+# Scanners with an extended scale reach 30,710 HU or so in metal.
+_BRIGHTEST_HU = 2**15
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ def read_series(
 ) -> DicomScan:
     """Read one CT series as int16 HU, slices in order, geometry checked.
 
-    HU = RescaleSlope * stored + RescaleIntercept: int16 where both are whole numbers (int32 where the values
-    do not fit), else float32; padding outside the scanned circle is scaled like the rest.
+    HU = RescaleSlope * stored + RescaleIntercept of each slice: int16 where all are whole numbers (int32 where the
+    values do not fit), else float32. Padding outside the scanned circle becomes air, see
+    :func:`lungkit.data.dicom.pixels.read_slice`.
 
     Slices may lie up to :data:`~lungkit.data.dicom.slices.POSITION_TOLERANCE_MM` (and a tenth of the spacing)
     off an even grid. The grid may be sheared by up to :data:`~lungkit.data.dicom.slices.MAX_TILT_DEGREES`,
@@ -124,19 +128,28 @@ def _read(folder: Path, info: SeriesInfo, headers: list[Any], max_voxels: int) -
             f"{folder.name}: {info.size[0]} x {info.size[1]} x {len(headers)} voxels, more than max_voxels = "
             f"{max_voxels}; raise max_voxels"
         )
-    slope, intercept = _check_images(headers, names)
+    _check_images(headers, names)
     grid = plan_slices(headers, names)
     lossy = [
         name
         for name, header in zip(names, headers, strict=True)
         if header.get("LossyImageCompression") == "01"
     ]
+    notes = []
     if lossy:
-        _LOG.warning("%s: compressed with loss, so values are not exactly those measured", shorten(lossy))
+        notes.append("compressed with loss, so values are not exactly those measured")
+        _LOG.warning("%s: %s", shorten(lossy), notes[-1])
     headers = [headers[index] for index in grid.order]
     paths = [info.files[index] for index in grid.order]
-    array = _read_voxels(paths, headers, slope, intercept)
-    return DicomScan(Volume(array=array, affine=grid.affine, path=folder), info, tuple(headers))
+    array = _read_voxels(paths, headers)
+    brightest = float(array.max())
+    if brightest > _BRIGHTEST_HU:
+        notes.append(
+            f"values up to {brightest:g} HU, more than any scanner measures: padding without PixelPaddingValue, or "
+            "signed values declared unsigned (PixelRepresentation)"
+        )
+        _LOG.warning("%s: %s", folder.name, notes[-1])
+    return DicomScan(Volume(array, grid.affine, folder, notes=tuple(notes)), info, tuple(headers))
 
 
 def group_series(headers: Sequence[tuple[Path, Any]]) -> list[tuple[SeriesInfo, list[Any]]]:
@@ -203,14 +216,12 @@ def _choose(
     return info, headers
 
 
-def _check_images(headers: Sequence[Any], names: Sequence[str]) -> tuple[float, float]:
-    """Slope and intercept, the same for every slice, of a series whose images can make one volume."""
-    rescale: dict[tuple[float, float], str] = {}
+def _check_images(headers: Sequence[Any], names: Sequence[str]) -> None:
+    """Refuse images that cannot make one volume."""
     sizes: dict[tuple[int, int], str] = {}
     frames: dict[str, str] = {}
     for header, name in zip(headers, names, strict=True):
         _check_image(header, name)
-        rescale.setdefault((float(header.RescaleSlope), float(header.RescaleIntercept)), name)
         sizes.setdefault((int(header.Columns), int(header.Rows)), name)
         frames.setdefault(str(header.get("FrameOfReferenceUID") or ""), name)
     if len(frames) > 1:
@@ -218,16 +229,11 @@ def _check_images(headers: Sequence[Any], names: Sequence[str]) -> tuple[float, 
             f"slices differ in frame of reference: {shorten(frames.values())}; move what does not belong to the scan "
             "out of the folder"
         )
-    for what, values in (
-        ("rescale slope and intercept", rescale),
-        ("columns and rows", sizes),
-    ):
-        if len(values) > 1:
-            listed = shorten((f"{value} in {name}" for value, name in values.items()), limit=3)
-            raise DataError(
-                f"slices differ in {what}: {listed}; move what does not belong to the scan out of the folder"
-            )
-    return next(iter(rescale))
+    if len(sizes) > 1:
+        listed = shorten((f"{value} in {name}" for value, name in sizes.items()), limit=3)
+        raise DataError(
+            f"slices differ in columns and rows: {listed}; move what does not belong to the scan out of the folder"
+        )
 
 
 def _check_image(header: Any, name: str) -> None:
@@ -268,26 +274,18 @@ def _check_image(header: Any, name: str) -> None:
         raise DataError(f"{name}: {problem}; export the series as plain CT images in HU")
 
 
-def _read_voxels(paths: Sequence[Path], headers: Sequence[Any], slope: float, intercept: float) -> np.ndarray:
-    whole = slope.is_integer() and intercept.is_integer() and max(abs(slope), abs(intercept)) < 2**15
+def _read_voxels(paths: Sequence[Path], headers: Sequence[Any]) -> np.ndarray:
+    whole = all(is_whole(*rescale_of(header)) for header in headers)
     shape = (len(paths), int(headers[0].Rows), int(headers[0].Columns))
     try:
         voxels = np.empty(shape, np.int16 if whole else np.float32)
         for index, (path, header) in enumerate(zip(paths, headers, strict=True)):
-            stored = read_slice(path, header)
-            if whole:
-                scaled = stored.astype(np.int32 if stored.dtype.itemsize < 4 else np.int64)
-                scaled *= int(slope)
-                scaled += int(intercept)
-                if voxels.dtype == np.int16 and not _fits(scaled, np.int16):
-                    voxels = voxels.astype(np.int32)
-                if voxels.dtype == np.int32 and not _fits(scaled, np.int32):
-                    raise DataError(
-                        f"{path.name}: values up to {scaled.max()} HU; the rescale tags are wrong"
-                    )
-                voxels[index] = scaled
-            else:
-                voxels[index] = stored * np.float64(slope) + intercept
+            hu = read_slice(path, header)
+            if voxels.dtype == np.int16 and not _fits(hu, np.int16):
+                voxels = voxels.astype(np.int32)
+            if voxels.dtype == np.int32 and not _fits(hu, np.int32):
+                raise DataError(f"{path.name}: values up to {hu.max()} HU; the rescale tags are wrong")
+            voxels[index] = hu
     except MemoryError as error:
         raise ResourceError(
             f"no memory for {' x '.join(map(str, shape[::-1]))} voxels; close other programs"
