@@ -183,6 +183,12 @@ def _load_trainer(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path.name} holds more than tensors and plain values, and was not loaded"
         ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises many kinds for bytes that are no archive of its own
+        raise ValueError(f"{path.name} is damaged ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path.name} holds {type(state).__name__}, expected a dictionary")
     return state
 
 

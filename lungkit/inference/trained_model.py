@@ -14,7 +14,7 @@ from lungkit.checkpoint import BEST, LAST, Checkpoint, load_checkpoint
 from lungkit.data.geometry import Geometry, plan_geometry
 from lungkit.data.preprocessing import Preprocessing
 from lungkit.data.volume import Volume
-from lungkit.errors import CheckpointError, DataError, UsageError
+from lungkit.errors import CheckpointError, DataError
 from lungkit.inference.postprocessing import Postprocessing
 from lungkit.inference.precision import Precision
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet, build_model
@@ -61,15 +61,15 @@ class TrainedModel:
                 preprocessing=Preprocessing.from_dict(description["preprocessing"]),
                 labels=_labels(description),
                 channels=tuple(str(name) for name in description["channels"]),
-                patch_size=tuple(int(size) for size in description["patch_size"]),
-                context_slices=int(description["context_slices"]),
+                patch_size=_patch_size(description),
+                context_slices=_context_slices(description),
                 spacing_range_mm=_spacing_range(description),
                 postprocessing=Postprocessing.from_dict(description.get("postprocessing", {})),
                 precision=_precision(description),
                 digest=str(description["sha256"]["manifest.json"]),
                 description=description,
             )
-        except (KeyError, TypeError, AttributeError, DataError, UsageError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{loaded.folder}: manifest.json does not describe a model of this version of lungkit ({error!r})"
             ) from error
@@ -154,8 +154,12 @@ def load_network(checkpoint: Checkpoint) -> nn.Module:
         CheckpointError: the weights are those of another network, or not finite.
         UsageError: this version does not know the network.
     """
-    network = build_model(**checkpoint.description["model"])
+    options = checkpoint.description["model"]
     try:
+        # Without memory first: a manifest may describe a network that no machine holds.
+        with torch.device("meta"):
+            build_model(**options).load_state_dict(checkpoint.weights, assign=True)
+        network = build_model(**options)
         network.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
         raise CheckpointError(
@@ -168,6 +172,20 @@ def load_network(checkpoint: Checkpoint) -> nn.Module:
                 f"{checkpoint.folder}: weight {name} is NaN or infinite; use another checkpoint"
             )
     return network
+
+
+def _patch_size(description: dict[str, Any]) -> tuple[int, ...]:
+    size = tuple(int(length) for length in description["patch_size"])
+    if len(size) not in (2, 3) or min(size) < 1:
+        raise DataError(f"patch_size {size} must be (Y, X) or (Z, Y, X), each at least 1")
+    return size
+
+
+def _context_slices(description: dict[str, Any]) -> int:
+    slices = int(description["context_slices"])
+    if slices < 0 or (slices and len(description["patch_size"]) == 3):
+        raise DataError(f"context_slices {slices} must be 0 or more, and 0 in 3D")
+    return slices
 
 
 def _spacing_range(description: dict[str, Any]) -> dict[str, tuple[float, ...]] | None:
