@@ -78,9 +78,8 @@ WORDS = tuple(
 )
 
 LAUGHS = "a: &a [1, 1]\n" + "".join(
-    f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in itertools.pairwise("abcdefghij")
-)
-    f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in itertools.pairwise("abcdefghij")
+    f"{after}: &{after} [{', '.join(9 * [f'*{before}'])}]\n"
+    for before, after in itertools.pairwise("abcdefghij")
 )
 
 
@@ -172,7 +171,11 @@ def test_nifti_header(tmp_path: Path, kind: Any) -> None:
         except Exception:
             continue  # nibabel's own kinds of errors are its business
         np.testing.assert_allclose(
-            volume.array, other.reshape(volume.array.shape, order="F"), rtol=1e-5, err_msg=str(number)
+            volume.array,
+            other.reshape(volume.array.shape, order="F"),
+            rtol=1e-5,
+            atol=1e-37,
+            err_msg=str(number),
         )
 
 
@@ -211,8 +214,23 @@ def test_dicom(tmp_path: Path) -> None:
     path = files(folder)[1]
     content = path.read_bytes()
     decisive = [
-        *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "BitsAllocated"),
-        *("BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "PixelData", "Modality"),
+        *(
+            "ImagePositionPatient",
+            "ImageOrientationPatient",
+            "PixelSpacing",
+            "Rows",
+            "Columns",
+            "BitsAllocated",
+        ),
+        *(
+            "BitsStored",
+            "HighBit",
+            "PixelRepresentation",
+            "RescaleSlope",
+            "RescaleIntercept",
+            "PixelData",
+            "Modality",
+        ),
         *("SeriesInstanceUID", "ImageType", "SOPClassUID", "PixelPaddingValue", "PixelPaddingRangeLimit"),
         *("SamplesPerPixel", "NumberOfFrames", "SeriesNumber", "FrameOfReferenceUID"),
     ]
@@ -283,7 +301,9 @@ def test_checkpoint_of_flipped_bits(tmp_path: Path) -> None:
 
     manifest = json.loads((whole / "manifest.json").read_text())
     for number, loaded in outcomes(lambda: load_checkpoint(folder), 150, prepare):
-        assert number % 3 == 0  # white space in JSON
+        # White space in JSON, or a word that was there before.
+        same = all((folder / path.name).read_bytes() == path.read_bytes() for path in whole.iterdir())
+        assert number % 3 == 0 or same, number
         assert loaded.description == manifest, number
 
 

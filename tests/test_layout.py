@@ -40,7 +40,6 @@ TESTED_IN = {
     "data/dataset.py": "data/test_read_case.py",
     "data/dicom/_packages.py": "data/dicom/test_files.py",
     "data/dicom/labels.py": "data/dicom/test_segmentation.py",
-    "data/dicom/pixels.py": "data/dicom/test_series.py",
     "data/nifti_header.py": "data/test_volume.py",
     "data/phantom/": "data/test_phantom.py",
     "experiments/arms.py": "experiments/test_compare.py",

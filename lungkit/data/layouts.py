@@ -272,7 +272,7 @@ def _inside(root: Path, entry: object, source: Path) -> Path:
     path = root / entry
     try:
         escapes = absolute or not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError) as error:  # a loop of links
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is no text
         raise DataError(f"{source}: {entry!r} cannot be followed ({error})") from error
     if escapes:
         raise DataError(f"{source}: {entry!r} lies outside {root}; list files inside the dataset folder only")
