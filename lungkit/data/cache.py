@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -12,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from lungkit._atomic import atomic_folder
 from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case
 from lungkit.data.geometry import plan_geometry
+from lungkit.data.open_arrays import OpenArrays
 from lungkit.data.preprocessing import Preprocessing, ScanSlices, preprocess_label, quantise
 from lungkit.data.slices import chunks
 from lungkit.data.source_hash import SourceHashes
@@ -32,6 +33,8 @@ _LOG = logging.getLogger("lungkit")
 _FORMAT = 2
 _MAX_FOREGROUND = 20_000
 _ARRAYS = ("image", "label", "foreground")
+_OPEN_ARRAYS = OpenArrays()
+_TOKENS = itertools.count()
 # Files up to this size are checked whole when they are opened, larger ones in evenly spaced blocks.
 _CHECK_WHOLE_BYTES = 8 << 20
 _CHECK_BLOCK_BYTES = 64 << 10
@@ -40,7 +43,7 @@ _CHECK_BLOCKS = 16
 
 @dataclass(frozen=True, eq=False)
 class CachedCase:
-    """One preprocessed case; its arrays are memory maps, opened on first use and reopened after pickling.
+    """One preprocessed case; its arrays are memory maps, opened when used and closed when many others were since.
 
     Normalised intensity = ``image`` * ``slope`` + ``intercept``.
     """
@@ -56,17 +59,21 @@ class CachedCase:
     class_voxels: tuple[int, ...]
     """Voxels of each class index."""
 
-    @cached_property
+    def __post_init__(self) -> None:
+        # The files of a folder that was made again are not those of an older object.
+        object.__setattr__(self, "_token", next(_TOKENS))
+
+    @property
     def image(self) -> np.ndarray:
         """int16 (C, Z, Y, X)."""
         return self._open("image")
 
-    @cached_property
+    @property
     def label(self) -> np.ndarray:
         """uint8 (Z, Y, X): class indices, 255 to ignore."""
         return self._open("label")
 
-    @cached_property
+    @property
     def foreground(self) -> np.ndarray:
         """int32 (N, 3): voxel indices (z, y, x) of foreground, at most 20,000 and every class among them."""
         return self._open("foreground")
@@ -79,19 +86,14 @@ class CachedCase:
         return image
 
     def _open(self, name: str) -> np.ndarray:
-        path = self.directory / f"{name}.npy"
-        try:
-            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise ResourceError(
-                f"{path}: cached array cannot be opened ({error}); "
-                "was the cache removed? prepare the case again"
-            ) from error
-        return array
+        return _OPEN_ARRAYS.get((self._token, name), self.directory / f"{name}.npy")  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map would carry its whole contents to every worker.
-        return {name: value for name, value in self.__dict__.items() if name not in _ARRAYS}
+        return {name: value for name, value in self.__dict__.items() if name != "_token"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
 
 class CaseCache:
