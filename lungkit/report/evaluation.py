@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ import numpy as np
 import lungkit
 from lungkit._atomic import make_folder
 from lungkit.data import Volume, open_dataset
-from lungkit.data.dataset import IGNORE_INDEX, map_labels
-from lungkit.data.geometry import Geometry, orient, plan_geometry
+from lungkit.data.dataset import (
+    BLACK_AND_WHITE,
+    IGNORE_INDEX,
+    MAX_LABEL_VALUE,
+    is_black_and_white,
+    map_labels,
+)
+from lungkit.data.geometry import Geometry, on_grid_of, orient, plan_geometry
 from lungkit.data.layouts import read_declared_labels
 from lungkit.errors import DataError, LungkitError, UsageError
 from lungkit.metrics import CaseTable, Measurement, MetricGroup, MetricOptions, measure_case
@@ -26,7 +33,6 @@ from lungkit.report.tables import format_case_table, metric_title, write_case_ta
 
 _LOG = logging.getLogger("lungkit")
 
-_AFFINE_TOLERANCE_MM = 1e-3
 _CASES_ON_A_SCREEN = 50
 
 
@@ -95,7 +101,7 @@ def evaluate_pairs(
 ) -> Evaluation:
     """Measure every pair of files; one that cannot be measured is reported and stops none of the others.
 
-    Prediction and label must lie on one grid (shape, and affine within 1e-3). They are measured in RAS+ with
+    Prediction and label must lie on one grid (:func:`lungkit.data.geometry.on_grid_of`). They are measured in RAS+ with
     axial slices, so that the diameter of a lesion is in the axial plane however the file is stored.
 
     Args:
@@ -166,7 +172,7 @@ def measure_volumes(
         >>> measure_volumes(volume, volume)["foreground"].values["volume_true_ml"]
         0.08
     """
-    _check_same_grid(prediction, label)
+    prediction = on_grid_of(prediction, label)
     geometry = plan_geometry(label)
     predicted, truth = (class_indices(volume, scheme, geometry) for volume in (prediction, label))
     # A prediction has no voxels to ignore: where it says so nonetheless, it says background.
@@ -185,27 +191,14 @@ def measure_volumes(
 
 def class_indices(mask: Volume, scheme: LabelScheme, geometry: Geometry) -> np.ndarray:
     """Class indices of a mask, 255 where it is to be ignored; uint8 (Z, Y, X) in RAS+."""
+    if mask.path is not None and is_black_and_white(mask.array, scheme.label_map):
+        _say_black_and_white(mask.path.parent)
     return orient(map_labels(mask.array, scheme.label_map, str(mask.path)), geometry)
 
 
-def _check_same_grid(prediction: Volume, label: Volume) -> None:
-    if prediction.array.shape != label.array.shape:
-        raise DataError(
-            f"{prediction.path}: shape {prediction.array.shape}, but {label.path} has {label.array.shape}; "
-            "predict on the scan's own grid, or resample the prediction onto it"
-        )
-    difference = float(np.abs(prediction.affine - label.affine).max())
-    if difference > _AFFINE_TOLERANCE_MM:
-        raise DataError(
-            f"{prediction.path}: affine differs by {difference:g} from that of {label.path} "
-            f"(spacing {_rounded(prediction.spacing_mm)} and {_rounded(label.spacing_mm)} mm, origin "
-            f"{_rounded(prediction.affine[:3, 3])} and {_rounded(label.affine[:3, 3])}); "
-            "correct the header of the one that is wrong"
-        )
-
-
-def _rounded(values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(round(float(value), 4) for value in values)
+@cache
+def _say_black_and_white(folder: Path) -> None:
+    _LOG.warning("%s: %s", folder, BLACK_AND_WHITE)
 
 
 def parse_labels(texts: Sequence[str]) -> LabelScheme:
@@ -221,8 +214,10 @@ def parse_labels(texts: Sequence[str]) -> LabelScheme:
     values = {"background": 0}
     for text in texts:
         name, _, value = text.partition("=")
-        if not name or not value.isdigit() or int(value) > 255:
-            raise UsageError(f"label {text!r} must be NAME=VALUE with a value from 1 to 255, e.g. tumour=1")
+        if not name or not value.isdigit() or int(value) > MAX_LABEL_VALUE:
+            raise UsageError(
+                f"label {text!r} must be NAME=VALUE with a value from 1 to {MAX_LABEL_VALUE}, e.g. tumour=1"
+            )
         values[name] = int(value)
     if len(set(values.values())) < len(values):
         raise UsageError(
