@@ -25,7 +25,7 @@ from model_cases import random_network, save_model
 from lungkit.checkpoint import _digest_of, load_checkpoint, sha256_of
 from lungkit.data import open_dataset, read_volume, write_nifti
 from lungkit.data.dicom import read_series
-from lungkit.errors import LungkitError
+from lungkit.errors import CheckpointError, LungkitError
 from lungkit.inference import TrainedModel
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, load_config
@@ -342,6 +342,18 @@ def test_checkpoint_of_another_program(tmp_path: Path) -> None:
     for number, model in outcomes(load, 300, prepare):
         assert model.labels, number
         assert sum(parameter.numel() for parameter in model.network.parameters()) < 100_000, number
+
+
+def test_a_network_without_end_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    network = random_network()
+    for number, (name, value) in enumerate({"convolutions": [2**40, 2], "features": [2**40, 8]}.items()):
+        folder = save_model(tmp_path / str(number), network)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["model"][name] = value
+        manifest["sha256"]["manifest.json"] = _digest_of(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors holds"):
+            TrainedModel.load(folder)
 
 
 def test_configuration(tmp_path: Path) -> None:

@@ -155,6 +155,15 @@ def load_network(checkpoint: Checkpoint) -> nn.Module:
         UsageError: this version does not know the network.
     """
     options = checkpoint.description["model"]
+    repeats = options.get("convolutions", ())
+    most = max(
+        (n for n in (repeats if isinstance(repeats, list) else [repeats]) if isinstance(n, int)), default=0
+    )
+    if most > len(checkpoint.weights):
+        raise CheckpointError(
+            f"{checkpoint.folder}: manifest.json describes {most} convolutions a level, model.safetensors holds "
+            f"{len(checkpoint.weights)} weights"
+        )
     try:
         # Without memory first: a manifest may describe a network that no machine holds.
         with torch.device("meta"):
