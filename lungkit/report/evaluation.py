@@ -25,7 +25,7 @@ from lungkit.data.dataset import (
 )
 from lungkit.data.geometry import Geometry, on_grid_of, orient, plan_geometry
 from lungkit.data.layouts import read_declared_labels
-from lungkit.errors import DataError, LungkitError, UsageError
+from lungkit.errors import LungkitError, UsageError
 from lungkit.metrics import CaseTable, Measurement, MetricGroup, MetricOptions, measure_case
 from lungkit.report.distributions import save_distributions
 from lungkit.report.mask_files import CasePairs, MaskReader, masks_in
