@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,6 +21,9 @@ def run_command(command: Callable[[], int]) -> int:
     Exit codes: 0 ok, 1 other failure, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved,
     130 interrupted and not saved.
     """
+    _encode_what_the_terminal_can()
+    # A notebook names its own backend to the commands it starts; pictures here go to files alone.
+    os.environ["MPLBACKEND"] = "agg"
     _log_to_terminal()
     keep_freed_memory()
     try:
@@ -37,6 +42,13 @@ def run_command(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         _LOG.error("interrupted; nothing more was saved")
         return 130
+
+
+def _encode_what_the_terminal_can() -> None:
+    """A letter that the encoding of the output lacks is written as its code, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _log_to_terminal() -> None:

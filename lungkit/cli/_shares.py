@@ -12,8 +12,8 @@ class _Launcher(NamedTuple):
     """Variables by which a launcher tells a process its number, and how many there are."""
 
     name: str
-    index: str
-    count: str
+    task: str
+    tasks: str
     first: str = ""
     step: str = ""
 
@@ -49,9 +49,9 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, 
         if not _is_number(index) or not _is_number(count) or int(index) >= int(count):
             raise UsageError(f"--shard is {text!r}; give I/N with I from 0 to N - 1, e.g. 0/8, or auto")
         return int(index), int(count)
-    found = [launcher for launcher in _LAUNCHERS if environment.get(launcher.count, "1") != "1"]
+    found = [launcher for launcher in _LAUNCHERS if environment.get(launcher.tasks, "1") != "1"]
     # A launcher of one process shares nothing out, unless it is the only one.
-    found = found or [launcher for launcher in _LAUNCHERS if launcher.count in environment]
+    found = found or [launcher for launcher in _LAUNCHERS if launcher.tasks in environment]
     if len(found) != 1:
         names = " and ".join(launcher.name for launcher in found) or "neither torchrun nor a Slurm array"
         raise UsageError(f"--shard auto: the environment speaks of {names}; give --shard I/N")
@@ -65,13 +65,13 @@ def launcher_around(environment: Mapping[str, str]) -> str | None:
         >>> launcher_around({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "10"})
         'a Slurm array'
     """
-    names = [launcher.name for launcher in _LAUNCHERS if environment.get(launcher.count, "1") != "1"]
+    names = [launcher.name for launcher in _LAUNCHERS if environment.get(launcher.tasks, "1") != "1"]
     return " and ".join(names) or None
 
 
 def _share_of(launcher: _Launcher, environment: Mapping[str, str]) -> tuple[int, int]:
     variables = {name: environment.get(name, "") for name in launcher[1:] if name}
-    index, count = environment.get(launcher.index, ""), environment.get(launcher.count, "")
+    index, count = environment.get(launcher.task, ""), environment.get(launcher.tasks, "")
     first, step = environment.get(launcher.first) or "0", environment.get(launcher.step) or "1"
     if all(map(_is_number, (index, count, first, step))) and int(step) > 0:
         share, rest = divmod(int(index) - int(first), int(step))

@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="weights to measure: at the end of the budget, or the best on the held-out fold (default: last)",
     )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
-    options, rest = parser.parse_known_args(arguments)
-    return run_command(lambda: _run(options, rest))
+    return run_command(lambda: _run(*parser.parse_known_args(arguments)))
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -30,8 +30,7 @@ Exit codes: 0 ok, 2 usage, 3 bad data: a case could not be measured or is on one
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:

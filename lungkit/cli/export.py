@@ -49,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "(default: plain PyTorch operations of the same weights)",
     )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(parser.parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:

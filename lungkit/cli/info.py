@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import lungkit
+from lungkit.cli._common import run_command
 from lungkit.ops import _library
 
 _PACKAGES = (
@@ -110,7 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--version", action="version", version=lungkit.__version__)
-    options = parser.parse_args(arguments)
+    return run_command(lambda: _run(parser.parse_args(arguments)))
+
+
+def _run(options: argparse.Namespace) -> int:
     info = collect()
     sys.stdout.write((json.dumps(info, indent=2) if options.json else _render(info)) + "\n")
     return 0

@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["merge"]:
         return run_command(lambda: _merge(given[1:]))
-    options = _parser().parse_args(given)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(_parser().parse_args(given)))
 
 
 def _parser() -> argparse.ArgumentParser:

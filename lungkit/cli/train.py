@@ -78,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write a picture of augmented patches and stop",
     )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
-    options, rest = parser.parse_known_args(arguments)
-    return run_command(lambda: _run(options, rest))
+    return run_command(lambda: _run(*parser.parse_known_args(arguments)))
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:

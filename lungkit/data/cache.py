@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -262,6 +263,8 @@ class CaseCache:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             return None, f"{error.__class__.__name__}: {error}"
+        with contextlib.suppress(OSError):  # a cache that somebody else made may be read-only
+            os.utime(folder / "case.json")  # what pruning goes by
         return case, ""
 
 

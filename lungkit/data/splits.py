@@ -42,13 +42,13 @@ def make_or_load_splits(
 
     Args:
         dataset: the dataset.
-        folds: how many folds to make; a ``splits_final.json`` decides for itself.
+        folds: how many folds to make, at most one a group; a ``splits_final.json`` decides for itself.
         seed: for the shuffle.
         patient_pattern: regular expression with one group, searched in each case id; cases with the same
             match stay together. Without it :attr:`Case.group` decides.
 
     Raises:
-        UsageError: fewer than two folds, more folds than groups, or a pattern that is invalid, has not
+        UsageError: fewer than two folds or groups, or a pattern that is invalid, has not
             exactly one group, or does not match a case id.
         DataError: ``splits_final.json`` is malformed, names unknown cases, or has a fold that is empty or
             whose training and validation overlap.
@@ -120,10 +120,19 @@ def _make(groups: dict[str, str], folds: int, seed: int) -> list[Split]:
         members.setdefault(groups[name], []).append(name)
     if folds < 2:
         raise UsageError(f"folds: {folds} leaves nothing to validate on; use 2 or more")
-    if folds > len(members):
+    if len(members) < 2:
         raise UsageError(
-            f"folds: {folds} folds of {len(members)} patients or cases; use at most {len(members)}"
+            f"data.folds: all cases are of one patient ({shorten(sorted(members))}), which leaves nothing to validate "
+            "on; training needs labelled cases of two (data.patient_pattern says which cases are whose)"
         )
+    if folds > len(members):
+        _LOG.warning(
+            "data.folds: %d folds cannot be made of %d patients or cases; %d are made",
+            folds,
+            len(members),
+            len(members),
+        )
+        folds = len(members)
     names = sorted(members)
     shuffled = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
     shuffled.sort(key=lambda name: -len(members[name]))  # stable: equal sizes stay shuffled

@@ -20,6 +20,7 @@ from lungkit.errors import DataError, UsageError
 from lungkit.inference import Prediction, Predictor
 from lungkit.pipeline.inputs import LoadedScan, ScanInput
 from lungkit.pipeline.measurements import measure_mask
+from lungkit.report.pictures import optional_picture
 
 FORMATS = ("nifti", "dicom-seg", "rtstruct")
 
@@ -127,9 +128,11 @@ def write_results(
         make_folder(written[-1].parent)
         write_nifti(written[-1], prediction.attention, prediction.affine)
     if files.preview:
-        written.append(files.picture(name))
-        make_folder(written[-1].parent)
-        _draw(written[-1], name, scan, prediction, predictor)
+        picture = files.picture(name)
+        with optional_picture(picture):
+            make_folder(picture.parent)
+            _draw(picture, name, scan, prediction, predictor)
+            written.append(picture)
     report = _report(name, scan, prediction, predictor)
     report["files"] = {str(path.relative_to(files.folder)): sha256_of(path) for path in written}
     make_folder(files.report(name).parent)

@@ -29,6 +29,7 @@ from lungkit.errors import LungkitError, UsageError
 from lungkit.metrics import CaseTable, Measurement, MetricGroup, MetricOptions, measure_case
 from lungkit.report.distributions import save_distributions
 from lungkit.report.mask_files import CasePairs, MaskReader, masks_in
+from lungkit.report.pictures import optional_picture
 from lungkit.report.tables import format_case_table, metric_title, write_case_table
 
 _LOG = logging.getLogger("lungkit")
@@ -253,7 +254,8 @@ def write_evaluation(
     text = write_measured(folder, table, options, extra=extra)
     if table.rows:
         shown = [name for name in headline_metrics(options) if name in table.metrics]
-        save_distributions(folder / "distribution.png", table, shown)
+        with optional_picture(folder / "distribution.png"):
+            save_distributions(folder / "distribution.png", table, shown)
     return text
 
 

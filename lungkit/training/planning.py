@@ -24,6 +24,7 @@ from lungkit.data import (
     plan_preprocessing,
     write_phantom_dataset,
 )
+from lungkit.data.cache_folder import default_cache_folder
 from lungkit.errors import CheckpointError, DataError, UsageError
 from lungkit.nn import build_model
 from lungkit.training.config import ModelConfig, TrainConfig
@@ -95,11 +96,21 @@ class Prepared:
 
 
 def cache_folder(config: TrainConfig) -> Path:
-    """Folder of preprocessed cases: ``data.cache``, or lungkit's folder in the user's cache directory."""
-    if config.data.cache is not None:
-        return Path(config.data.cache).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "lungkit"
+    """Folder of preprocessed cases: ``data.cache``, or :func:`~lungkit.data.cache_folder.default_cache_folder`.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    if config.data.cache is None:
+        return default_cache_folder()
+    folder = Path(os.path.expanduser(config.data.cache))  # noqa: PTH111 - leaves ~ alone where there is no home
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"data.cache: {folder} cannot be made ({error.strerror}); name another folder"
+        ) from error
+    return folder
 
 
 def prepare(

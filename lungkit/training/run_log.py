@@ -60,7 +60,7 @@ class RunLog:
         Raises:
             UsageError: another process holds the lock.
         """
-        file = _QuietFileHandler(path, encoding="utf-8")
+        file = _QuietFileHandler(path, encoding="utf-8", errors="backslashreplace")
         try:
             _lock(file.stream.fileno(), path)  # type: ignore[union-attr]
         except BaseException:

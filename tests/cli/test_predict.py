@@ -330,3 +330,17 @@ def test_a_run_of_lungkit_train_predicts_without_further_options(tmp_path, scans
     ).fit()
     assert main(["-i", str(scans), "-o", str(tmp_path / "out"), "--model", str(run.run_folder)]) == 0
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
+
+
+def test_a_picture_that_fails_is_a_warning_and_fails_no_scan(tmp_path, scans, model, monkeypatch, caplog):
+    def no_fonts(*_: object, **__: object) -> None:
+        raise RuntimeError("no fonts")
+
+    out = tmp_path / "out"
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    monkeypatch.setattr("lungkit.report.save_preview", no_fonts)
+    assert predict("-i", scans, "-o", out, "--model", model, "--overwrite") == 0
+    assert str(out / "previews" / "a.png") in caplog.text and "no fonts" in caplog.text
+    assert not list((out / "previews").iterdir())  # no picture of an earlier mask beside the new one
+    report = json.loads((out / "reports" / "a.json").read_text())
+    assert list(report["files"]) == ["a.nii.gz"]

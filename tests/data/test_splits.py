@@ -111,11 +111,22 @@ def test_patient_on_both_sides_of_a_loaded_fold_is_warned_of(
     assert "fold 0 has cases of p2 in training and in validation" in caplog.text
 
 
+def test_as_many_folds_as_patients_are_made_where_more_are_asked_for(
+    dataset: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = make_or_load_splits(dataset, folds=9, patient_pattern=r"(p\d+)_")
+    assert splits == make_or_load_splits(dataset, folds=8, patient_pattern=r"(p\d+)_") and len(splits) == 8
+    assert "9 folds cannot be made of 8 patients or cases; 8 are made" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"folds": 1}, "leaves nothing to validate on"),
-        ({"folds": 9, "patient_pattern": r"(p\d+)_"}, "use at most 8"),
+        (
+            {"patient_pattern": r"(p)\d+_"},
+            r"data\.folds: all cases are of one patient \(p\).*training needs .* two",
+        ),
         ({"patient_pattern": "("}, "not a regular expression"),
         ({"patient_pattern": "p"}, "has 0 groups, expected one"),
         ({"patient_pattern": "(q)"}, "does not match p0_0"),
