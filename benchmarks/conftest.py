@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ class Playback:
         return self._instants.popleft()
 
 
+FALLBACK = "plain PyTorch"
 _PLAYBACK = Playback()
 
 
@@ -56,6 +58,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             f"--{name}", dest="selection", action="store_const", const=name, default="default", help=text
         )
     group.addoption(
+        "--allow-fallback",
+        action="store_true",
+        help=f"go on where lungkit's kernels are not loaded; its rows are then named '{FALLBACK} for {OURS}'",
+    )
+    group.addoption(
         "--keep-freed-memory",
         action="store_true",
         help="let the process keep what it frees, for all providers alike, as lungkit's commands do on Linux",
@@ -67,23 +74,30 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "cases(of): function that gives the cases of a selection, device and thread counts"
     )
     options = config.option
+    if not _library.CPU_LIBRARY.loaded and not options.allow_fallback:
+        raise pytest.UsageError(
+            f"lungkit from {Path(lungkit.__file__).parent} would be timed without its kernels: "
+            f"{_library.CPU_LIBRARY.reason}. --allow-fallback times plain PyTorch under that name"
+        )
     if options.keep_freed_memory and not lungkit.keep_freed_memory():
         raise pytest.UsageError(
             "--keep-freed-memory has no effect here: it needs glibc, and no malloc settings in the environment"
         )
     if options.selection == "smoke":
         options.benchmark_min_rounds, options.benchmark_max_time = 1, "0"
-    elif not (options.benchmark_json or options.benchmark_save or options.benchmark_autosave):
+    if not (options.benchmark_json or options.benchmark_save or options.benchmark_autosave):
         options.benchmark_save, options.benchmark_save_data = options.selection, True
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     threads = torch.get_num_threads()
     kept = "kept by the process" if config.option.keep_freed_memory else "given back as the C library likes"
-    return (
-        f"benchmarks: {config.option.selection} selection, cases on the CPU with {threads} threads and 1, "
-        f"freed memory {kept}"
-    )
+    selection = f"{config.option.selection} selection, cases on the CPU with {threads} threads and 1"
+    return [
+        f"benchmarks: {selection}, freed memory {kept}",
+        f"benchmarks: lungkit {lungkit.__version__} from {Path(lungkit.__file__).parent}",
+        *(f"benchmarks: {backend} kernels {_kernels(backend)}" for backend in ("cpu", "cuda")),
+    ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -126,6 +140,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["threads"] = torch.get_num_threads()
     machine_info["freed_memory_kept"] = config.option.keep_freed_memory
     machine_info["instruction_set"] = _library.cpu_isa()
+    machine_info["selection"] = config.option.selection
+    machine_info["lungkit_from"] = "a checkout" if _library.checkout() else "an installation"
+    machine_info["kernels"] = {backend: _kernels(backend) for backend in ("cpu", "cuda")}
     machine_info["native_ops"] = [
         f"{name} ({backend})"
         for name in _library.defined_ops()
@@ -133,6 +150,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         if _library.is_native(name, backend)
     ]
     machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _kernels(backend: str) -> str:
+    """Whether lungkit's kernels are what is timed on "cpu" or "cuda", and why not."""
+    library = _library.CPU_LIBRARY if backend == "cpu" else _library.CUDA_LIBRARY
+    return "loaded" if library.loaded else f"NOT LOADED: {library.reason}"
 
 
 def _version(package: str) -> str | None:
@@ -215,7 +238,7 @@ def _row(
         "device": case.device,
         "threads": case.threads,
         "mode": mode,
-        "provider": provider,
+        "provider": _label(case, provider),
         "seconds": quantiles(seconds),
         "peak_memory": peaks.get(provider, {}).get(mode),
         "main_bytes": case.main_bytes(),
@@ -225,6 +248,11 @@ def _row(
         ours = measured.samples[OURS].of(mode)
         row["times_ours"] = quantiles([a / b for a, b in zip(seconds, ours, strict=True)])
     return row | _bound(case, mode, quantiles(seconds)[1], measured)
+
+
+def _label(case: Case, provider: str) -> str:
+    fallback = provider.startswith(OURS) and _kernels(case.device) != "loaded"
+    return f"{FALLBACK} for {provider}" if fallback else provider
 
 
 def _bound(case: Case, mode: str, median: float, measured: Measured) -> dict[str, Any]:

@@ -134,6 +134,9 @@ def machine(run: Mapping[str, Any]) -> dict[str, Any]:
                 "gpu",
                 "torch",
                 "lungkit",
+                "lungkit_from",
+                "kernels",
+                "selection",
                 "compared_with",
                 "threads",
                 "freed_memory_kept",
@@ -150,7 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run", nargs="?", type=Path, help="JSON of pytest-benchmark; default: the newest saved run"
     )
     parser.add_argument("--name", help="of the files written; default: cuda or cpu, what was measured")
-    parser.add_argument("--results", type=Path, default=_RESULTS, help="folder of the files written")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="folder of the files written; default: benchmarks/results, of smoke runs .benchmarks",
+    )
     options = parser.parse_args(arguments)
     path = options.run or max(
         (_ROOT / ".benchmarks").glob("*/*.json"), key=lambda file: file.stat().st_mtime, default=None
@@ -159,19 +166,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"no run at {path or _ROOT / '.benchmarks'}: run `pytest benchmarks` first, or name its JSON"
         )
-    run = json.loads(path.read_text())
+    run = json.loads(path.read_text(encoding="utf-8"))
     rows = [bench["extra_info"] for bench in run["benchmarks"] if "op" in bench["extra_info"]]
     if not rows:
         parser.error(f"{path} holds no row of lungkit's benchmarks; was it written by `pytest benchmarks`?")
     where = machine(run)
-    name = options.name or ("cuda" if any(row["device"] == "cuda" for row in rows) else "cpu")
+    smoke = where["selection"] == "smoke"
+    results = options.results or (_ROOT / ".benchmarks" if smoke else _RESULTS)
+    name = options.name or (
+        "smoke" if smoke else "cuda" if any(row["device"] == "cuda" for row in rows) else "cpu"
+    )
     title = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in where.items() if value is not None)
     text = f"{table(rows)}\n\n{title}\n"
+    for backend, state in (where["kernels"] or {}).items():
+        if state != "loaded" and any(row["device"] == backend for row in rows):
+            text = f"lungkit's {backend} kernels: {state}\n\n{text}"
+    if smoke:
+        text = f"A smoke run: it shows that everything runs, its times mean nothing.\n\n{text}"
     sys.stdout.write(text)
-    options.results.mkdir(parents=True, exist_ok=True)
-    target = options.results / name
-    target.with_suffix(".md").write_text(text)
-    target.with_suffix(".json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
+    results.mkdir(parents=True, exist_ok=True)
+    target = results / name
+    target.with_suffix(".md").write_text(text, encoding="utf-8")
+    target.with_suffix(".json").write_text(
+        json.dumps({"machine": where, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     plot(
         rows,
         target.with_suffix(".png"),

@@ -8,12 +8,14 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import lungkit
 from lungkit.cli._common import run_command
+from lungkit.errors import UsageError
 from lungkit.ops import _library
 
 _PACKAGES = (
@@ -36,10 +38,13 @@ def collect() -> dict[str, Any]:
     Example:
         >>> info = collect()
         >>> sorted(info)
-        ['devices', 'lungkit', 'ops', 'platform', 'python', 'versions']
+        ['checkout', 'devices', 'folder', 'libraries', 'lungkit', 'ops', 'platform', 'python', 'versions']
     """
     return {
         "lungkit": lungkit.__version__,
+        "folder": str(Path(lungkit.__file__).parent),
+        "checkout": _library.checkout() is not None,
+        "libraries": {backend: library.reason or "loaded" for backend, library in _BACKENDS.items()},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -84,7 +89,13 @@ def _op_status(name: str, backend: str) -> dict[str, Any]:
 
 
 def _render(info: dict[str, Any]) -> str:
-    lines = [f"lungkit {info['lungkit']}, Python {info['python']}, {info['platform']}", "", "Versions"]
+    source = "a checkout" if info["checkout"] else "installed"
+    lines = [
+        f"lungkit {info['lungkit']} from {info['folder']} ({source}), Python {info['python']}, {info['platform']}"
+    ]
+    if info["libraries"]["cpu"] != "loaded":
+        lines += ["", f"NOT NATIVE, everything runs in plain PyTorch: {info['libraries']['cpu']}"]
+    lines += ["", "Versions"]
     lines += [f"  {name:18} {version or 'not installed'}" for name, version in info["versions"].items()]
     lines += ["", "Devices"]
     lines += [f"  cpu: {key}: {_text(value)}" for key, value in info["devices"]["cpu"].items()]
@@ -110,11 +121,40 @@ def main(arguments: list[str] | None = None) -> int:
         description="Versions, devices, and which of lungkit's ops run on native kernels.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="say how much room preprocessed cases take (default: where lungkit-train keeps them)",
+    )
+    parser.add_argument(
+        "--prune-cache",
+        type=float,
+        metavar="DAYS",
+        help="remove the preprocessed cases that no run has opened for so many days, of --cache DIR or the default",
+    )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return run_command(lambda: _run(parser.parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.cache is not None or options.prune_cache is not None:
+        return _manage_cache(options.cache, options.prune_cache)
     info = collect()
     sys.stdout.write((json.dumps(info, indent=2) if options.json else _render(info)) + "\n")
+    return 0
+
+
+def _manage_cache(named: str | None, unused_days: float | None) -> int:
+    from lungkit.data.cache_folder import cache_use, default_cache_folder, prune_cache
+
+    folder = Path(named) if named else default_cache_folder()
+    if unused_days is not None:
+        if not unused_days >= 0:
+            raise UsageError(f"--prune-cache is {unused_days}; give days, 0 or more")
+        removed = prune_cache(folder, unused_days=unused_days)
+        sys.stdout.write(f"removed {removed.cases} cases, {removed.bytes / 2**30:.2f} GiB\n")
+    held = cache_use(folder)
+    sys.stdout.write(f"{folder}: {held.cases} preprocessed cases, {held.bytes / 2**30:.2f} GiB\n")
     return 0

@@ -52,12 +52,18 @@ def prune_cache(folder: Path, *, unused_days: float) -> CacheUse:
 
     Returns:
         What was removed.
+
+    Raises:
+        UsageError: a case cannot be removed.
     """
     newest = time.time() - unused_days * _DAY_SECONDS
     doomed = [entry for entry in _entries(folder) if (entry / "case.json").stat().st_mtime <= newest]
     sizes = [_size(entry) for entry in doomed]
     for entry in doomed:
-        shutil.rmtree(entry)
+        try:
+            shutil.rmtree(entry)
+        except OSError as error:
+            raise UsageError(f"{entry}: cannot be removed ({error.strerror}); whose cache is it?") from error
     return CacheUse(len(sizes), sum(sizes))
 
 

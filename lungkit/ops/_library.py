@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,17 +35,48 @@ def _load(backend: str) -> LibraryStatus:
     if backend == "cuda" and torch.version.cuda is None:
         return LibraryStatus(backend, False, f"torch {torch.__version__} is a build without CUDA")
     if not path.exists():
-        tool = "nvcc" if backend == "cuda" else "C++20 compiler"
-        return LibraryStatus(
-            backend,
-            False,
-            f"not built: no {tool} was found when lungkit was installed; install it, then lungkit again",
-        )
+        return LibraryStatus(backend, False, _why_absent(path))
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return LibraryStatus(backend, False, f"{path.name} does not load: {error}; install lungkit again")
     return LibraryStatus(backend, True)
+
+
+def checkout() -> Path | None:
+    """The source tree that this lungkit is imported from, or None for an installed one."""
+    root = _NATIVE_FOLDER.parents[1]
+    return root if (root / "csrc").is_dir() and (root / "CMakeLists.txt").is_file() else None
+
+
+def hidden_copy(library: str) -> Path | None:
+    """Another lungkit on the import path that holds ``library`` and that this one hides."""
+    ours = _NATIVE_FOLDER.parent
+    for entry in sys.path:
+        package = Path(entry or ".").resolve() / "lungkit"
+        if package != ours and (package / "_native" / library).is_file():
+            return package
+    return None
+
+
+def _why_absent(path: Path) -> str:
+    tool = "nvcc" if "cuda" in path.name else "C++20 compiler"
+    root, hidden = checkout(), hidden_copy(path.name)
+    if hidden is not None:
+        return (
+            f"not built in {_NATIVE_FOLDER.parent}, which hides the lungkit in {hidden}, where it is; start Python in "
+            f"another folder, and leave the former out of PYTHONPATH"
+        )
+    if not sys.platform.startswith("linux"):
+        return f"lungkit has native libraries for Linux only, this is {sys.platform}"
+    if root is not None:
+        return (
+            f"not built in the checkout {root}; build it with cmake -DLUNGKIT_IN_PLACE=ON, or install lungkit"
+        )
+    return (
+        f"not built: no {tool} was found when lungkit was installed, or the build was told to leave it out; "
+        "install it, then lungkit again"
+    )
 
 
 CPU_LIBRARY = _load("cpu")

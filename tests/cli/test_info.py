@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 
@@ -22,6 +24,21 @@ def test_text_names_versions_and_the_instruction_set(capsys):
     text = capsys.readouterr().out
     assert "torch" in text
     assert f"instruction set: {_library.cpu_isa()}" in text
+
+
+def test_the_cache_is_measured_and_pruned(tmp_path, capsys):
+    for days, name in ((40, "old"), (1, "new")):
+        entry = tmp_path / "cases" / name
+        entry.mkdir(parents=True)
+        (entry / "case.json").write_text("{}")
+        moment = time.time() - days * 24 * 3600
+        os.utime(entry / "case.json", (moment, moment))
+    assert main(["--cache", str(tmp_path)]) == 0
+    assert f"{tmp_path}: 2 preprocessed cases" in capsys.readouterr().out
+    assert main(["--cache", str(tmp_path), "--prune-cache", "30"]) == 0
+    assert "removed 1 cases" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "cases").iterdir()] == ["new"]
+    assert main(["--cache", str(tmp_path), "--prune-cache", "-1"]) == 2
 
 
 def test_an_unknown_option_is_a_usage_error(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -108,5 +109,65 @@ def test_without_native_libraries_every_op_runs_on_its_twin(tmp_path: Path):
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "no C++20 compiler was found when lungkit was installed" in done.stdout
+    assert "not built" in done.stdout
     assert "[[[0, 1, 0], [1, 0, 1]]]" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("library", "platform", "checkout", "reason"),
+    [
+        ("lungkit_cpu.so", "linux", False, "no C++20 compiler was found when lungkit was installed"),
+        ("lungkit_cuda.so", "linux", False, "no nvcc was found when lungkit was installed"),
+        ("lungkit_cpu.so", "darwin", False, "native libraries for Linux only, this is darwin"),
+        ("lungkit_cpu.so", "linux", True, "not built in the checkout"),
+    ],
+)
+def test_an_absent_library_has_a_true_reason(monkeypatch, tmp_path, library, platform, checkout, reason):
+    if checkout:
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "CMakeLists.txt").touch()
+    monkeypatch.setattr(_library, "_NATIVE_FOLDER", tmp_path / "lungkit" / "_native")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "platform", platform)
+    assert reason in _library._why_absent(tmp_path / "lungkit" / "_native" / library)
+
+
+def copy_without_libraries(folder: Path) -> Path:
+    package = _library._NATIVE_FOLDER.parent
+    shutil.copytree(package, folder / "lungkit", ignore=shutil.ignore_patterns("_native", "__pycache__"))
+    return folder
+
+
+def run_with(paths: list[Path], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_checkout_that_hides_an_installed_copy_with_kernels_says_so(tmp_path: Path):
+    copy = copy_without_libraries(tmp_path / "checkout")
+    (copy / "csrc").mkdir()
+    (copy / "CMakeLists.txt").touch()
+    installed = tmp_path / "site" / "lungkit"
+    (installed / "_native").mkdir(parents=True)
+    (installed / "_native" / "lungkit_cpu.so").touch()
+    done = run_with(
+        [copy, installed.parent], "-c", "from lungkit.cli.info import main; main([])", cwd=tmp_path
+    )
+    first, _, loud, *_ = done.stdout.splitlines()
+    assert f"from {copy / 'lungkit'} (a checkout)" in first
+    assert loud.startswith("NOT NATIVE, everything runs in plain PyTorch: ")
+    assert f"hides the lungkit in {installed}" in loud
+    assert "no C++20 compiler" not in done.stdout
+
+
+def test_benchmarks_do_not_time_a_fallback_as_lungkit(tmp_path: Path):
+    root = Path(__file__).resolve().parents[1]
+    copy = copy_without_libraries(tmp_path)
+    arguments = ("-m", "pytest", str(root / "benchmarks"), "--smoke", "-k", "hd95 and smoke or held", "--co")
+    refused = run_with([copy], *arguments, cwd=tmp_path)
+    assert refused.returncode == 4
+    assert f"lungkit from {copy / 'lungkit'} would be timed without its kernels" in refused.stderr
+    allowed = run_with([copy], *arguments, "--allow-fallback", cwd=tmp_path)
+    assert "benchmarks: cpu kernels NOT LOADED: " in allowed.stdout
