@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lungkit.ops._context import runs_plainly
+
 
 def _forward(layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The convolution by oneDNN where torch would take its own slow loop; None where torch's choice is good.
@@ -16,8 +18,9 @@ def _forward(layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     torch leaves float32 batches of one to that loop unless B C S1 S2 is over 20480, the last axis of a volume not
     being counted: most levels of a 3D network that predicts window by window. 1x1 kernels are fast in either.
     """
-    # Compilers and exporters choose for themselves. Asked first: the sizes below may not be known to them.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(layer.padding, str):
+    # Compilers and exporters choose for themselves, and modes and transforms know torch's own convolution alone. Asked
+    # first: the sizes below may not be known to them.
+    if isinstance(layer.padding, str) or not runs_plainly() or type(x) is not Tensor:
         return None
     slow = (
         x.device.type == "cpu"

@@ -15,14 +15,17 @@ Which path computes it:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lungkit.errors import UsageError
+from lungkit.ops._context import autocast_dtype, is_transformed
 from lungkit.ops._layout import new_features
 from lungkit.ops._library import define_op
 from lungkit.ops.gate_tail import gate_psi, gate_scale
@@ -63,11 +66,12 @@ def attention_gate(
         >>> out.shape, alpha.shape, float(alpha.mean())
         (torch.Size([1, 4, 8, 8]), torch.Size([1, 1, 8, 8]), 0.5)
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, phi = x.to(dtype), phi.to(dtype)
     _check_arguments(x, phi, w_x, w_psi, b_psi)
+    if is_transformed():
+        return reference(x, phi, w_x, w_psi, b_psi)
     if x.is_cuda and not _fits_cuda_kernel(x, phi):
         return _product_and_tail(x, phi, w_x, w_psi, b_psi)
     if x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
@@ -314,3 +318,25 @@ def _raise_on_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
 
 
 torch.library.register_autograd("lungkit::attention_gate_backward", _raise_on_double_backward)
+
+
+@register_flop_formula(torch.ops.lungkit.attention_gate)
+def _flops(
+    x_shape: Sequence[int], phi_shape: Sequence[int], w_x_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """The two products, counted as ``torch.utils.flop_counter`` counts convolutions of size 1."""
+    inner, channels = w_x_shape
+    return 2 * x_shape[0] * math.prod(x_shape[2:]) * inner * (channels + 1)
+
+
+@register_flop_formula(torch.ops.lungkit.attention_gate_backward)
+def _flops_backward(
+    grad_out_shape: Any,
+    grad_alpha_shape: Any,
+    x_shape: Any,
+    phi_shape: Any,
+    w_x_shape: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 2 * _flops(x_shape, phi_shape, w_x_shape)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lungkit.errors import UsageError
+from lungkit.ops._context import autocast_dtype, is_transformed
 from lungkit.ops._layout import new_features
 from lungkit.ops._library import define_op
 
@@ -41,9 +42,8 @@ def gate_psi(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         >>> gate_psi(a, torch.ones(1, 2, 1, 1), torch.tensor([0.5, 7.0])).item()
         1.0
     """
-    device = a.device.type
-    if torch.is_autocast_enabled(device) and a.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(a)
+    if dtype is not None:
         a, b = a.to(dtype), b.to(dtype)
     _check_features("a", a)
     if b.shape != a.shape:
@@ -59,7 +59,7 @@ def gate_psi(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         )
     if weight.device != a.device:
         raise UsageError(f"a and weight must be on the same device, got {a.device} and {weight.device}")
-    psi, _ = torch.ops.lungkit.gate_psi(a, b, weight)
+    psi, _ = (reference_psi if is_transformed() else torch.ops.lungkit.gate_psi)(a, b, weight)
     return psi
 
 
@@ -82,9 +82,8 @@ def gate_scale(x: Tensor, alpha: Tensor) -> Tensor:
         >>> gate_scale(torch.ones(1, 3, 2, 2), torch.full((1, 1, 2, 2), 0.5)).sum().item()
         6.0
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, alpha = x.to(dtype), alpha.to(dtype)
     _check_features("x", x)
     if alpha.shape != (x.shape[0], 1, *x.shape[2:]):
@@ -92,7 +91,7 @@ def gate_scale(x: Tensor, alpha: Tensor) -> Tensor:
             f"alpha must be (B, 1, *S) = {(x.shape[0], 1, *x.shape[2:])} for x, got {tuple(alpha.shape)}"
         )
     _check_together("x", x, "alpha", alpha)
-    return torch.ops.lungkit.gate_scale(x, alpha)
+    return reference_scale(x, alpha) if is_transformed() else torch.ops.lungkit.gate_scale(x, alpha)
 
 
 def _check_features(name: str, features: Tensor) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lungkit.nn import build_model
 from lungkit.nn.convolution import CONVOLUTIONS
@@ -106,3 +109,63 @@ def test_compilers_see_the_ordinary_convolution(dynamic):
     torch.testing.assert_close(compiled(x), F.conv3d(x, layer.weight, layer.bias, padding=1))
     program = torch.export.export(layer, (x,))
     assert any("aten.conv3d" in str(node.target) for node in program.graph.nodes)
+
+
+def small_networks(device="cpu"):
+    options = {"dims": 2, "in_channels": 1, "out_channels": 2, "features": (4, 8, 16)}
+    return [build_model(name, seed=0, **options).to(device).eval() for name in ("unet", "attention-unet")]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_operations_are_counted_as_those_of_torchs_own_convolution_and_gate(batch):
+    for network, name in zip(small_networks(), ("unet", "attention-unet"), strict=True):
+        reference = build_model(
+            name, seed=0, dims=2, in_channels=1, out_channels=2, features=(4, 8, 16), **REFERENCE[name]
+        )
+        counted = []
+        for each, device in ((network, "cpu"), (reference, "meta")):
+            with FlopCounterMode(display=False) as counter:
+                each.to(device)(torch.empty(batch, 1, 16, 16, device=device)).sum().backward()
+            counted.append(counter.get_total_flops())
+        assert counted[0] == counted[1] > 0
+
+
+REFERENCE = {"unet": {}, "attention-unet": {"gate": "reference"}}
+
+
+def test_networks_run_on_fake_tensors():
+    for network in small_networks():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert network(torch.empty(1, 1, 16, 16)).shape == (1, 2, 16, 16)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_networks_run_on_the_meta_device(autocast):
+    for network in small_networks("meta"):
+        with torch.autocast("cpu", enabled=autocast):
+            out = network(torch.empty(1, 1, 16, 16, device="meta"))
+        assert out.shape == (1, 2, 16, 16) and out.is_meta
+
+
+def test_networks_are_differentiated_forward():
+    torch.manual_seed(0)
+    x, along = torch.randn(2, 1, 1, 16, 16, dtype=torch.float64).float().unbind()
+    for network in small_networks():
+        _, tangent = torch.func.jvp(network, (x,), (along,))
+        x.requires_grad_()
+        out = network(x)
+        torch.testing.assert_close(
+            tangent.sum(), (torch.autograd.grad(out.sum(), x)[0] * along).sum(), rtol=1e-3, atol=1e-4
+        )
+        x.requires_grad_(False)
+        with forward_ad.dual_level():
+            dual = network(forward_ad.make_dual(x, along))
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
+
+
+def test_networks_are_mapped_over_scans():
+    scans = torch.randn(3, 1, 1, 16, 16)
+    for network in small_networks():
+        with torch.no_grad():
+            mapped = torch.func.vmap(network)(scans)
+            torch.testing.assert_close(mapped, torch.stack([network(scan) for scan in scans]))
