@@ -171,6 +171,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 reader=MaskReader(scheme.values, rules, archive, arguments.max_voxels),
                 progress=bar.update,
             )
+        if not evaluation.table.rows and len(found.pairs) == 1:  # of many, the files say which failed and why
+            raise DataError(f"not measured, nothing is written: {next(iter(evaluation.failed.values()))}")
     except BaseException:
         if arguments.output is None:
             folder.rmdir()  # still empty, and made here

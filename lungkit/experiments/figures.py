@@ -10,6 +10,7 @@ from lungkit.experiments.runs import FinishedRun, epoch_rows
 from lungkit.metrics import CaseTable
 from lungkit.pipeline.labelled import draw_overlays
 from lungkit.report import save_curves, save_distributions
+from lungkit.report.pictures import optional_picture
 
 
 def draw_comparison(
@@ -24,13 +25,18 @@ def draw_comparison(
     """
     first = {name: found[0] for name, found in tables.items()}
     merged = {name: merge_runs(found) for name, found in tables.items()}
-    save_distributions(output / "distributions.png", merged, metrics)
+    with optional_picture(output / "distributions.png"):
+        save_distributions(output / "distributions.png", merged, metrics)
     curves = {name: epoch_rows(loaded[0].path) for name, loaded in runs.items()}
     shown = ("epoch", "train_loss", "val_dice", "learning_rate")
-    save_curves(
-        output / "curves.png",
-        {name: [{column: row[column] for column in shown} for row in rows] for name, rows in curves.items()},
-    )
+    with optional_picture(output / "curves.png"):
+        save_curves(
+            output / "curves.png",
+            {
+                name: [{column: row[column] for column in shown} for row in rows]
+                for name, rows in curves.items()
+            },
+        )
     overlays = output / "overlays"
     overlays.mkdir(exist_ok=True)
     for old in overlays.glob("*.png"):

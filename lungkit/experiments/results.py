@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,13 @@ from lungkit.metrics import CaseRow, CaseTable, Interval, PairedComparison, bca_
 from lungkit.report import format_rows, format_value, metric_title
 
 _LOWER_IS_BETTER = ("hd", "assd")
+_TERMINAL_WIDTH = 100
+_GAP = 2  # between the columns of a text table
 
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One metric of one arm over the held-out cases."""
+    """One metric of one arm over the held-out cases in which it is defined for every arm."""
 
     name: str
     mean: float
@@ -56,7 +58,8 @@ def compare_tables(
     """Compare the last arm with the first, case by case.
 
     A case's value is its mean over the runs (folds, seeds) that held it out, so that a case counts once however many
-    runs there were; it is undefined where one of these is. Intervals and tests are over cases.
+    runs there were; it is undefined where one of these is. Means, differences, intervals and tests are over the cases
+    in which the metric is defined for every arm.
 
     Args:
         arms: name -> a table a run; run i of every arm must hold the same cases.
@@ -90,7 +93,10 @@ def compare_tables(
     rows = []
     for label in tables[0][0].labels:
         for metric in metrics:
-            values = {name: table.column(metric, label) for name, table in merged.items()}
+            measured = {name: table.column(metric, label) for name, table in merged.items()}
+            # Means and their difference are of the same cases: those that every arm defines.
+            shared = np.isfinite(np.stack(list(measured.values()))).all(axis=0)
+            values = {name: np.where(shared, column, np.nan) for name, column in measured.items()}
             summaries = tuple(
                 _summarise(name, values[name], arms[name], metric, label, confidence, resamples, seed)
                 for name in arms
@@ -134,7 +140,24 @@ def format_comparison(rows: Sequence[ComparisonRow], *, style: str = "text") -> 
     if not rows:
         raise UsageError("there is nothing to compare")
     header, cells = (_csv_cells if style == "csv" else _readable_cells)(rows)
-    return format_rows(header, cells, style=style)
+    if style != "text":
+        return format_rows(header, cells, style=style)
+    keys = header.index(rows[0].arms[0].name)
+    return "\n\n".join(format_rows(*part) for part in _split_columns(header, cells, keys))
+
+
+def _split_columns(
+    header: list[str], cells: list[list[str]], keys: int
+) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Tables no wider than a terminal, one below the other: each begins with the first ``keys`` columns."""
+    widths = [max(len(line[column]) for line in (header, *cells)) + _GAP for column in range(len(header))]
+    chosen = list(range(keys))
+    for column in range(keys, len(header) + 1):
+        full = column == len(header) or sum(widths[i] for i in (*chosen, column)) - _GAP > _TERMINAL_WIDTH
+        if full and len(chosen) > keys:
+            yield [header[i] for i in chosen], [[line[i] for i in chosen] for line in cells]
+            chosen = list(range(keys))
+        chosen.append(column)
 
 
 def _readable_cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:

@@ -21,6 +21,7 @@ _COLOURS = ("#1f6fb4", "#e8612c", "#2a9d6f", "#8e5bb5", "#c9a227", "#5c6670")
 _RATIOS = ("dice", "iou", "ppv", "sensitivity", "specificity", "volume_similarity", "nsd", "lesion_")
 _MOST_COLUMNS = 4
 _NAME_WIDTH = 16
+_FEWEST_FOR_A_BOX = 6  # quartiles of fewer say less than the points do
 
 
 def save_distributions(
@@ -34,7 +35,8 @@ def save_distributions(
 
     In every panel a box for each class, or for each model where several tables are given: the box spans the
     quartiles, the line is the median, the whiskers reach the farthest cases within 1.5 times the box, the diamond is
-    the mean. Every case is a dot. Cases that are NaN or infinite are left out, and their number is written below.
+    the mean. Every case is a dot; fewer than six have no box. Cases that are NaN or infinite are left out, and
+    their number is written below.
 
     Args:
         path: picture to write; its suffix (.png, .pdf, .svg) says which kind.
@@ -103,16 +105,19 @@ def _draw_panel(ax: Axes, metric: str, groups: Mapping[str, np.ndarray]) -> None
         )
         if not len(shown):
             continue
+        few = len(shown) < _FEWEST_FOR_A_BOX
         line = {"color": colour, "linewidth": 1.4}
         box = ax.boxplot(
             [shown],
             positions=[position],
             widths=0.5,
             showfliers=False,
+            showbox=not few,
+            showcaps=not few,
             showmeans=True,
             patch_artist=True,
             boxprops={**line, "facecolor": colour + "22"},
-            whiskerprops=line,
+            whiskerprops={**line, "linestyle": "none" if few else "-"},
             capprops=line,
             medianprops={"color": colour, "linewidth": 2.2},
             meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": colour, "markersize": 5},
@@ -120,7 +125,8 @@ def _draw_panel(ax: Axes, metric: str, groups: Mapping[str, np.ndarray]) -> None
         for mean in box["means"]:
             mean.set_zorder(4)
         places = position + random.uniform(-0.17, 0.17, len(shown))
-        ax.scatter(places, shown, s=9, color=colour, alpha=0.45, linewidths=0, zorder=3)
+        size, alpha = (26, 0.8) if few else (9, 0.45)
+        ax.scatter(places, shown, s=size, color=colour, alpha=alpha, linewidths=0, zorder=3)
     ax.set_xticks(range(1, len(names) + 1), names, fontsize=8)
     ax.set_xlim(0.4, len(names) + 0.6)
     ax.set_title(metric_title(metric), fontsize=11, loc="left")

@@ -34,7 +34,7 @@ from lungkit.report.tables import format_case_table, metric_title, write_case_ta
 
 _LOG = logging.getLogger("lungkit")
 
-_CASES_ON_A_SCREEN = 50
+_CASES_SHOWN = 5  # where there are many
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def write_measured(
 ) -> str:
     """Write a table with the definitions of its metrics; returns the table to show.
 
-    The table returned leaves single cases out where there are more than fit a screen. Arguments and errors are those
+    The table returned shows the worst cases where there are many. Arguments and errors are those
     of :func:`lungkit.report.write_case_table`; ``options`` are those that the table was measured with.
     """
     definitions = options.definitions()
@@ -278,8 +278,7 @@ def write_measured(
     notes = [*notes, *(f"{metric_title(metric)}: {definitions[metric]}." for metric in shown)]
     extra = {**(extra or {}), "definitions": definitions}
     write_case_table(folder, table, name=name, metrics=shown, notes=notes, extra=extra)
-    few = len(table.case_ids) <= _CASES_ON_A_SCREEN
-    return "\n".join([format_case_table(table, metrics=shown, cases=few), "", *notes])
+    return "\n".join([format_case_table(table, metrics=shown, worst=_CASES_SHOWN), "", *notes])
 
 
 def headline_metrics(options: MetricOptions) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ _LOG = logging.getLogger("lungkit")
 def optional_picture(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever goes wrong while ``path`` is drawn into a warning that names it; an older picture there goes.
 
+    ``path`` may be a folder of pictures, which stays.
+
     Raises:
         ResourceError: the disk is full, which what follows would meet as well.
 

@@ -32,6 +32,7 @@ _PATTERNS = (
     (re.compile(r"nsd_(\w+)_([\d.]+)mm"), r"NSD \1 (\2 mm)"),
     (re.compile(r"(\w+)_(mm|ml)"), r"\1 (\2)"),
 )
+_MANY_CASES = 20
 _COUNTS = ("tp", "fp", "fn", "lesions_true", "lesions_found", "lesions_predicted", "lesions_false")
 
 
@@ -93,7 +94,12 @@ def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]], *, style: 
 
 
 def format_case_table(
-    table: CaseTable, *, style: str = "text", cases: bool = True, metrics: Sequence[str] | None = None
+    table: CaseTable,
+    *,
+    style: str = "text",
+    cases: bool = True,
+    worst: int | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> str:
     """Per-case metrics, then for each class the mean, the standard deviation and what was left out.
 
@@ -101,6 +107,7 @@ def format_case_table(
         table: the metrics.
         style: "text", "markdown" or "latex".
         cases: whether the rows of single cases are shown.
+        worst: where there are more than 20 cases, only so many are shown, of the lowest first metric.
         metrics: the columns; all metrics where not given.
 
     Example:
@@ -121,8 +128,9 @@ def format_case_table(
     shown = table.metrics if metrics is None else tuple(metrics)
     header = ["case", "label", *map(metric_title, shown)]
     rows = []
-    if cases:
-        for row in table.rows:
+    chosen = _worst(table, shown[0], worst) if worst and len(table.case_ids) > _MANY_CASES else None
+    for row in table.rows if cases else ():
+        if chosen is None or row.case_id in chosen:
             rows.append([row.case_id, row.label, *(format_value(name, row.values[name]) for name in shown)])
     for label in table.labels:
         every = table.summary(label)
@@ -131,7 +139,20 @@ def format_case_table(
         rows.append(["std", label, *(format_value(name, s.std) for name, s in summary.items())])
         if any(s.undefined for s in summary.values()):
             rows.append(["undefined", label, *(str(s.undefined) for s in summary.values())])
-    return f"{format_rows(header, rows, style=style)}\n\n{policy_note(table)}"
+    text = f"{format_rows(header, rows, style=style)}\n\n{policy_note(table)}"
+    if chosen is None or not cases:
+        return text
+    shown_cases = f"{_count(len(chosen), 'case')} of the lowest {metric_title(shown[0])}"
+    return f"{text}\nShown: the {shown_cases}; the files hold all."
+
+
+def _worst(table: CaseTable, metric: str, count: int) -> list[str]:
+    """The cases of the lowest ``metric``, by the lowest of their classes; undefined ones last, ties by name."""
+    lowest: dict[str, float] = {}
+    for row in table.rows:
+        value = row.values[metric]
+        lowest[row.case_id] = min(lowest.get(row.case_id, math.inf), math.inf if math.isnan(value) else value)
+    return sorted(lowest, key=lambda case_id: (lowest[case_id], case_id))[:count]
 
 
 def policy_note(table: CaseTable) -> str:
@@ -272,7 +293,18 @@ def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _latex_cell(cell: str) -> str:
-    return "--" if cell == "-" else "".join(f"\\{c}" if c in "&%$#_{}" else c for c in cell)
+    return "--" if cell == "-" else "".join(_LATEX.get(letter, letter) for letter in cell)
+
+
+# The signs of comparison are other letters in LaTeX's text fonts.
+_LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

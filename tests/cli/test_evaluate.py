@@ -159,10 +159,24 @@ def test_many_cases_are_summed_up_on_the_screen_and_written_in_full(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lungkit.report.evaluation._CASES_ON_A_SCREEN", 1)
+    monkeypatch.setattr("lungkit.report.tables._MANY_CASES", 1)
+    monkeypatch.setattr("lungkit.report.evaluation._CASES_SHOWN", 1)
     main([*folders, "-o", str(tmp_path / "out"), "--metrics", "overlap"])
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
     assert "mean" in shown
-    assert "a" not in shown
+    assert len({"a", "b"} & set(shown)) == 1
     written = (tmp_path / "out" / "metrics.txt").read_text().splitlines()
-    assert "a" in [line.split()[0] for line in written if line]
+    assert {"a", "b"} <= {line.split()[0] for line in written if line}
+
+
+@pytest.mark.parametrize("output", [[], ["-o", "out"]])
+def test_a_single_pair_that_cannot_be_measured_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], output: list[str]
+) -> None:
+    for name, size in (("a", 4), ("b", 5)):
+        write_nifti(tmp_path / f"{name}.nii.gz", np.zeros((size, 4, 4), np.uint8), np.eye(4))
+    monkeypatch.chdir(tmp_path)
+    assert main(["a.nii.gz", "b.nii.gz", *output]) == 3
+    found = capsys.readouterr()
+    assert "not measured, nothing is written" in found.err and "(5, 4, 4)" in found.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz"] and not found.out

@@ -107,3 +107,32 @@ def test_latex_has_a_row_for_each_metric() -> None:
 def test_arms_that_cannot_be_compared_are_refused(arms: dict[str, list[CaseTable]], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         compare_tables(arms, ["dice"])
+
+
+def test_means_and_their_difference_are_of_the_same_cases() -> None:
+    arms = {
+        "A": [table({"a": 0.5, "b": math.nan, "c": 0.1, "d": 0.6})],
+        "B": [table({"a": 0.7, "b": 0.9, "c": math.nan, "d": 0.6})],
+    }
+    dice = compare_tables(arms, ["dice"])[0]
+    assert [arm.mean for arm in dice.arms] == pytest.approx([0.55, 0.65])
+    assert [arm.cases for arm in dice.arms] == [2, 2] and dice.comparison.cases == 2
+    assert dice.comparison.mean_difference == pytest.approx(dice.arms[1].mean - dice.arms[0].mean)
+
+
+def test_a_text_table_fits_on_a_terminal_and_loses_no_column() -> None:
+    arms = {f"Attention U-Net number {name} + Dice + CE": tables for name, tables in ARMS.items()}
+    rows = compare_tables(arms, ["dice", "hd95_directed_mm"], paper={"dice": (0.908, 0.952)})
+    text = format_comparison(rows)
+    assert max(map(len, text.splitlines())) <= 100
+    for heading in (
+        *arms,
+        "difference",
+        "better / worse / equal",
+        "spread over runs",
+        "paper",
+        "0.908 / 0.952",
+    ):
+        assert heading in text
+    assert text.count("HD95 directed (mm)") == text.count("metric") >= 2
+    assert len(format_comparison(rows, style="markdown").splitlines()) == 4  # one table elsewhere

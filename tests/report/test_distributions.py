@@ -78,3 +78,15 @@ def test_same_numbers_give_the_same_picture(tmp_path: Path) -> None:
 def test_metric_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'hd'"):
         save_distributions(tmp_path / "a.png", dice_table(0.5), ["hd"])
+
+
+@pytest.mark.parametrize(("count", "boxes"), [(5, 0), (6, 1)])
+def test_few_cases_are_points_without_a_box(
+    tmp_path: Path, figures: list[Figure], count: int, boxes: int
+) -> None:
+    save_distributions(tmp_path / "a.png", dice_table(*np.linspace(0.1, 0.9, count)), ["dice"])
+    (ax,) = figures[0].axes
+    assert len(dots(ax)[0]) == count
+    assert len(ax.patches) == boxes
+    whiskers = [line for line in ax.lines if line.get_linewidth() == 1.4 and line.get_linestyle() != "None"]
+    assert bool(whiskers) == bool(boxes)

@@ -86,3 +86,24 @@ def test_json_has_null_for_nan_and_a_string_for_infinity(tmp_path: Path, table: 
 def test_empty_table_is_written(tmp_path: Path) -> None:
     write_case_table(tmp_path, CaseTable())
     assert json.loads((tmp_path / "metrics.json").read_text())["cases"] == []
+
+
+def test_of_many_cases_the_worst_are_shown_and_the_means_are_of_all():
+    table = CaseTable()
+    for number in range(30):
+        dice = float("nan") if number == 3 else number / 100
+        table.add_row(f"case_{number:02d}", "tumour", {"dice": dice, "iou": 1.0})
+    text = format_case_table(table, worst=5)
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("case_")] == [
+        f"case_{number:02d}" for number in (0, 1, 2, 4, 5)
+    ]
+    mean = next(line for line in text.splitlines() if line.startswith("mean"))
+    assert mean.split()[2] == f"{sum(n / 100 for n in range(30) if n != 3) / 29:.4f}"
+    assert text.endswith("Shown: the 5 cases of the lowest Dice; the files hold all.")
+    assert format_case_table(table).count("case_") == 30
+
+
+def test_signs_that_latex_prints_as_other_letters_are_escaped():
+    text = format_rows(["p < 0.05", "a^b"], [["< 0.001", "~"]], style="latex")
+    assert "p $<$ 0.05" in text and "$<$ 0.001" in text
+    assert r"a\textasciicircum{}b" in text and r"\textasciitilde{}" in text
