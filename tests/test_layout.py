@@ -108,6 +108,7 @@ def test_ops_need_torch_alone() -> None:
         "itertools",
         "math",
         "pathlib",
+        "sys",
     }
     found = {name.split(".")[0] for module in MODULES if part_of(module) == "ops" for name in imports(module)}
     assert found - standard <= {"torch", "typing", "lungkit"}

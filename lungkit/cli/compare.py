@@ -15,7 +15,8 @@ from lungkit.errors import Interrupted, UsageError
 _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
-Any option of lungkit-train can follow and holds for all arms, e.g. --data DIR --epochs 50 --data.patch_size 96 96.
+Any option of lungkit-train can follow and holds for all arms, e.g. --data DIR --epochs 50 --data.patch_size 96 96
+--device cuda:1.
 Written to the output folder: table.md/.csv/.tex/.txt (each metric with its bootstrap interval, the paired difference,
 p, cases better and worse), cases/ (every metric of every case), distributions.png, curves.png, overlays/ (worst, median
 and best case, chosen by rule), runs/ and comparison.json.

@@ -29,6 +29,7 @@ options of the configuration, those that are used most:
   --data.patch_size Y X      in voxels, or Z Y X; --data.spacing_mm, --data.window (default: by the dataset)
   --model.features 32 64 ..  channels per level (default: by the dataset)
   --optimiser.learning_rate, --loss.dice_weight, --loss.ce_weight, --augment.enabled false, --engine.precision ...
+  --device cuda:1            or cpu, cuda (default: the GPU where there is one)
   --data.fold K              which fold validates (default: 0), of --data.folds N (default: 5)
   --seed N                   of weights, patches, augmentation and dropout (default: 0)
   --runs DIR, --name NAME    the run is kept in DIR/NAME (default: runs, and a name from data and model)

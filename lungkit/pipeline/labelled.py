@@ -16,6 +16,7 @@ from lungkit.inference import Predictor
 from lungkit.metrics import CaseTable, MetricOptions
 from lungkit.report import choose_slice, save_overlays
 from lungkit.report.evaluation import LabelScheme, class_indices, measure_volumes
+from lungkit.report.pictures import optional_picture
 
 
 @dataclass(frozen=True)
@@ -108,18 +109,19 @@ def draw_overlays(
         z = choose_slice(truth, next(iter(masks.values())), ignore_index=IGNORE_INDEX)
         dice = {name: next(row for row in t.rows if row.case_id == case_id) for name, t in tables.items()}
         shown = ", ".join(f"{name} {row.values['dice']:.3f}".strip() for name, row in dice.items())
-        save_overlays(
-            folder / f"{rank}-{case_id}.png",
-            orient(channels[0].array, geometry),
-            truth,
-            masks,
-            {name: alpha[z] for name, alpha in attention.items()},
-            slice_index=z,
-            spacing_mm=geometry.spacing_mm,
-            window=next(iter(predictors.values())).models[0].preprocessing.channels[0].window,
-            ignore_index=IGNORE_INDEX,
-            title=f"{rank} held-out case {case_id} (Dice: {shown})",
-        )
+        with optional_picture(folder / f"{rank}-{case_id}.png"):
+            save_overlays(
+                folder / f"{rank}-{case_id}.png",
+                orient(channels[0].array, geometry),
+                truth,
+                masks,
+                {name: alpha[z] for name, alpha in attention.items()},
+                slice_index=z,
+                spacing_mm=geometry.spacing_mm,
+                window=next(iter(predictors.values())).models[0].preprocessing.channels[0].window,
+                ignore_index=IGNORE_INDEX,
+                title=f"{rank} held-out case {case_id} (Dice: {shown})",
+            )
 
 
 def representative_cases(tables: Mapping[str, CaseTable]) -> dict[str, str]:

@@ -127,7 +127,7 @@ class EngineConfig:
     """Devices and number formats (Lightning Fabric).
 
     Args:
-        accelerator: "auto", "cpu", "cuda", "mps" ...
+        accelerator: "auto", "cpu", "cuda", "mps" ..., or one device of several by its number, as "cuda:1".
         devices: processes per node; more than one is distributed data parallel.
         nodes: machines.
         precision: "fp32", "bf16" or "fp16" (mixed); "auto" is bf16 where the device computes with it (GPUs from Ampere
@@ -226,6 +226,18 @@ class TrainConfig:
                 _at_least(name, value, 1)
         for name in ("devices", "nodes"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)
+        accelerator, colon, number = self.engine.accelerator.partition(":")
+        if colon and (
+            accelerator not in ("cuda", "gpu", "mps") or not number.isascii() or not number.isdigit()
+        ):
+            raise UsageError(
+                f"engine.accelerator is {self.engine.accelerator!r}; give cpu, cuda, or cuda:1 and so on"
+            )
+        if colon and self.engine.devices > 1:
+            raise UsageError(
+                f"engine.accelerator {self.engine.accelerator!r} names one device, but engine.devices is "
+                f"{self.engine.devices}; leave one of them out"
+            )
         _at_least("seed", self.seed, 0)
         _check_patch(self.data.dims, self.data.patch_size)
         _check_word(

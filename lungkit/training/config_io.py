@@ -33,6 +33,7 @@ _SHORTHANDS = {
     "model": "model.name",
     "max_voxels": "data.max_voxels",
     "deterministic": "engine.deterministic",
+    "device": "engine.accelerator",
 }
 _NUMBER = re.compile(r"[-+]?(\d|\.\d)")
 _WORDS = {

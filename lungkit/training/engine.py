@@ -36,10 +36,11 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
         >>> resolve_engine(EngineConfig(accelerator="cpu", precision="fp32")).channels_last
         True
     """
-    on_gpu = config.accelerator in ("cuda", "gpu", "auto") and torch.cuda.is_available()
+    accelerator = config.accelerator.partition(":")[0]
+    on_gpu = accelerator in ("cuda", "gpu", "auto") and torch.cuda.is_available()
     precision = config.precision
     if precision == "auto":
-        known = config.accelerator in ("cpu", "auto") or on_gpu
+        known = accelerator in ("cpu", "auto") or on_gpu
         precision = automatic_precision("cuda" if on_gpu else "cpu") if known else "fp32"
     channels_last = config.channels_last
     if channels_last is None:
@@ -60,10 +61,11 @@ def start_engine(config: EngineConfig) -> Fabric:
         raise UsageError("engine.precision is 'fp16', which needs a GPU; use 'bf16' or 'fp32' on the CPU")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     devices, nodes = _processes(config)
+    accelerator, _, number = config.accelerator.partition(":")
     try:
         fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=devices,
+            accelerator=accelerator,
+            devices=[int(number)] if number else devices,
             num_nodes=nodes,
             precision=_PRECISIONS[config.precision],
             strategy="ddp" if devices * nodes > 1 else "auto",
@@ -88,6 +90,21 @@ def start_engine(config: EngineConfig) -> Fabric:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     return fabric
+
+
+def describe_engine(fabric: Fabric, config: EngineConfig) -> str:
+    """Device, number format and threads, for people."""
+    device = str(fabric.device)
+    if fabric.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(fabric.device)})"
+    threads = torch.get_num_threads()
+    return ", ".join(
+        [
+            f"{fabric.world_size} x {device}" if fabric.world_size > 1 else device,
+            resolve_engine(config).precision,
+            f"{threads} thread{'s' if threads != 1 else ''}",
+        ]
+    )
 
 
 def on_first_process(fabric: Fabric, work: Callable[[], T]) -> T:

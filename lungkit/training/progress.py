@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("lungkit")
 _REFRESH_SECONDS = 0.25
+_EPOCHS_AVERAGED = 5
 
 
 class Display:
@@ -24,6 +25,7 @@ class Display:
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._shown = 0.0
+        self._epochs: list[float] = []  # seconds of each
 
     def __enter__(self) -> Display:
         if not self._quiet and sys.stderr.isatty():
@@ -82,15 +84,18 @@ class Display:
             self._update(description=f"{self._bars.tasks[-1].description}  validating", force=True)
 
     def end_epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """Log one line with the epoch's numbers."""
+        """Log one line with the epoch's numbers, and the time that those to come will take like the last few."""
         if self._quiet:
             return
         dice = row.get("val_dice")
         seconds = (
             row["seconds_computing"] + row["seconds_waiting_for_data"] + row.get("seconds_validating", 0.0)
         )
+        self._epochs.append(seconds)
+        few = self._epochs[-_EPOCHS_AVERAGED:]
+        left = (epochs - row["epoch"]) * sum(few) / len(few)
         _LOG.info(
-            "epoch %d/%d  loss %.4f  %s  lr %.2e  %.1f s (%.1f waiting for data, %.1f validating)",
+            "epoch %d/%d  loss %.4f  %s  lr %.2e  %.1f s (%.1f waiting for data, %.1f validating)%s",
             row["epoch"],
             epochs,
             row["train_loss"],
@@ -99,6 +104,7 @@ class Display:
             seconds,
             row["seconds_waiting_for_data"],
             row.get("seconds_validating", 0.0),
+            f"  {_duration(left)} left" if row["epoch"] < epochs else "",
         )
 
     def _show(self, description: str, total: int) -> None:
@@ -120,3 +126,11 @@ class Display:
         if self._bars is not None and self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
+
+
+def _duration(seconds: float) -> str:
+    """Example: ``_duration(4000)`` is "1 h 07 min"."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"

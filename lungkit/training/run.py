@@ -16,6 +16,7 @@ from lungkit.checkpoint import BEST, LAST
 from lungkit.data import CachedCase
 from lungkit.errors import Interrupted, LungkitError
 from lungkit.report import save_curves
+from lungkit.report.pictures import optional_picture
 from lungkit.training.engine import on_first_process
 from lungkit.training.progress import Display
 from lungkit.training.run_folder import RunFolder
@@ -105,7 +106,8 @@ class Run:
         """Draw ``progress.png``; ``now=False`` leaves it out where it was drawn a moment ago."""
         # A picture takes as long as many steps of a small network.
         if now or time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES:
-            save_curves(self.folder.path / "progress.png", self.session.position.rows)
+            with optional_picture(self.folder.path / "progress.png"):
+                save_curves(self.folder.path / "progress.png", self.session.position.rows)
             self._drawn = time.monotonic()
 
     def stop_in_final_validation(self) -> None:

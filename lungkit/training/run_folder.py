@@ -50,6 +50,21 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.overlays = self.path / "overlays"
 
+    @staticmethod
+    def check_root(runs: str | os.PathLike[str]) -> None:
+        """Refuse, before any work, a folder in which no run can be made.
+
+        Raises:
+            UsageError: it is none, or cannot be written.
+        """
+        path = Path(runs).expanduser().absolute()
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            what = "cannot be written" if there.is_dir() else "is a file"
+            raise UsageError(
+                f"runs: no run can be kept in {path}, as {there} {what}; name another folder with --runs"
+            )
+
     @classmethod
     def create(cls, runs: str | os.PathLike[str], name: str) -> RunFolder:
         """Make ``runs/name``, or ``runs/name-2`` and so on where that exists: no run is overwritten.

@@ -19,7 +19,8 @@ class RunLog:
     """Remembers lungkit's log until :meth:`open` says where it goes, and writes it there from then on.
 
     Use as a context manager; afterwards the logger is as it was. Messages of level INFO are kept whether or not the
-    program shows them: a run started from Python has the same log as one started from the command line.
+    program shows them: a run started from Python has the same log as one started from the command line. Where the
+    program has set up no logging at all, they go to standard error too.
 
     Args:
         enabled: False does nothing, for all processes of a run but the first.
@@ -29,6 +30,7 @@ class RunLog:
         self._enabled = enabled
         self._memory = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
+        self._terminal: logging.Handler | None = None
         self._level = _LOG.level
 
     def __enter__(self) -> RunLog:
@@ -37,6 +39,10 @@ class RunLog:
         self._level = _LOG.level
         if _LOG.getEffectiveLevel() > logging.INFO:
             _LOG.setLevel(logging.INFO)
+        if not _LOG.hasHandlers():
+            self._terminal = logging.StreamHandler()
+            self._terminal.setFormatter(logging.Formatter("%(message)s"))
+            _LOG.addHandler(self._terminal)
         _LOG.addHandler(self._memory)
         return self
 
@@ -50,6 +56,9 @@ class RunLog:
                 self._write_error(error)
             _LOG.removeHandler(self._file)
             self._file.close()
+        if self._terminal is not None:
+            _LOG.removeHandler(self._terminal)
+            self._terminal = None
         _LOG.removeHandler(self._memory)
         self._memory.close()
         _LOG.setLevel(self._level)

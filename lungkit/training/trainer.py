@@ -18,7 +18,13 @@ from lungkit.errors import Interrupted, LungkitError
 from lungkit.metrics import CaseTable
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, load_config
-from lungkit.training.engine import memory_errors, on_first_process, resolve_engine, start_engine
+from lungkit.training.engine import (
+    describe_engine,
+    memory_errors,
+    on_first_process,
+    resolve_engine,
+    start_engine,
+)
 from lungkit.training.finishing import finish
 from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
 from lungkit.training.progress import Display
@@ -103,6 +109,8 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train to the end, or from where the run to resume was.
 
+        What goes on is logged to the logger "lungkit": to standard error where the program has set up no logging.
+
         Raises:
             Interrupted: :meth:`stop`, Ctrl-C or SIGTERM; the state is saved.
             UsageError, DataError, CheckpointError, ResourceError: see :mod:`lungkit.errors`.
@@ -111,6 +119,8 @@ class Trainer:
             fabric = start_engine(self.config.engine)
             main = fabric.is_global_zero
             with RunLog(enabled=main) as log, Display(quiet=not main) as display:
+                if self.resume is None:
+                    RunFolder.check_root(self.config.runs)
                 return self._fit(fabric, display, log)
 
     def dry_run(self) -> Plan:
@@ -163,6 +173,9 @@ class Trainer:
             self._restore(session, folder)  # what cannot be restored leaves the run's status as it is
         try:
             _LOG.info("run folder %s\n%s", folder.path, prepared.plan.summary())
+            _LOG.info(
+                "on %s; data: %s", describe_engine(fabric, self.config.engine), _describe_data(self.config)
+            )
             on_first_process(fabric, lambda: run.write_status("running"))
             with stop_signals(self.stop):
                 run.epochs()
@@ -204,3 +217,9 @@ class Trainer:
         if not session.fabric.is_global_zero:
             session.restore(checkpoint)
         _LOG.info("continuing after step %d of %d", session.position.step, session.plan.total_steps)
+
+
+def _describe_data(config: TrainConfig) -> str:
+    if config.data.root is not None:
+        return config.data.root
+    return f"the built-in phantom of {config.data.phantom_cases} slices, as data.root (--data DIR) is not set"

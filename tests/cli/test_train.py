@@ -239,3 +239,24 @@ def test_two_processes_end_together_where_data_are_bad(program, options: Options
     )
     assert done.returncode == 3, done.stderr
     assert image.name in done.stderr
+
+
+def test_a_folder_that_cannot_hold_runs_is_said_before_any_work(options: Options, tmp_path: Path, caplog):
+    (tmp_path / "file").touch()
+    assert main(options(f"--runs={tmp_path / 'file' / 'runs'}", f"--data={tmp_path / 'absent'}")) == 2
+    assert f"{tmp_path / 'file'} is a file; name another folder with --runs" in caplog.text
+    assert "absent" not in caplog.text
+
+
+def test_the_log_says_where_on_what_and_how_a_run_computes(options: Options, tmp_path: Path, phantoms: Path):
+    assert main(options("--device=cpu", "--engine.precision=fp32")) == 0
+    log = (tmp_path / "runs" / "run" / "train.log").read_text()
+    assert f"on cpu, fp32, 1 thread; data: {phantoms}" in log
+
+
+def test_help_shows_the_options_that_are_used_most(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for name in ("--data DIR", "--model NAME", "--epochs N", "--device", "--seed N", "--runs DIR"):
+        assert name in text

@@ -163,7 +163,7 @@ def test_a_checkout_that_hides_an_installed_copy_with_kernels_says_so(tmp_path: 
 
 
 def test_benchmarks_do_not_time_a_fallback_as_lungkit(tmp_path: Path):
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     copy = copy_without_libraries(tmp_path)
     arguments = ("-m", "pytest", str(root / "benchmarks"), "--smoke", "-k", "hd95 and smoke or held", "--co")
     refused = run_with([copy], *arguments, cwd=tmp_path)

@@ -33,6 +33,7 @@ def test_without_arguments_the_defaults_hold():
         (["--model=unet"], lambda c: c.model.name, "unet"),
         (["--data", "some/folder"], lambda c: c.data.root, "some/folder"),
         (["--max-voxels", "1000"], lambda c: c.data.max_voxels, 1000),
+        (["--device", "cuda:1"], lambda c: c.engine.accelerator, "cuda:1"),
         (["--deterministic"], lambda c: c.engine.deterministic, True),
         (["--model.features", "16", "32", "64"], lambda c: c.model.features, (16, 32, 64)),
         (["--model.features", "[16, 32]"], lambda c: c.model.features, (16, 32)),
@@ -284,6 +285,15 @@ def test_every_option_can_be_named():
         ({"validate_every": 0}, "validate_every"),
         ({"patience": 0}, "patience"),
         ({"engine": EngineConfig(devices=0)}, "engine.devices"),
+        (
+            {"engine": EngineConfig(accelerator="cpu:1")},
+            "engine.accelerator is 'cpu:1'; give cpu, cuda, or cuda:1",
+        ),
+        ({"engine": EngineConfig(accelerator="cuda:x")}, "engine.accelerator is 'cuda:x'"),
+        (
+            {"engine": EngineConfig(accelerator="cuda:1", devices=2)},
+            "names one device, but engine.devices is 2",
+        ),
         ({"name": "../elsewhere"}, "name is '../elsewhere'"),
         ({"name": ".."}, "name is '..'"),
     ],

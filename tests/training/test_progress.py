@@ -57,7 +57,7 @@ def test_elsewhere_an_epoch_is_one_line(
     assert "\x1b" not in file.getvalue()
     assert caplog.messages == [
         "reading scans: 4 cases",
-        "epoch 1/2  loss 0.5000  val Dice 0.7500  lr 1.00e-03  6.0 s (1.0 waiting for data, 2.0 validating)",
+        "epoch 1/2  loss 0.5000  val Dice 0.7500  lr 1.00e-03  6.0 s (1.0 waiting for data, 2.0 validating)  6 s left",
     ]
 
 
@@ -77,3 +77,14 @@ def test_other_processes_show_nothing(
     run_an_epoch(Display(quiet=True))
     assert terminal.getvalue() == ""
     assert caplog.messages == []
+
+
+def test_the_time_left_is_that_of_the_last_epochs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lungkit")
+    display = Display()
+    for epoch, seconds in ((1, 10_000.0), *((epoch, 120.0) for epoch in range(2, 7))):
+        display.end_epoch({**ROW, "epoch": epoch, "seconds_computing": seconds - 3}, 100)
+    assert caplog.messages[0].endswith("  275 h 00 min left")
+    assert caplog.messages[-1].endswith("  3 h 08 min left")
+    display.end_epoch({**ROW, "epoch": 100}, 100)
+    assert caplog.messages[-1].endswith("validating)")

@@ -102,3 +102,19 @@ def test_a_line_that_cannot_be_written_does_not_end_the_run(
         log.open(Path("/dev/full") if Path("/dev/full").exists() else tmp_path / "train.log")
         LOG.info("lost")
     assert "Logging error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_program_that_set_up_no_logging_sees_each_line_once(tmp_path: Path, configured: bool) -> None:
+    script = (
+        "import logging, pathlib, sys; from lungkit.training.run_log import RunLog\n"
+        "log = logging.getLogger('lungkit')\n"
+        + ("logging.basicConfig(level=logging.INFO, format='theirs %(message)s')\n" if configured else "")
+        + "with RunLog() as run:\n    log.info('one')\n    run.open(pathlib.Path(sys.argv[1]))\n    log.info('two')\n"
+        "log.info('after')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "train.log"], capture_output=True, text=True, check=True
+    )
+    expected = ["theirs one", "theirs two", "theirs after"] if configured else ["one", "two"]
+    assert done.stderr.splitlines() == expected

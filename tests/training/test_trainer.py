@@ -317,3 +317,17 @@ def test_learns_the_phantom(tiny):
     ).fit()
     rows = [json.loads(line) for line in (result.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+
+
+def test_pictures_that_fail_fail_no_training(tiny, monkeypatch, caplog):
+    def no_fonts(*_: object, **__: object) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("lungkit.training.trainer.save_curves", no_fonts)
+    monkeypatch.setattr("lungkit.training.trainer.draw_overlays", no_fonts)
+    result = Trainer(tiny()).fit()
+    assert json.loads((result.run_folder / "status.json").read_text())["state"] == "finished"
+    for name in ("progress.png", "overlays"):
+        assert (
+            f"{result.run_folder / name}: the picture was not drawn (RuntimeError: no fonts)" in caplog.text
+        )
