@@ -24,6 +24,10 @@ from lungkit.report.pictures import optional_picture
 
 FORMATS = ("nifti", "dicom-seg", "rtstruct")
 
+_WINDOW_SAMPLE = 1_000_000
+_AIR_BELOW_HU = (
+    -200
+)  # no other unit of CT files goes so far below zero; HU of a body without air do not either
 _DICOM_SUFFIX = {"dicom-seg": "_seg.dcm", "rtstruct": "_rtstruct.dcm"}
 
 
@@ -127,13 +131,13 @@ def write_results(
         written.append(files.attention(name))
         make_folder(written[-1].parent)
         write_nifti(written[-1], prediction.attention, prediction.affine)
+    report = _report(name, scan, prediction, predictor)
     if files.preview:
         picture = files.picture(name)
         with optional_picture(picture):
             make_folder(picture.parent)
-            _draw(picture, name, scan, prediction, predictor)
+            _draw(picture, name, scan, prediction, report["classes"])
             written.append(picture)
-    report = _report(name, scan, prediction, predictor)
     report["files"] = {str(path.relative_to(files.folder)): sha256_of(path) for path in written}
     make_folder(files.report(name).parent)
     write_json_atomic(files.report(name), report)
@@ -178,19 +182,32 @@ def _write_mask(
         dicom.write_dicom_seg(path, scan.dicom, prediction.mask, labels, algorithm=predictor.models[0].name)
 
 
-def _draw(path: Path, name: str, scan: LoadedScan, prediction: Prediction, predictor: Predictor) -> None:
+def _draw(path: Path, name: str, scan: LoadedScan, prediction: Prediction, found: dict[str, Any]) -> None:
     from lungkit.report import save_preview
 
     first = scan.volumes[0]
     geometry = plan_geometry(first)
-    low, high = (
-        WINDOW_PRESETS_HU["lung"] if predictor.in_hu else (float(first.array.min()), float(first.array.max()))
-    )
+    legend = {
+        prediction.labels[label]: (
+            f"{label}: {entry['volume_ml']:.2f} ml, longest diameter {entry['longest_diameter_mm']:.1f} mm"
+        )
+        for label, entry in found.items()
+    }
     save_preview(
         path,
         orient(first.array, geometry),
         orient(np.asarray(prediction.mask), geometry),
         geometry.spacing_mm,
-        window=(low, max(high, low + 1)),
+        window=_window(first.array),
         title=name,
+        legend=legend,
     )
+
+
+def _window(scan: np.ndarray) -> tuple[float, float]:
+    """Grey values to show, by the scan's own units, whatever the model was trained on: lung in HU, else nearly all."""
+    sample = scan.reshape(-1)[:: max(1, scan.size // _WINDOW_SAMPLE)]
+    low, high = (float(value) for value in np.percentile(sample, (0.5, 99.5)))
+    if low < _AIR_BELOW_HU:
+        return WINDOW_PRESETS_HU["lung"]
+    return low, max(high, low + 1e-3)

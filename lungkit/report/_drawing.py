@@ -76,6 +76,25 @@ def draw_frame(ax: Axes, box: Box) -> None:
     ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor="#ffffff", linewidth=0.9, alpha=0.8))
 
 
+def draw_sides(ax: Axes, sides: tuple[str, str]) -> None:
+    """Letters of what lies on the left and on the right of the picture, as R and L of the patient."""
+    from matplotlib.patheffects import withStroke
+
+    outline = [withStroke(linewidth=2.5, foreground="#000000b0")]
+    for x, side, align in ((0.02, sides[0], "left"), (0.98, sides[1], "right")):
+        ax.text(
+            x,
+            0.98,
+            side,
+            color="#ffffff",
+            ha=align,
+            va="top",
+            fontsize=9,
+            transform=ax.transAxes,
+            path_effects=outline,
+        )
+
+
 def draw_scale_bar(ax: Axes, box: Box, spacing: tuple[float, float]) -> None:
     """The longest bar that fits, in mm; ``spacing`` is (y, x)."""
     height, width = (part.stop - part.start for part in box)

@@ -80,7 +80,8 @@ def save_overlays(
         image: (Z, Y, X) in RAS orientation, or (C, Z, Y, X) of which the first channel is shown.
         truth: labels (Z, Y, X).
         prediction: labels (Z, Y, X); or several of them by the name of the model.
-        attention: alpha (Y, X) of the slice, between 0 and 1; or several by the name of the model.
+        attention: alpha (Y, X) of the slice at the finest level, between 0 and 1; or several by the name of the
+            model. Shown over the CT, which it covers the more the larger it is.
         slice_index: z of the slice; :func:`choose_slice` where not given.
         spacing_mm: (z, y, x); sets the aspect ratio and draws a scale bar.
         window: lowest and highest intensity shown; the range of the slice where not given.
@@ -166,10 +167,16 @@ def save_overlays(
         draw_contours(ax, true[z][box], colours=(TRUTH_COLOUR,), width=1.0, dashed=True)
         draw_contours(ax, labels[z][box], colours=CLASS_COLOURS, width=1.8)
         if name in attentions:
-            ax = panel(f"{name}: attention" if name else "Attention", box)
+            ax = panel(f"{f'{name}: attention' if name else 'Attention'}\n(finest level)", box)
             alpha = np.asarray(as_array(attentions[name]), dtype=np.float32)[box]
             shown = ax.imshow(
-                alpha, cmap="inferno", vmin=0, vmax=1, alpha=0.75, aspect=aspect, interpolation="nearest"
+                alpha,
+                cmap="inferno",
+                vmin=0,
+                vmax=1,
+                alpha=0.1 + 0.6 * alpha.clip(0, 1),  # where there is no attention the CT is seen
+                aspect=aspect,
+                interpolation="nearest",
             )
             draw_contours(ax, true[z][box], colours=("#ffffff",), width=1.0, dashed=True)
             bar = figure.colorbar(shown, ax=ax, fraction=0.045, pad=0.02, ticks=[0, 0.5, 1])

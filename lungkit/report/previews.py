@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lungkit._atomic import atomic_path
 from lungkit.errors import UsageError
+from lungkit.metrics import label_lesions
 from lungkit.report._drawing import (
     BACKGROUND,
     CLASS_COLOURS,
     TEXT,
+    Box,
     crop_box,
     draw_contours,
     draw_frame,
     draw_scale_bar,
+    draw_sides,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _PLANES = ("axial", "coronal", "sagittal")
+_SIDES = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}
 
 
 def save_preview(
@@ -30,11 +38,14 @@ def save_preview(
     *,
     window: tuple[float, float],
     title: str = "",
+    legend: Mapping[int, str] | None = None,
 ) -> None:
-    """Draw the axial, coronal and sagittal slice with most foreground, its outlines in colour, and the part round it.
+    """Draw the axial, coronal and sagittal slice through the largest lesion, outlines in colour, and the part round it.
 
-    The axial slice is shown with the front up, the others with the head up; the patient's right is on the left, and
-    the front of a sagittal slice as well. Without foreground it is the slices through the middle.
+    Of the connected lesion with most voxels it is the slices that hold most of it; without foreground those through
+    the middle. The axial slice is shown with the front up, the others with the head up; the patient's right is on the
+    left (marked R and L), and the front (A) of a sagittal slice as well. The enlarged part is left out where it would
+    show the whole slice again.
 
     Args:
         path: picture to write (.png).
@@ -43,6 +54,7 @@ def save_preview(
         spacing_mm: (z, y, x).
         window: lowest and highest intensity shown.
         title: heading.
+        legend: class -> what is written beside its colour.
 
     Raises:
         UsageError: shapes do not agree.
@@ -64,18 +76,20 @@ def save_preview(
             f"image {image.shape} and mask {mask.shape} must be (Z, Y, X) of one shape, with three spacings"
         )
     planes = _PLANES if image.shape[0] > 1 else _PLANES[:1]
-    figure = Figure(
-        figsize=(3.4 * (1 + len(planes)), 3.7), dpi=110, facecolor=BACKGROUND, layout="constrained"
-    )
+    place = _middle_of_largest(mask)
+    slices = [_slice(image, mask, spacing_mm, axis, place[axis]) for axis in range(len(planes))]
+    box, whole = crop_box(slices[0][1] != 0), _everything(slices[0][1])
+    enlarged = box != whole
+    columns = len(planes) + enlarged
+    figure = Figure(figsize=(3.4 * columns, 4.0), dpi=110, facecolor=BACKGROUND, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 1 + len(planes), squeeze=False)[0]
+    axes = figure.subplots(1, columns, squeeze=False)[0]
     low, high = window
-    for axis, plane in enumerate(planes):
-        index, ct, labels, spacing = _slice(image, mask, spacing_mm, axis)
-        box = crop_box(labels != 0)
-        whole = (slice(0, ct.shape[0]), slice(0, ct.shape[1]))
-        shown = [(axes[axis], whole)] + ([(axes[-1], box)] if axis == 0 else [])
-        for ax, part in shown:
+    for axis, (plane, (ct, labels, spacing)) in enumerate(zip(planes, slices, strict=True)):
+        for ax, part in [
+            (axes[axis], _everything(ct)),
+            *([(axes[-1], box)] if axis == 0 and enlarged else []),
+        ]:
             ax.imshow(
                 ct[part],
                 cmap="gray",
@@ -86,25 +100,53 @@ def save_preview(
             )
             draw_contours(ax, labels[part], colours=CLASS_COLOURS, width=1.2)
             draw_scale_bar(ax, part, spacing)
+            draw_sides(ax, _SIDES[plane])
             ax.set_axis_off()
-        axes[axis].set_title(f"{plane}, slice {index + 1} of {image.shape[axis]}", color=TEXT, fontsize=10)
-        if axis == 0:
-            axes[-1].set_title("axial, enlarged" if box != whole else "axial", color=TEXT, fontsize=10)
-            if box != whole:
-                draw_frame(axes[0], box)
+        axes[axis].set_title(
+            f"{plane}, slice {place[axis] + 1} of {image.shape[axis]}", color=TEXT, fontsize=10
+        )
+    if enlarged:
+        axes[-1].set_title("axial, enlarged", color=TEXT, fontsize=10)
+        draw_frame(axes[0], box)
     figure.suptitle(title, color=TEXT, fontsize=12)
+    _draw_legend(figure, legend or {})
     with atomic_path(path, durable=False) as temporary:
         figure.savefig(temporary, facecolor=BACKGROUND, format="png")
 
 
+def _middle_of_largest(mask: np.ndarray) -> tuple[int, int, int]:
+    """The slice across each axis that holds most of the largest lesion; the middle ones without any."""
+    if not mask.any():
+        return mask.shape[0] // 2, mask.shape[1] // 2, mask.shape[2] // 2
+    hits = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    lesions, _ = label_lesions(mask[tuple(slice(hit[0], hit[-1] + 1) for hit in hits)] != 0)
+    largest = lesions == 1 + np.bincount(lesions[lesions != 0])[1:].argmax()
+    z, y, x = (
+        int(hit[0] + largest.sum(axis=others).argmax())
+        for hit, others in zip(hits, ((1, 2), (0, 2), (0, 1)), strict=True)
+    )
+    return z, y, x
+
+
 def _slice(
-    image: np.ndarray, mask: np.ndarray, spacing_mm: Sequence[float], axis: int
-) -> tuple[int, np.ndarray, np.ndarray, tuple[float, float]]:
-    """Index of the slice across ``axis`` with most foreground; its image and mask as seen, and (row, column) in mm."""
+    image: np.ndarray, mask: np.ndarray, spacing_mm: Sequence[float], axis: int, index: int
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """A slice across ``axis`` and its mask as seen, and (row, column) in mm."""
     others = tuple(other for other in range(3) if other != axis)
-    area = np.array([np.count_nonzero(part) for part in np.moveaxis(mask, axis, 0)])
-    index = int(area.argmax()) if area.any() else mask.shape[axis] // 2
     # Rows run to the front or the head, which are shown up; columns to the right or the front, shown on the left.
     ct, labels = (np.take(array, index, axis)[::-1, ::-1] for array in (image, mask))
-    spacing = float(spacing_mm[others[0]]), float(spacing_mm[others[1]])
-    return index, np.asarray(ct, np.float32), labels, spacing
+    return np.asarray(ct, np.float32), labels, (float(spacing_mm[others[0]]), float(spacing_mm[others[1]]))
+
+
+def _everything(plane: np.ndarray) -> Box:
+    return slice(0, plane.shape[0]), slice(0, plane.shape[1])
+
+
+def _draw_legend(figure: Figure, legend: Mapping[int, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    if legend:
+        lines = [Line2D([], [], color=CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]) for value in legend]
+        figure.legend(
+            lines, list(legend.values()), loc="outside lower center", ncols=2, labelcolor=TEXT, frameon=False
+        )

@@ -344,3 +344,25 @@ def test_a_picture_that_fails_is_a_warning_and_fails_no_scan(tmp_path, scans, mo
     assert not list((out / "previews").iterdir())  # no picture of an earlier mask beside the new one
     report = json.loads((out / "reports" / "a.json").read_text())
     assert list(report["files"]) == ["a.nii.gz"]
+
+
+def test_a_preview_shows_a_scan_in_its_own_units_whatever_the_model_saw(tmp_path, scans, model, monkeypatch):
+    from lungkit.report import save_preview
+
+    windows = {}
+
+    def noting(path, image, mask, spacing, *, window, title, legend):
+        windows[title] = window, legend
+        save_preview(path, image, mask, spacing, window=window, title=title, legend=legend)
+
+    monkeypatch.setattr("lungkit.report.save_preview", noting)
+    monkeypatch.setattr("lungkit.inference.Predictor.in_hu", False)
+    grey = np.zeros((20, 18, 10), np.uint8)
+    grey[4:8] = 250
+    write_nifti(scans / "grey.nii.gz", grey, AFFINE)
+    assert predict("-i", scans, "-o", tmp_path / "out", "--model", model) == 0
+    assert windows["a"][0] == (-1000, 400) and windows["grey"][0] == (0, 250)
+    report = json.loads((tmp_path / "out" / "reports" / "a.json").read_text())["classes"]["tumour"]
+    assert windows["a"][1] == {
+        1: f"tumour: {report['volume_ml']:.2f} ml, longest diameter {report['longest_diameter_mm']:.1f} mm"
+    }

@@ -133,7 +133,7 @@ def test_every_model_gets_its_panel(tmp_path: Path, figures: list[Figure]) -> No
 def test_attention_is_shown_beside_its_model(tmp_path: Path, figures: list[Figure]) -> None:
     alpha = np.linspace(0, 1, 96 * 96, dtype=np.float32).reshape(96, 96)
     save_overlays(tmp_path / "a.png", np.zeros((3, 96, 96)), TRUTH, {"a": TRUTH, "b": TRUTH}, {"b": alpha})
-    assert titles(figures[0]) == ["CT", "Truth", "a", "b", "b: attention"]
+    assert titles(figures[0]) == ["CT", "Truth", "a", "b", "b: attention\n(finest level)"]
     panel = figures[0].axes[4]
     assert np.array_equal(panel.images[1].get_array(), alpha[::-1, ::-1][48:, 48:])  # the part round the mask
     assert panel.images[1].get_clim() == (0, 1)

@@ -79,7 +79,7 @@ def test_planes_are_seen_front_up_head_up_and_patients_right_on_the_left(
     scan[3, 3, 7] = 2  # head and right, in the middle coronal slice
     scan[3, 5, 4] = 3  # head and front, in the middle sagittal slice
     save_preview(tmp_path / "a.png", scan, scan * 0, (1, 1, 1), window=(0, 3))
-    axial, coronal, sagittal, _ = (image_of(ax) for ax in figures[0].axes)
+    axial, coronal, sagittal = (image_of(ax) for ax in figures[0].axes)
     assert axial[0, 3] == 1
     assert coronal[0, 0] == 2
     assert sagittal[0, 0] == 3
@@ -95,15 +95,14 @@ def test_without_foreground_the_middle_is_shown_and_nothing_outlined(
         "axial, slice 11 of 20",
         "coronal, slice 16 of 30",
         "sagittal, slice 21 of 40",
-        "axial",
     ]
-    assert [outlines(ax) for ax in axes] == [[], [], [], []]
+    assert [outlines(ax) for ax in axes] == [[], [], []]
 
 
 def test_a_single_slice_has_no_other_planes(tmp_path: Path, figures: list[Figure]) -> None:
     mask = np.zeros((1, 30, 40), np.uint8)
     save_preview(tmp_path / "a.png", scan_of(mask), mask, SPACING_MM, window=WINDOW)
-    assert [ax.get_title() for ax in figures[0].axes] == ["axial, slice 1 of 1", "axial"]
+    assert [ax.get_title() for ax in figures[0].axes] == ["axial, slice 1 of 1"]
 
 
 def test_classes_have_colours_of_their_own(tmp_path: Path, figures: list[Figure], mask: np.ndarray) -> None:
@@ -124,3 +123,27 @@ def test_voxels_have_their_proportions_and_grey_values_the_window(
 def test_shapes_that_do_not_agree_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"image \(2, 8, 8\) and mask \(2, 8, 9\)"):
         save_preview(tmp_path / "a.png", np.zeros((2, 8, 8)), np.zeros((2, 8, 9)), SPACING_MM, window=WINDOW)
+
+
+def test_planes_go_through_the_largest_lesion_not_through_several_small_ones(
+    tmp_path: Path, figures: list[Figure], mask: np.ndarray
+) -> None:
+    mask[15, 5:80:2, 5:95:2] = 1  # more voxels in one slice than the lesion has, none of them connected
+    save_preview(tmp_path / "a.png", scan_of(mask), mask, SPACING_MM, window=WINDOW)
+    assert [ax.get_title() for ax in figures[0].axes[:3]] == [
+        "axial, slice 6 of 20",
+        "coronal, slice 31 of 90",
+        "sagittal, slice 61 of 100",
+    ]
+
+
+def test_sides_of_the_patient_and_what_was_found_are_written(
+    tmp_path: Path, figures: list[Figure], mask: np.ndarray
+) -> None:
+    legend = {1: "tumour: 2.30 ml, longest diameter 14.2 mm"}
+    save_preview(tmp_path / "a.png", scan_of(mask), mask, SPACING_MM, window=WINDOW, legend=legend)
+    letters = [[text.get_text() for text in ax.texts if len(text.get_text()) == 1] for ax in figures[0].axes]
+    assert letters == [["R", "L"], ["R", "L"], ["A", "P"], ["R", "L"]]
+    (shown,) = figures[0].legends
+    assert [text.get_text() for text in shown.get_texts()] == list(legend.values())
+    assert [line.get_color() for line in shown.get_lines()] == [RED]
