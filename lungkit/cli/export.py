@@ -41,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="ends with .pt2 or .onnx"
     )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cuda, cuda:1, ...: where the network runs that the file is compared with (default: cpu)",
+    )
     parser.add_argument("--format", choices=("torch", "onnx"), help="(default: as the name of the file says)")
     parser.add_argument(
         "--native-gate",
@@ -54,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from lungkit.inference.export import export_model
+    from lungkit.inference.predictor import usable_device
     from lungkit.inference.trained_model import TrainedModel
 
     model = TrainedModel.load(options.model)
+    model.network.to(usable_device(options.device))
     export = export_model(model, options.output, format=options.format, native_gate=options.native_gate)
     tensor = export.metadata["input"]
     _LOG.info(

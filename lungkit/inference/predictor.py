@@ -116,7 +116,7 @@ class Predictor:
         if precision not in ("auto", *get_args(Precision)):
             raise UsageError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
         self.precision: Literal["auto"] | Precision = precision
-        self.device = _device(device)
+        self.device = usable_device(device)
         self.postprocessing = self.models[0].postprocessing if postprocessing is None else postprocessing
         if self.postprocessing.inside_lungs and not self.in_hu:
             raise UsageError(
@@ -404,7 +404,12 @@ def _check_models(models: Sequence[TrainedModel]) -> None:
                 )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None is the GPU where there is one.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -50,3 +50,9 @@ def test_a_folder_that_does_not_exist_is_a_usage_error(run, tmp_path, capsys):
 def test_the_native_gate_needs_a_network_with_gates(run, tmp_path, capsys):
     assert main(["--model", str(run), "-o", str(tmp_path / "m.pt2"), "--native-gate"]) == 2
     assert "no attention gates" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here_is_a_usage_error(run, tmp_path, capsys):
+    assert main(["--model", str(run), "-o", str(tmp_path / "model.pt2"), "--device", "abacus"]) == 2
+    assert "device 'abacus' cannot be used" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.pt2"))
