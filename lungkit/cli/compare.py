@@ -15,8 +15,7 @@ from lungkit.errors import Interrupted, UsageError
 _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
-Any option of lungkit-train can follow and holds for all arms, e.g. --data DIR --epochs 50 --data.patch_size 96 96
---device cuda:1.
+Any option of lungkit-train can follow and holds for all arms, e.g. --data DIR --epochs 50 --data.patch_size 96 96.
 Written to the output folder: table.md/.csv/.tex/.txt (each metric with its bootstrap interval, the paired difference,
 p, cases better and worse), cases/ (every metric of every case), distributions.png, curves.png, overlays/ (worst, median
 and best case, chosen by rule), runs/ and comparison.json.
@@ -67,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="last",
         help="weights to measure: at the end of the budget, or the best on the held-out fold (default: last)",
     )
+    parser.add_argument(
+        "--device",
+        help="cpu, cuda, cuda:1 ...: to train and to measure on (default: the GPU where there is one)",
+    )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return run_command(lambda: _run(*parser.parse_known_args(arguments)))
 
@@ -81,6 +84,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError(
             f"--runs compares finished runs and trains nothing, so {given[0]} has no meaning with it"
         )
+    if options.device is not None and not options.runs:
+        rest = [*rest, "--device", options.device]
     if options.runs:
         arms = []
     elif options.arm:
@@ -94,6 +99,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         test=options.test,
         checkpoint=options.checkpoint,
         published=not (options.arm or options.runs),
+        device=options.device,
     )
     if options.runs:
         rows = compare_runs(experiment, _arms_of(options.runs), options.output, progress=_report)

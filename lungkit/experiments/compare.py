@@ -50,6 +50,7 @@ class Experiment:
             "last" is the fair one: nothing is then chosen on the cases that are measured.
         options: definitions of the metrics.
         published: show the paper's figures beside the results.
+        device: where the models are measured, "cpu", "cuda:1" ...; None is the GPU where there is one.
     """
 
     arms: tuple[Arm, ...]
@@ -59,6 +60,7 @@ class Experiment:
     checkpoint: str = LAST
     options: MetricOptions = field(default_factory=MetricOptions)
     published: bool = False
+    device: str | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -146,7 +148,10 @@ def _measure_and_write(
 ) -> list[ComparisonRow]:
     runs = {
         name: [
-            FinishedRun.open(path, checkpoint=experiment.checkpoint, test=experiment.test) for path in found
+            FinishedRun.open(
+                path, checkpoint=experiment.checkpoint, test=experiment.test, device=experiment.device
+            )
+            for path in found
         ]
         for name, found in paths.items()
     }

@@ -98,10 +98,13 @@ class FinishedRun:
     scans: LabelledScans
 
     @classmethod
-    def open(cls, path: Path, *, checkpoint: str = LAST, test: Path | None = None) -> FinishedRun:
+    def open(
+        cls, path: Path, *, checkpoint: str = LAST, test: Path | None = None, device: str | None = None
+    ) -> FinishedRun:
         """Load a run, to be measured on its held-out fold or on every labelled case of the dataset ``test``.
 
-        It predicts as ``lungkit-predict --model RUN/checkpoints/CHECKPOINT`` does.
+        It predicts as ``lungkit-predict --model RUN/checkpoints/CHECKPOINT`` does, on ``device`` or, where it is None,
+        on the GPU where there is one.
 
         Raises:
             CheckpointError, DataError: the run or a dataset cannot be used.
@@ -117,7 +120,7 @@ class FinishedRun:
         return cls(
             folder.path,
             prepared.plan,
-            Predictor.from_run(folder.checkpoints / checkpoint),
+            Predictor.from_run(folder.checkpoints / checkpoint, device=device),
             LabelledScans(dataset, case_ids, config.data.max_voxels),
         )
 

@@ -52,6 +52,7 @@ def measure_scans(
     scans: LabelledScans,
     *,
     options: MetricOptions | None = None,
+    masks: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CaseTable:
     """Predict every scan and measure the mask against the true one, on the grid of their files.
@@ -60,6 +61,7 @@ def measure_scans(
         predictor: predicts with its own postprocessing.
         scans: what to measure.
         options: which metrics, under which definitions.
+        masks: an existing folder, in which each mask is kept as CASE.nii.gz.
         progress: called after each case with the cases done and the cases in all; may raise to give up.
 
     Returns:
@@ -73,6 +75,8 @@ def measure_scans(
     for done, case_id in enumerate(scans.case_ids, start=1):
         channels, label = scans.read(case_id)
         prediction = predictor(channels)
+        if masks is not None:
+            prediction.save(masks / f"{case_id}.nii.gz")
         mask = Volume(prediction.mask, prediction.affine, channels[0].path)
         for name, measured in measure_volumes(mask, label, scans.scheme, options=options).items():
             table.add_row(case_id, name, measured.values, measured.decided_by_policy)

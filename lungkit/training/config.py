@@ -160,6 +160,8 @@ class TrainConfig:
         patience: validations without a better Dice after which training stops; None never stops early.
         choose_postprocessing: after the last epoch try thresholds, filled holes, lungs (in HU) and smallest lesions on
             the validation cases, keep what raises their mean Dice by over 0.002, and store it with the best weights.
+        save_validation: keep the masks that the run's best weights predict for the validation cases, in validation/ of
+            the run's folder.
         seed: of weights, patches, augmentation and dropout.
         runs: folder of the runs.
         name: of the run folder; None is the dataset's name and the model's.
@@ -185,6 +187,7 @@ class TrainConfig:
     validate_every: int = 1
     patience: int | None = None
     choose_postprocessing: bool = False
+    save_validation: bool = False
     seed: int = 0
     runs: str = "runs"
     name: str | None = None

@@ -54,8 +54,11 @@ def finish(run: Run) -> CaseTable:
         notes.append(choice.note)
     extra["postprocessing"] = predictor.postprocessing.to_dict()
     options = MetricOptions()
+    masks = folder.path / "validation" if config.save_validation else None
+    if masks is not None:
+        masks.mkdir(exist_ok=True)
     share = measure_scans(
-        predictor, mine, options=options, progress=lambda *_: run.stop_in_final_validation()
+        predictor, mine, options=options, masks=masks, progress=lambda *_: run.stop_in_final_validation()
     )
     rows = [row for part in gather_objects(share.rows, fabric.world_size) for row in part]
     order = {case_id: index for index, case_id in enumerate(scans.case_ids)}

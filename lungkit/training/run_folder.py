@@ -42,7 +42,7 @@ class RunFolder:
 
     ``config.yaml``, ``env.json``, ``dataset.json``, ``splits_final.json``, ``metrics.csv``, ``metrics.jsonl``,
     ``train.log``, ``progress.png``, ``overlays/``, ``checkpoints/``, ``status.json`` and, at the end, ``validation.*``,
-    before them ``postprocessing.json`` where one was to be chosen.
+    before them ``postprocessing.json`` where one was to be chosen; ``validation/`` holds masks where they are kept.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

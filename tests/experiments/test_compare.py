@@ -266,3 +266,11 @@ def test_unfinished_run_is_refused(
 ) -> None:
     assert main(["-o", str(tmp_path / "out"), "--runs", str(finished), "--runs", str(tmp_path)]) == 4
     assert "not a run folder" in capsys.readouterr().err
+
+
+def test_finished_runs_are_measured_on_the_device_that_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(path) for path in sorted((finished / "runs").iterdir())[:2]]
+    assert main(["-o", str(tmp_path / "out"), "--runs", *runs, "--device", "abacus"]) == 2
+    assert "device 'abacus' cannot be used" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,19 @@ def test_shares_of_several_processes_make_one_table_in_the_order_of_the_fold(
     again = Trainer.from_run(whole.run_folder).fit()
     assert again.table.case_ids == ("case_0", "case_1")
     assert again.table.rows == whole.table.rows
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_masks_of_the_validation_cases_are_kept_on_request(resampled: TrainConfig, kept: bool) -> None:
+    result = Trainer(replace(resampled, save_validation=kept)).fit()
+    folder = result.run_folder / "validation"
+    assert folder.is_dir() == kept
+    if not kept:
+        return
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{case_id}.nii.gz" for case_id in result.table.case_ids
+    )
+    for case_id in result.table.case_ids:
+        scan = next((Path(resampled.data.root) / "imagesTr").glob(f"{case_id}_0000*"))
+        predicted = Predictor.from_run(result.run_folder)(scan)
+        assert np.array_equal(read_volume(folder / f"{case_id}.nii.gz").array, predicted.mask)
