@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lungkit.errors import UsageError
+from lungkit.ops._context import autocast_dtype, is_transformed
 from lungkit.ops._layout import new_features
 from lungkit.ops._library import define_op, is_native
 
@@ -65,9 +65,9 @@ def norm_act(
         [[[-0.5, 1.0]]]
     """
     groups = x.shape[1] if groups is None and x.dim() > 1 else groups or 0
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
         residual = None if residual is None else residual.to(x.dtype)
     _check(x, weight, bias, residual, groups, slope)
     if not _has_kernel(x):
@@ -100,9 +100,9 @@ def _by_group_norm(
 def _has_kernel(x: Tensor) -> bool:
     """Whether the op is to be used: elsewhere torch's group norm is faster than the twin, and known to every tool.
 
-    Exported programs run without lungkit, and forward-mode derivatives are torch's own.
+    Exported programs run without lungkit, and transforms and forward-mode derivatives are torch's own.
     """
-    return x.device.type in _NATIVE and not torch.compiler.is_exporting() and forward_ad._current_level < 0
+    return x.device.type in _NATIVE and not torch.compiler.is_exporting() and not is_transformed()
 
 
 def _check(
