@@ -73,11 +73,10 @@ def _writable_folder(cache_home: str | None, home: str | None) -> Path:
         base = Path(cache_home) if cache_home else Path.home() / ".cache"
         folder = base / "lungkit"
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
+        with tempfile.TemporaryFile(dir=folder):
             return folder
-        found = f"{folder} cannot be written"
     except OSError as error:
-        found = f"{folder} cannot be made ({error.strerror})"
+        found = f"{folder} cannot be written ({error.strerror})"
     except RuntimeError:
         found = "this user has no home folder"
     try:
@@ -94,7 +93,7 @@ def _temporary_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"lungkit-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == user and os.access(folder, os.W_OK):
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == user:
         return folder
     return Path(tempfile.mkdtemp(prefix="lungkit-"))
 

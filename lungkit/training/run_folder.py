@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -57,13 +58,16 @@ class RunFolder:
         Raises:
             UsageError: it is none, or cannot be written.
         """
-        path = Path(runs).expanduser().absolute()
-        there = next(parent for parent in (path, *path.parents) if parent.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            what = "cannot be written" if there.is_dir() else "is a file"
+        path = there = Path(runs).absolute()
+        try:
+            there = next(parent for parent in (path, *path.parents) if parent.exists())
+            with tempfile.TemporaryDirectory(dir=there):  # to try is surer than to ask
+                pass
+        except OSError as error:
             raise UsageError(
-                f"runs: no run can be kept in {path}, as {there} {what}; name another folder with --runs"
-            )
+                f"runs: no run can be kept in {path}, as {there} cannot be written ({error.strerror}); "
+                "name another folder with --runs"
+            ) from error
 
     @classmethod
     def create(cls, runs: str | os.PathLike[str], name: str) -> RunFolder:

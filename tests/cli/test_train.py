@@ -244,7 +244,7 @@ def test_two_processes_end_together_where_data_are_bad(program, options: Options
 def test_a_folder_that_cannot_hold_runs_is_said_before_any_work(options: Options, tmp_path: Path, caplog):
     (tmp_path / "file").touch()
     assert main(options(f"--runs={tmp_path / 'file' / 'runs'}", f"--data={tmp_path / 'absent'}")) == 2
-    assert f"{tmp_path / 'file'} is a file; name another folder with --runs" in caplog.text
+    assert f"{tmp_path / 'file'} cannot be written (Not a directory); name another folder with" in caplog.text
     assert "absent" not in caplog.text
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -51,7 +52,11 @@ def home_is_a_file(monkeypatch, tmp_path):
 
 def read_only(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(os, "access", lambda path, mode: str(tmp_path / "home") not in str(path))
+
+    def refused(dir: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
 
 
 @pytest.mark.parametrize("arrange", [no_home, home_is_a_file, read_only])
