@@ -134,7 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         help="predict share I (from 0) of N; auto takes it from torchrun or a Slurm array (default: all scans)",
     )
     add("--overwrite", action="store_true", help="replace what OUT holds")
-    add("--max-voxels", type=int, metavar="N", help="refuse larger scans")
+    add("--max-voxels", type=int, metavar="N", help="refuse larger scans, as they are or resampled")
+    add(
+        "--strict",
+        action="store_true",
+        help="refuse scans of other intensities or voxel sizes than those of training, or of a doubtful header",
+    )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return parser
 
@@ -162,6 +167,8 @@ def _run(options: argparse.Namespace) -> int:
         mirror=options.tta,
         batch_size=options.batch_size,
         postprocessing=_postprocessing(options, models[0].postprocessing),
+        strict=options.strict,
+        max_voxels=options.max_voxels or DEFAULT_MAX_VOXELS,
     )
     if options.attention:
         predictor.check_attention()

@@ -30,7 +30,8 @@ class ChannelFingerprint:
 
     ``units`` is "HU", "8-bit" or "arbitrary". ``mean``, ``std`` and the percentiles are over the foreground
     (classes 1 to K-1), over a sample of all voxels where there is no foreground at all; ``minimum`` and
-    ``maximum`` are over all voxels.
+    ``maximum`` are over all voxels. ``volume_percentiles`` (1, 50 and 99) are over a sample of all voxels; None where
+    an older version took the fingerprint.
     """
 
     name: str
@@ -42,6 +43,27 @@ class ChannelFingerprint:
     std: float
     percentile_00_5: float
     percentile_99_5: float
+    volume_percentiles: tuple[float, float, float] | None = None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ChannelFingerprint:
+        """Inverse of :func:`dataclasses.asdict`."""
+        percentiles = content.get("volume_percentiles")
+        if percentiles is not None:
+            first, middle, last = (float(value) for value in percentiles)
+            percentiles = first, middle, last
+        return cls(
+            name=str(content["name"]),
+            units=str(content["units"]),
+            dtype=str(content["dtype"]),
+            minimum=float(content["minimum"]),
+            maximum=float(content["maximum"]),
+            mean=float(content["mean"]),
+            std=float(content["std"]),
+            percentile_00_5=float(content["percentile_00_5"]),
+            percentile_99_5=float(content["percentile_99_5"]),
+            volume_percentiles=percentiles,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +126,7 @@ class Fingerprint:
                 case_ids=tuple(content["case_ids"]),
                 shapes=tuple((int(z), int(y), int(x)) for z, y, x in content["shapes"]),
                 spacings_mm=tuple((float(z), float(y), float(x)) for z, y, x in content["spacings_mm"]),
-                channels=tuple(ChannelFingerprint(**channel) for channel in content["channels"]),
+                channels=tuple(ChannelFingerprint.from_dict(channel) for channel in content["channels"]),
                 foreground_fractions=tuple(content["foreground_fractions"]),
                 class_voxels=tuple(content["class_voxels"]),
                 label_map={int(value): int(index) for value, index in content["label_map"].items()},
@@ -260,6 +282,7 @@ def _merge_channel(name: str, cases: list[_ChannelMeasure], has_foreground: bool
     mean = float((counts * means).sum() / counts.sum())
     squares = sum(sample.squares for sample in samples) + float((counts * (means - mean) ** 2).sum())
     low, high = _percentiles(samples, (0.005, 0.995))
+    first, middle, last = _percentiles([case.everything for case in cases], (0.01, 0.5, 0.99))
     return ChannelFingerprint(
         name=name,
         units=_units(cases),
@@ -270,6 +293,7 @@ def _merge_channel(name: str, cases: list[_ChannelMeasure], has_foreground: bool
         std=math.sqrt(squares / counts.sum()),
         percentile_00_5=low,
         percentile_99_5=high,
+        volume_percentiles=(first, middle, last),
     )
 
 

@@ -9,6 +9,7 @@ n s / m.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,7 +69,12 @@ def plan_geometry(volume: Volume, *, target_spacing_mm: tuple[float, float, floa
         for axis, target in enumerate(target_spacing_mm):
             if shape[axis] > 1:
                 extent_mm = shape[axis] * spacing[axis]
-                shape[axis] = max(1, round(extent_mm / target))
+                ratio = extent_mm / target
+                if not math.isfinite(ratio):
+                    raise DataError(
+                        f"{volume.path or 'the scan'}: {extent_mm:g} mm cannot be resampled to {target:g} mm"
+                    )
+                shape[axis] = max(1, round(ratio))
                 spacing[axis] = extent_mm / shape[axis]
     return Geometry(
         original_shape=native.original_shape,
@@ -77,6 +83,27 @@ def plan_geometry(volume: Volume, *, target_spacing_mm: tuple[float, float, floa
         flips=native.flips,
         shape=(shape[0], shape[1], shape[2]),
         spacing_mm=(spacing[0], spacing[1], spacing[2]),
+    )
+
+
+def check_size(volume: Volume, geometry: Geometry, max_voxels: int) -> None:
+    """Refuse a grid that is too large before anything of its size is made.
+
+    Raises:
+        DataError: more than ``max_voxels`` voxels; with their number, and the spacing before and after.
+    """
+    voxels = math.prod(geometry.shape)
+    if voxels <= max_voxels:
+        return
+    own, target = (
+        " x ".join(f"{size:g}" for size in sizes)
+        for sizes in (plan_geometry(volume).spacing_mm, geometry.spacing_mm)
+    )
+    before, after = (" x ".join(map(str, shape)) for shape in (geometry.oriented_shape, geometry.shape))
+    raise DataError(
+        f"{volume.path or 'the scan'}: {before} voxels of {own} mm (z, y, x) are resampled to {target} mm: {after} = "
+        f"{voxels} voxels, more than max_voxels = {max_voxels}; correct the spacing in the header, crop the scan or "
+        "raise max_voxels"
     )
 
 

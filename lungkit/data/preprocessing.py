@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lungkit.data.fingerprint import ChannelFingerprint, Fingerprint
-from lungkit.data.geometry import Geometry, orient, plan_geometry
+from lungkit.data.geometry import Geometry, check_size, orient, plan_geometry
 from lungkit.data.resampling import resample_nearest
 from lungkit.data.slices import ResampledSlices, chunks
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume
@@ -212,12 +212,8 @@ class ScanSlices:
             raise UsageError(
                 f"volumes: {len(volumes)} channels, but the preprocessing was made for {len(channels)}"
             )
-        if max_voxels is not None and math.prod(geometry.shape) > max_voxels:
-            raise DataError(
-                f"{volumes[0].path}: resampled to {preprocessing.target_spacing_mm} mm the scan has "
-                f"{geometry.shape} voxels, more than max_voxels = {max_voxels}; "
-                "use a coarser spacing or raise max_voxels"
-            )
+        if max_voxels is not None:
+            check_size(volumes[0], geometry, max_voxels)
         # Clipped before resampling: metal beyond the window must not bleed into its neighbours.
         self._slices = ResampledSlices(ClippedSlices(volumes, preprocessing, geometry), geometry.shape)
         self._means, self._deviations = (

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lungkit.data.geometry import orient, plan_geometry
+from lungkit.data.geometry import check_size, on_grid_of, orient, plan_geometry
+from lungkit.data.nifti_space import NiftiSpace
 from lungkit.data.slices import CHUNK_VOXELS, chunks
-from lungkit.data.volume import Volume, read_volume, write_nifti
+from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume, read_volume, write_nifti
 from lungkit.errors import DataError, UsageError
 from lungkit.inference.attempts import Attempt, attempts
 from lungkit.inference.patches import count_patches, patches_per_call, prediction_patch
@@ -28,6 +29,7 @@ from lungkit.inference.postprocessing import (
     postprocess,
 )
 from lungkit.inference.precision import Precision, choose_precision
+from lungkit.inference.scan_doubts import scan_doubts
 from lungkit.inference.scan_scores import ensemble_scores
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel
@@ -42,7 +44,8 @@ class Prediction:
     """The mask of one scan and how it came about; arrays are (X, Y, Z) as in the scan's file.
 
     ``mask`` holds the values of ``labels``; ``probabilities`` (float32, by class name, background left out) and
-    ``attention`` (float32, alpha of the finest gate) are there where they were asked for.
+    ``attention`` (float32, alpha of the finest gate) are there where they were asked for. ``space`` is the scan's,
+    see :attr:`lungkit.data.Volume.space`.
     """
 
     mask: np.ndarray
@@ -54,10 +57,14 @@ class Prediction:
     warnings: tuple[str, ...] = ()
     probabilities: dict[str, np.ndarray] = field(default_factory=dict)
     attention: np.ndarray | None = None
+    space: NiftiSpace | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the mask as NIfTI (uint8), whole or not at all."""
-        write_nifti(path, self.mask, self.affine)
+        """Write the mask as NIfTI (uint8, uint16 where a label is beyond 255), whole or not at all.
+
+        It gets the geometry fields of the scan's own header, so that it lies on the scan in every program.
+        """
+        write_nifti(path, self.mask, self.affine, space=self.space)
 
 
 class Predictor:
@@ -81,6 +88,9 @@ class Predictor:
         mirror: average over the mirror images of every patch (test-time augmentation).
         batch_size: patches in one call; None is as many as the device is fastest with.
         postprocessing: None takes what the first model was given in training; ``Postprocessing()`` turns it off.
+        strict: refuse a scan of other intensities or pixel sizes than those of training, or that was not read without
+            doubt (:attr:`lungkit.data.Volume.notes`), instead of saying so in the prediction's ``warnings``.
+        max_voxels: refuse a scan of more voxels, as it is or resampled for the network.
 
     Raises:
         UsageError: models that do not belong together, or an option out of its range.
@@ -105,6 +115,8 @@ class Predictor:
         mirror: bool = False,
         batch_size: int | None = None,
         postprocessing: Postprocessing | None = None,
+        strict: bool = False,
+        max_voxels: int = DEFAULT_MAX_VOXELS,
     ) -> None:
         self.models = tuple(models)
         _check_models(self.models)
@@ -116,6 +128,7 @@ class Predictor:
         if precision not in ("auto", *get_args(Precision)):
             raise UsageError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
         self.precision: Literal["auto"] | Precision = precision
+        self.strict, self.max_voxels = strict, max_voxels
         self.device = usable_device(device)
         self.postprocessing = self.models[0].postprocessing if postprocessing is None else postprocessing
         if self.postprocessing.inside_lungs and not self.in_hu:
@@ -134,6 +147,8 @@ class Predictor:
         mirror: bool = False,
         batch_size: int | None = None,
         postprocessing: Postprocessing | None = None,
+        strict: bool = False,
+        max_voxels: int = DEFAULT_MAX_VOXELS,
     ) -> Predictor:
         """A predictor with the models in run or checkpoint folders, see :meth:`TrainedModel.load`."""
         return cls(
@@ -144,6 +159,8 @@ class Predictor:
             mirror=mirror,
             batch_size=batch_size,
             postprocessing=postprocessing,
+            strict=strict,
+            max_voxels=max_voxels,
         )
 
     @property
@@ -179,7 +196,7 @@ class Predictor:
             UsageError: ``attention`` for networks without attention gates.
             ResourceError: the memory does not suffice.
         """
-        volumes = load_channels(image)
+        volumes = load_channels(image, max_voxels=self.max_voxels)
         started = time.perf_counter()
         geometry = plan_geometry(volumes[0])
         threshold = self.postprocessing.threshold
@@ -209,9 +226,8 @@ class Predictor:
                         map_slices[first:last] = scores[index].cpu().numpy()
                     if alpha_slices is not None:
                         alpha_slices[first:last] = scores[classes].cpu().numpy()
-        self._finish(mask, volumes)
         return Prediction(
-            mask=mask,
+            mask=self._finish(mask, volumes),
             affine=volumes[0].affine,
             labels=dict(self.labels),
             seconds=time.perf_counter() - started,
@@ -220,6 +236,7 @@ class Predictor:
             warnings=tuple(dict.fromkeys(attempt.notes)),
             probabilities={name: array for name, (array, _) in maps.items()},
             attention=alpha,
+            space=volumes[0].space,
         )
 
     def stream_probabilities(
@@ -247,7 +264,7 @@ class Predictor:
                     expected = (0.0 if first == 0 else expected) + float(probabilities[1].sum())
                 expected *= scan.spacing_mm[0] * scan.spacing_mm[1] * scan.spacing_mm[2] / 1000
         """
-        volumes = load_channels(image)
+        volumes = load_channels(image, max_voxels=self.max_voxels)
         for attempt in self._attempts(volumes, attention):
             with attempt:
                 yield from self._scores(volumes, attempt, progress, attention=attention)
@@ -256,7 +273,8 @@ class Predictor:
         """Refuse a scan that the models cannot take.
 
         Raises:
-            DataError: another number of channels, channels on different grids, or too few slices for a 3D network.
+            DataError: another number of channels, channels on different grids, too few slices for a 3D network, or more
+                than ``max_voxels`` voxels after resampling; under ``strict`` whatever :meth:`doubts` says.
         """
         model = self.models[0]
         where = _name(volumes)
@@ -267,19 +285,27 @@ class Predictor:
                 "NAME_0000.nii.gz, NAME_0001.nii.gz, ..."
             )
         for other in volumes[1:]:
-            same = other.array.shape == volumes[0].array.shape
-            if not same or not np.allclose(other.affine, volumes[0].affine, atol=1e-3):
-                raise DataError(
-                    f"{_name([other])}: shape {other.array.shape} and affine {other.affine.tolist()} differ from those "
-                    f"of {where}, {volumes[0].array.shape} and {volumes[0].affine.tolist()}; channels must share a grid"
-                )
+            on_grid_of(other, volumes[0])
         depth = plan_geometry(volumes[0]).oriented_shape[0]
         for model in self.models:
+            check_size(volumes[0], model.geometry_of(volumes[0]), self.max_voxels)
             if model.dims == 3 and depth == 1:
                 raise DataError(
                     f"{where}: a single slice, but {model.name} is a 3D model (patches of "
                     f"{' x '.join(map(str, model.patch_size))} voxels); give the whole scan, or use a 2D model"
                 )
+
+        if self.strict and (doubts := self.doubts(volumes)):
+            raise DataError(f"{where}: {'; '.join(doubts)} (strict)")
+
+    def doubts(self, volumes: Sequence[Volume]) -> list[str]:
+        """Why the mask of a scan might be wrong, in sentences: how it was read, its intensities, its pixel size."""
+        notes = [note for volume in volumes for note in volume.notes]
+        return list(
+            dict.fromkeys(
+                [*notes, *(doubt for model in self.models for doubt in scan_doubts(model, volumes))]
+            )
+        )
 
     def check_attention(self) -> None:
         """Refuse to give attention maps where there are none.
@@ -320,7 +346,7 @@ class Predictor:
         self.check_scan(volumes)
         if attention:
             self.check_attention()
-        return attempts(_name(volumes), self.device, self._precision_on, [*self._intensity_warnings(volumes)])
+        return attempts(_name(volumes), self.device, self._precision_on, self.doubts(volumes))
 
     def _scores(
         self, volumes: Sequence[Volume], attempt: Attempt, progress: Progress | None, **wanted: bool
@@ -338,36 +364,27 @@ class Predictor:
             **wanted,
         )
 
-    def _finish(self, mask: np.ndarray, volumes: Sequence[Volume]) -> None:
-        """Postprocess the class indices in ``mask`` and turn them into the values of the labels, in place."""
+    def _finish(self, mask: np.ndarray, volumes: Sequence[Volume]) -> np.ndarray:
+        """The class indices in ``mask`` postprocessed, as values of the labels; in place where uint8 holds them."""
         geometry = plan_geometry(volumes[0])
         slices = orient(mask, geometry)
         options = self.postprocessing
         if options.changes_masks:
             hu = orient(volumes[0].array, geometry) if self.in_hu else None
             slices[...] = postprocess(slices, geometry.spacing_mm, options, hu=hu)
-        values = np.array(list(self.labels.values()), np.uint8)
-        if (values != np.arange(len(values))).any():
-            for first, last in chunks(len(slices), math.prod(slices.shape[1:])):
-                slices[first:last] = values[slices[first:last]]
-
-    def _intensity_warnings(self, volumes: Sequence[Volume]) -> Iterator[str]:
-        low, high = float(volumes[0].array.min()), float(volumes[0].array.max())
-        name = self.models[0].name
-        if self.in_hu and low >= 0 and high <= 255:
-            yield (
-                f"voxels lie between {low:g} and {high:g}: this looks like an 8-bit picture, but {name} was trained on "
-                "HU; the mask cannot be trusted"
-            )
-        if (low < 0 or high > 255) and self.models[0].preprocessing.channels[0].units == "8-bit":
-            yield (
-                f"voxels lie between {low:g} and {high:g}, but {name} was trained on 8-bit pictures; the mask cannot "
-                "be trusted"
-            )
+        values = np.array(list(self.labels.values()))
+        if (values == np.arange(len(values))).all():
+            return mask
+        values = values.astype(np.uint8 if values.max() <= 255 else np.uint16)
+        finished = mask if values.dtype == mask.dtype else np.empty_like(mask, values.dtype)
+        target = orient(finished, geometry)
+        for first, last in chunks(len(slices), math.prod(slices.shape[1:])):
+            target[first:last] = values[slices[first:last]]
+        return finished
 
 
-def load_channels(image: Image) -> list[Volume]:
-    """The channels of a scan, read where they are not volumes yet.
+def load_channels(image: Image, *, max_voxels: int = DEFAULT_MAX_VOXELS) -> list[Volume]:
+    """The channels of a scan, read where they are not volumes yet, in the orientation of the first one.
 
     Raises:
         DataError: a file cannot be used.
@@ -380,15 +397,18 @@ def load_channels(image: Image) -> list[Volume]:
             f"image must be a path, a lungkit.data.Volume (array and affine) or a sequence of them, got "
             f"{type(image).__name__}"
         )
-    return [entry if isinstance(entry, Volume) else _read(Path(entry)) for entry in image]
+    first, *others = (
+        entry if isinstance(entry, Volume) else _read(Path(entry), max_voxels) for entry in image
+    )
+    return [first, *(on_grid_of(other, first) for other in others)]
 
 
-def _read(path: Path) -> Volume:
+def _read(path: Path, max_voxels: int) -> Volume:
     if path.is_dir():
         from lungkit.data.dicom import read_series
 
-        return read_series(path).volume
-    return read_volume(path)
+        return read_series(path, max_voxels=max_voxels).volume
+    return read_volume(path, max_voxels=max_voxels)
 
 
 def _check_models(models: Sequence[TrainedModel]) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from lungkit.checkpoint import BEST, LAST, Checkpoint, load_checkpoint
+from lungkit.data.dataset import MAX_LABEL_VALUE
+from lungkit.data.fingerprint import ChannelFingerprint
 from lungkit.data.geometry import Geometry, plan_geometry
 from lungkit.data.preprocessing import Preprocessing
 from lungkit.data.volume import Volume
@@ -27,8 +29,9 @@ class TrainedModel:
     ``labels`` maps each class name to its value in masks, in the order of the class indices, the background first.
     ``patch_size`` is (Y, X) for a 2D network, which sees ``context_slices`` slices on either side as channels, and
     (Z, Y, X) for a 3D one. ``spacing_range_mm`` holds the "min", "median" and "max" spacing (z, y, x) of the training
-    scans. ``precision`` is the number format that the network was trained and validated in, None where the checkpoint
-    does not say. ``digest`` is the SHA-256 of the checkpoint's manifest, which vouches for the weights.
+    scans, ``intensities`` what each of their channels was like; None where the checkpoint does not say.
+    ``precision`` is the number format that the network was trained and validated in, None where the checkpoint does
+    not say. ``digest`` is the SHA-256 of the checkpoint's manifest, which vouches for the weights.
     """
 
     path: Path
@@ -39,6 +42,7 @@ class TrainedModel:
     patch_size: tuple[int, ...]
     context_slices: int
     spacing_range_mm: dict[str, tuple[float, ...]] | None
+    intensities: tuple[ChannelFingerprint, ...] | None
     postprocessing: Postprocessing
     precision: Precision | None
     digest: str
@@ -64,6 +68,7 @@ class TrainedModel:
                 patch_size=_patch_size(description),
                 context_slices=_context_slices(description),
                 spacing_range_mm=_spacing_range(description),
+                intensities=_intensities(description),
                 postprocessing=Postprocessing.from_dict(description.get("postprocessing", {})),
                 precision=_precision(description),
                 digest=str(description["sha256"]["manifest.json"]),
@@ -197,6 +202,16 @@ def _context_slices(description: dict[str, Any]) -> int:
     return slices
 
 
+def _intensities(description: dict[str, Any]) -> tuple[ChannelFingerprint, ...] | None:
+    found = description.get("intensities")
+    if found is None:
+        return None
+    channels = tuple(ChannelFingerprint.from_dict(channel) for channel in found)
+    if len(channels) != len(description["channels"]):
+        raise DataError(f"intensities of {len(channels)} channels, expected {len(description['channels'])}")
+    return channels
+
+
 def _spacing_range(description: dict[str, Any]) -> dict[str, tuple[float, ...]] | None:
     found = description.get("training_spacing_mm")
     if found is None:
@@ -217,6 +232,6 @@ def _precision(description: dict[str, Any]) -> Precision | None:
 def _labels(description: dict[str, Any]) -> dict[str, int]:
     values = {str(name): int(value) for name, value in description["label_values"].items()}
     ordered = dict(sorted(values.items(), key=lambda entry: entry[1]))
-    if not ordered or max(ordered.values()) > 255 or min(ordered.values()) < 0:
-        raise DataError(f"mask values {ordered} do not fit uint8, which predicted masks are")
+    if not ordered or max(ordered.values()) > MAX_LABEL_VALUE or min(ordered.values()) < 0:
+        raise DataError(f"mask values {ordered} do not fit uint16, the widest type of predicted masks")
     return ordered

@@ -126,11 +126,11 @@ def write_results(
     for class_name, map_ in prediction.probabilities.items():
         written.append(files.probability(name, class_name))
         make_folder(written[-1].parent)
-        write_nifti(written[-1], map_, prediction.affine)
+        write_nifti(written[-1], map_, prediction.affine, space=prediction.space)
     if prediction.attention is not None:
         written.append(files.attention(name))
         make_folder(written[-1].parent)
-        write_nifti(written[-1], prediction.attention, prediction.affine)
+        write_nifti(written[-1], prediction.attention, prediction.affine, space=prediction.space)
     report = _report(name, scan, prediction, predictor)
     if files.preview:
         picture = files.picture(name)

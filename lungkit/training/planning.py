@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -149,7 +150,33 @@ def prepare(
     preprocessing = plan_preprocessing(
         fingerprint, window=config.data.window, spacing_mm=_spacing_option(config, plan.dims)
     )
+    check_resampled_sizes(fingerprint, preprocessing, max_voxels=config.data.max_voxels)
     return Prepared(labelled, split, tuple(splits), fingerprint, preprocessing, plan)
+
+
+def check_resampled_sizes(fingerprint: Fingerprint, preprocessing: Preprocessing, *, max_voxels: int) -> None:
+    """Refuse training scans that are too large after resampling, before the first of them is preprocessed.
+
+    Raises:
+        DataError: names the case, its spacing and the number of voxels.
+    """
+    target = preprocessing.target_spacing_mm
+    if target is None:
+        return
+    cases = zip(fingerprint.case_ids, fingerprint.shapes, fingerprint.spacings_mm, strict=True)
+    for case_id, shape, spacing in cases:
+        voxels = math.prod(
+            1 if size == 1 else max(1.0, size * own / wanted)
+            for size, own, wanted in zip(shape, spacing, target, strict=True)
+        )
+        # Whole numbers of voxels differ a little from this; the cache counts them.
+        if voxels > 1.01 * max_voxels:
+            own, wanted = (" x ".join(f"{length:g}" for length in lengths) for lengths in (spacing, target))
+            raise DataError(
+                f"case {case_id}: {' x '.join(map(str, shape))} voxels of {own} mm (z, y, x) resampled to {wanted} mm "
+                f"are {voxels:.3g} voxels, more than max_voxels = {max_voxels}; correct the spacing in the header, "
+                "choose a coarser --data.spacing_mm or raise --max_voxels"
+            )
 
 
 def open_folds(config: TrainConfig) -> tuple[Dataset, list[Split]]:

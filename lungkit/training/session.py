@@ -194,6 +194,7 @@ class Session:
                 "patch_size": list(self.plan.patch_size),
                 "context_slices": self.plan.context_slices,
                 "training_spacing_mm": _spacing_range(self.prepared),
+                "intensities": [asdict(channel) for channel in self.prepared.fingerprint.channels],
                 "precision": self.config.engine.precision,
             },
             trainer={

@@ -331,7 +331,7 @@ def test_channels_on_different_grids_are_refused(tmp_path):
     folder = save_model(
         tmp_path / "m", threshold_network(channels=2), preprocessing=plan, channels=("CT", "PET")
     )
-    with pytest.raises(DataError, match="channels must share a grid"):
+    with pytest.raises(DataError, match="must lie on one grid"):
         Predictor.from_run(folder)([scan(), scan((30, 26, 11))])
 
 
