@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -366,3 +367,33 @@ def test_a_preview_shows_a_scan_in_its_own_units_whatever_the_model_saw(tmp_path
     assert windows["a"][1] == {
         1: f"tumour: {report['volume_ml']:.2f} ml, longest diameter {report['longest_diameter_mm']:.1f} mm"
     }
+
+
+def test_strict_refuses_what_a_report_would_warn_of(tmp_path, scans, model):
+    path = scans / "b.nii.gz"
+    scan = read_volume(path)
+    write_nifti(path, (scan.array / np.float32(1000)), scan.affine)
+    assert predict("-i", scans, "-o", tmp_path / "warned", "--model", model) == 0
+    warnings = json.loads((tmp_path / "warned" / "reports" / "b.json").read_text())["warnings"]
+    assert len(warnings) == 1 and "trained on HU" in warnings[0]
+    assert predict("-i", scans, "-o", tmp_path / "strict", "--model", model, "--strict") == 3
+    assert sorted(path.name for path in (tmp_path / "strict").glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_a_mask_keeps_both_forms_of_its_scan_and_the_report_says_that_they_disagree(tmp_path, scans, model):
+    moved = AFFINE.copy()
+    moved[:3, 3] += (40, -25, 15)
+    image = nib.Nifti1Image(read_volume(scans / "a.nii.gz").array, AFFINE)
+    image.set_qform(AFFINE, 1)
+    image.set_sform(moved, 2)
+    nib.save(image, tmp_path / "scan.nii.gz")
+    out = tmp_path / "out"
+    assert predict("-i", tmp_path / "scan.nii.gz", "-o", out, "--model", model, "--probabilities") == 0
+    assert (
+        "sform and qform disagree" in json.loads((out / "reports" / "scan.json").read_text())["warnings"][0]
+    )
+    for path in (out / "scan.nii.gz", *(out / "probabilities").iterdir()):
+        written = nib.load(path)
+        np.testing.assert_allclose(written.get_qform(coded=True)[0], AFFINE, atol=1e-5)
+        np.testing.assert_allclose(written.get_sform(coded=True)[0], moved, atol=1e-5)
+        assert (written.get_qform(coded=True)[1], written.get_sform(coded=True)[1]) == (1, 2)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lungkit.data import Case, Dataset, Fingerprint
+from lungkit.data import Case, Dataset, Fingerprint, plan_preprocessing
 from lungkit.data.fingerprint import ChannelFingerprint
-from lungkit.errors import UsageError
+from lungkit.errors import DataError, UsageError
 from lungkit.training import DataConfig, ModelConfig, OptimiserConfig, TrainConfig, load_config
 from lungkit.training.config_io import config_to_yaml
-from lungkit.training.planning import Plan, make_plan, open_folds, resolve
+from lungkit.training.planning import Plan, check_resampled_sizes, make_plan, open_folds, resolve
 
 
 def plan_for(
@@ -147,3 +147,17 @@ def test_runs_of_several_seeds_hold_out_the_same_cases(phantom_root: Path) -> No
 def test_a_spacing_of_zero_is_named() -> None:
     with pytest.raises(UsageError, match=r"data\.spacing_mm is \(0, 1, 1\); give three lengths above 0"):
         plan_for(scans(spacing_mm=(0, 1, 1)), (20, 64, 64))
+
+
+def test_training_scans_too_large_after_resampling_are_refused_before_any_is_preprocessed() -> None:
+    channel = ChannelFingerprint("CT", "HU", "int16", -1024, 3071, 0, 100, -500, 200)
+    fingerprint = Fingerprint(
+        ("small", "huge"), ((24, 64, 64),) * 2, ((2.5, 0.7, 0.7), (2500.0, 700.0, 700.0)),
+        (channel,), (0.1, 0.1), (10, 1), {0: 0, 1: 1}, (),
+    )  # fmt: skip
+    plan = plan_preprocessing(fingerprint, spacing_mm=(2.5, 0.7, 0.7))
+    with pytest.raises(
+        DataError, match=r"case huge: 24 x 64 x 64 voxels of 2500 x 700 x 700 mm .*9\.83e\+13 voxels"
+    ):
+        check_resampled_sizes(fingerprint, plan, max_voxels=2**29)
+    check_resampled_sizes(fingerprint, plan_preprocessing(fingerprint, spacing_mm="native"), max_voxels=2**29)
