@@ -397,3 +397,14 @@ def test_a_mask_keeps_both_forms_of_its_scan_and_the_report_says_that_they_disag
         np.testing.assert_allclose(written.get_qform(coded=True)[0], AFFINE, atol=1e-5)
         np.testing.assert_allclose(written.get_sform(coded=True)[0], moved, atol=1e-5)
         assert (written.get_qform(coded=True)[1], written.get_sform(coded=True)[1]) == (1, 2)
+
+
+def test_labels_beyond_255_reach_mask_report_and_picture(tmp_path, scans):
+    model = save_model(tmp_path / "m", threshold_network(0.1), label_values={"background": 0, "tumour": 301})
+    out = tmp_path / "out"
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    mask = read_volume(out / "a.nii.gz").array
+    assert mask.dtype == np.uint16 and np.unique(mask).tolist() == [0, 301]
+    found = json.loads((out / "reports" / "a.json").read_text())["classes"]["tumour"]
+    assert found["lesions"][0]["voxels"] == (mask == 301).sum()
+    assert has_colour(out / "previews" / "a.png", OUTLINE)

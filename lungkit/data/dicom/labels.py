@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from lungkit.data.dataset import MAX_LABEL_VALUE
 from lungkit.data.dicom._packages import quiet
 from lungkit.data.dicom.series import DicomScan
 from lungkit.data.volume import Volume
 from lungkit.errors import DataError, UsageError
 
 MAX_LABELS = 255
+"""Most names in one object."""
 
 
 def check_mask(mask: np.ndarray, scan: DicomScan, labels: Mapping[str, int]) -> np.ndarray:
-    """``mask`` as uint8 (X, Y, Z), after checking it against the scan's grid and ``labels``.
+    """``mask`` (X, Y, Z) as uint8, uint16 where a value needs it, after checking it against the scan and ``labels``.
 
     Raises:
         UsageError: another shape or type, a value without a name, or names or values DICOM cannot hold.
@@ -34,9 +36,9 @@ def check_mask(mask: np.ndarray, scan: DicomScan, labels: Mapping[str, int]) -> 
             raise UsageError(
                 f"labels: {name!r} cannot name a segment; use up to 64 characters and no backslash"
             )
-        if not isinstance(value, (int, np.integer)) or not 1 <= value <= MAX_LABELS:
+        if not isinstance(value, (int, np.integer)) or not 1 <= value <= MAX_LABEL_VALUE:
             raise UsageError(
-                f"labels: {name!r} has value {value!r}, expected a whole number from 1 to {MAX_LABELS}"
+                f"labels: {name!r} has value {value!r}, expected a whole number from 1 to {MAX_LABEL_VALUE}"
             )
     if len(set(labels.values())) < len(labels):
         raise UsageError(f"labels: {dict(labels)} gives one value to several names")
@@ -49,7 +51,7 @@ def check_mask(mask: np.ndarray, scan: DicomScan, labels: Mapping[str, int]) -> 
     for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
         if not scan.headers[0].get(keyword):
             raise DataError(f"{scan.series.files[0].name}: {keyword} is missing, and a mask must refer to it")
-    return mask.astype(np.uint8, copy=False)
+    return mask.astype(np.uint8 if max(labels.values()) <= 255 else np.uint16, copy=False)
 
 
 class LabelBuilder:

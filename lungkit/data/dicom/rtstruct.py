@@ -119,7 +119,7 @@ def write_rtstruct(
         path: of the file, usually ``.dcm``.
         scan: the series the mask belongs to.
         mask: whole numbers (X, Y, Z) on the grid of ``scan.volume``.
-        labels: name to value, 1 to 255; values in the mask without a name are refused.
+        labels: name to value, 1 to 65,535; values in the mask without a name are refused.
         description: of the new series, and its ``series_number``.
 
     Raises:

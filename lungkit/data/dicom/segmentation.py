@@ -54,7 +54,7 @@ def write_dicom_seg(
         path: of the file, usually ``.dcm``.
         scan: the series the mask belongs to.
         mask: whole numbers (X, Y, Z) on the grid of ``scan.volume``.
-        labels: name to value, 1 to 255; values in the mask without a name are refused.
+        labels: name to value, 1 to 65,535, up to 255 names; values in the mask without a name are refused.
         algorithm: name of what made the mask, and ``version`` (lungkit's own if None).
         series_description: of the new series, and its ``series_number``.
 
@@ -69,7 +69,7 @@ def write_dicom_seg(
     hd = require("highdicom")
     mask = check_mask(mask, scan, labels)
     names = sorted(labels, key=lambda name: labels[name])
-    numbers = np.zeros(256, np.uint8)
+    numbers = np.zeros(1 + max(labels.values()), np.uint8)
     for number, name in enumerate(names, start=1):
         numbers[labels[name]] = number
     identification = {"name": algorithm[:64], "version": version or lungkit.__version__}

@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_nothing_behind(
         (make_mask().astype(np.float32), LABELS, "float32"),
         (make_mask(), {"tumour": 1}, r"values \[2\] have no name"),
         (make_mask(), {"tumour": 1, "node": 1}, "one value to several names"),
-        (make_mask(), {"tumour": 1, "node": 300}, "from 1 to 255"),
+        (make_mask(), {"tumour": 1, "node": 70000}, "from 1 to 65535"),
         (make_mask(), {"a\\b": 1, "node": 2}, "cannot name a segment"),
         (make_mask(), {}, "0 names"),
     ],

@@ -94,9 +94,12 @@ def test_segments_are_coded_and_say_what_made_them(scan: DicomScan, tmp_path: Pa
     )
 
 
-def test_values_with_gaps_become_segments_in_order_of_value(scan: DicomScan, tmp_path: Path) -> None:
-    mask = make_mask() * 7
-    write_dicom_seg(tmp_path / "seg.dcm", scan, mask, {"b": 14, "a": 7})
+@pytest.mark.parametrize("factor", [7, 425])
+def test_values_with_gaps_become_segments_in_order_of_value(
+    scan: DicomScan, tmp_path: Path, factor: int
+) -> None:
+    mask = make_mask().astype(np.uint16) * factor
+    write_dicom_seg(tmp_path / "seg.dcm", scan, mask, {"b": 2 * factor, "a": factor})
     found, labels = read_dicom_seg(tmp_path / "seg.dcm", scan)
     assert labels == {"a": 1, "b": 2}
     np.testing.assert_array_equal(found.array, make_mask())
