@@ -22,7 +22,7 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR,
 def atomic_path(final: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path next to ``final``; on success it becomes ``final``, on failure it is removed.
 
-    The temporary name ends with the whole name of ``final``, so that writers which look at the suffix
+    The temporary name ends as that of ``final`` does, so that writers which look at the suffix
     (``numpy.save``, nibabel) behave as they would with the final name. File and folder are flushed to the
     disk before the name changes hands, unless ``durable`` is false: then a power cut may lose the file, which
     is good enough for what can be made again and costs no wait for the disk.
@@ -189,8 +189,9 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any, *, indent: int |
 
 
 def _temporary_name(final: Path) -> Path:
-    # A leading dot hides it from globs over cases; a random part keeps concurrent writers apart.
-    return final.with_name(f".{uuid.uuid4().hex[:12]}.tmp-{final.name}")
+    # A leading dot hides it from globs over cases; a random part keeps concurrent writers apart. Of a long name the end
+    # is kept: a name has no more than 255 bytes on most disks, and writers look at the suffix.
+    return final.with_name(f".{uuid.uuid4().hex[:12]}.tmp-{final.name[-50:]}")
 
 
 def _translate(error: BaseException, temporary: Path, final: Path) -> Exception | None:

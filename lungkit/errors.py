@@ -46,6 +46,11 @@ class Interrupted(LungkitError):
     exit_code = 75
 
 
+def readable(name: str | os.PathLike[str]) -> str:
+    """A name as text for a message, whatever its bytes are."""
+    return os.fspath(name).encode(errors="backslashreplace").decode()
+
+
 def shorten(names: Iterable[str | os.PathLike[str]], limit: int = 5) -> str:
     """The first few of ``names`` for a message, and how many more there are.
 
@@ -53,6 +58,6 @@ def shorten(names: Iterable[str | os.PathLike[str]], limit: int = 5) -> str:
         >>> shorten(["a", "b", "c"], limit=2)
         'a, b and 1 more'
     """
-    listed = [str(name) for name in names]
+    listed = [readable(name) for name in names]
     rest = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -101,3 +101,9 @@ def test_a_folder_of_other_files_is_not_claimed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not empty and holds no phantoms"):
         claim_folder(tmp_path, "made.json", {}, holds="phantoms")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", "thesis.tex"]
+
+
+def test_names_as_long_as_a_file_system_takes_are_written(tmp_path: Path) -> None:
+    name = "ä" * 120 + ".nii.gz"
+    write_text_atomic(tmp_path / name, "whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lungkit
 from lungkit.cli._common import run_command
+from lungkit.errors import UsageError
 
 _LOG = logging.getLogger("lungkit")
 
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="keep the fused attention gate in a .pt2, which then loads only after import lungkit.ops "
         "(default: plain PyTorch operations of the same weights)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return run_command(lambda: _run(parser.parse_args(arguments)))
 
@@ -62,6 +64,10 @@ def _run(options: argparse.Namespace) -> int:
     from lungkit.inference.predictor import usable_device
     from lungkit.inference.trained_model import TrainedModel
 
+    if options.output.exists() and not options.overwrite:
+        raise UsageError(
+            f"--output {options.output} exists; name another file, or replace it with --overwrite"
+        )
     model = TrainedModel.load(options.model)
     model.network.to(usable_device(options.device))
     export = export_model(model, options.output, format=options.format, native_gate=options.native_gate)

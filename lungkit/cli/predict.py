@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import lungkit
 from lungkit.cli._common import run_command
 from lungkit.cli._shares import launcher_around, parse_shard
-from lungkit.errors import UsageError
+from lungkit.errors import DataError, UsageError, readable, shorten
 
 if TYPE_CHECKING:
     from lungkit.inference import Postprocessing, Predictor
+    from lungkit.pipeline import OutputFiles, Wanted
 
 _LOG = logging.getLogger("lungkit")
 
@@ -140,12 +141,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="refuse scans of other intensities or voxel sizes than those of training, or of a doubtful header",
     )
+    add(
+        "--nan",
+        choices=("refuse", "minimum"),
+        default="refuse",
+        help="scans with voxels that are NaN or infinite: refuse them (default), or take the smallest value there",
+    )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lungkit.data import DEFAULT_MAX_VOXELS
+    from lungkit.data import DEFAULT_MAX_VOXELS, NanPolicy
     from lungkit.inference import Predictor, TrainedModel
     from lungkit.pipeline import (
         OutputFiles,
@@ -172,24 +179,28 @@ def _run(options: argparse.Namespace) -> int:
     )
     if options.attention:
         predictor.check_attention()
-    scans = find_scans(options.input, channels=len(models[0].channels), series=options.series)
+    found = find_scans(options.input, channels=len(models[0].channels), series=options.series)
+    scans = found.scans
+    for path, reason in found.passed_over.items():
+        _LOG.warning("passed over: %s: %s", readable(path), reason)
     files = OutputFiles(options.output, tuple(dict.fromkeys(options.format)), options.preview)
+    files.check()
     check_formats(files.formats, scans)
     shard = parse_shard(options.shard, os.environ)
     launcher = launcher_around(os.environ) if options.shard is None and len(scans) > 1 else None
     if launcher is not None:
         _LOG.info("%s runs several of this command; each predicts all scans, --shard auto a share", launcher)
     records = None
+    wanted = Wanted(options.probabilities, options.attention)
     if files.is_file:
         if options.shard is not None:
             raise UsageError(
                 f"--shard shares out many scans, but --output {files.path} is the file of one mask"
             )
-        _check_single_file(files.path, len(scans), options.overwrite)
+        _check_single_file(files, wanted, predictor, len(scans), options.overwrite)
     else:
         claim(files.path, _plan(predictor, options), overwrite=options.overwrite)
         records = Records(files.path, shard)
-    wanted = Wanted(options.probabilities, options.attention)
     mine = share_of(scans, *shard)
     if records is not None and not mine:
         records.write()  # so that merging knows of this share
@@ -208,25 +219,29 @@ def _run(options: argparse.Namespace) -> int:
             wanted=wanted,
             max_voxels=options.max_voxels or DEFAULT_MAX_VOXELS,
             watcher=bars,
+            overwrite=options.overwrite,
+            nan_policy=NanPolicy(options.nan),
         )
     if records is not None:
         records.write()
     rate = 3600 * len(outcome.predicted) / outcome.seconds if outcome.seconds else 0.0
     _LOG.info(
-        "%d predicted (%.0f scans per hour), %d done before, %d failed; results in %s",
+        "%d predicted (%.0f scans per hour), %d done before, %d failed, %d passed over; results in %s",
         len(outcome.predicted),
         rate,
         len(outcome.skipped),
         len(outcome.failed),
+        len(found.passed_over),
         files.path,
     )
     for name, message in outcome.failed.items():
         _LOG.error("failed: %s: %s", name, message)
-    return outcome.exit_code
+    for path in found.passed_over:
+        _LOG.error("passed over: %s", readable(path))
+    return max(outcome.exit_code, DataError.exit_code if found.passed_over else 0)
 
 
 def _merge(arguments: Sequence[str]) -> int:
-    from lungkit.errors import DataError
     from lungkit.pipeline import merge
 
     parser = argparse.ArgumentParser(
@@ -271,16 +286,23 @@ def _plan(predictor: Predictor, options: argparse.Namespace) -> dict[str, Any]:
         "probabilities": options.probabilities,
         "attention": options.attention,
         "previews": options.preview,
+        # Only where it is asked for: folders of before go on.
+        **({"nan": options.nan} if options.nan != "refuse" else {}),
     }
 
 
-def _check_single_file(path: Path, scans: int, overwrite: bool) -> None:
+def _check_single_file(
+    files: OutputFiles, wanted: Wanted, predictor: Predictor, scans: int, overwrite: bool
+) -> None:
+    path = files.path
     if scans > 1:
         raise UsageError(f"--output {path} is a file, but the input holds {scans} scans; name a folder")
-    if path.exists() and not overwrite:
-        raise UsageError(f"--output {path} exists; name another file, or replace it with --overwrite")
     if not path.parent.is_dir():
         raise UsageError(f"--output {path}: the folder {path.parent} does not exist; make it first")
+    classes = predictor.labels if wanted.probabilities else ()
+    there = [file for file in files.of("", classes, attention=wanted.attention) if file.exists()]
+    if there and not overwrite:
+        raise UsageError(f"{shorten(there)} exists; name another --output, or replace it with --overwrite")
 
 
 class _Bars:

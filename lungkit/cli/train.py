@@ -142,6 +142,8 @@ def _preview(config: TrainConfig, path: Path) -> int:
 
     if path.suffix.lower() != ".png":
         raise UsageError(f"--preview-augmentation {path} does not end with .png; the picture is a PNG")
+    if path.exists():
+        raise UsageError(f"--preview-augmentation {path} exists; name another file, or remove it")
     with Display() as display:
         prepared = prepare(config, progress=display.preparing)
         train, _ = prepare_cases(prepared, config, progress=display.preparing)

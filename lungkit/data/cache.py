@@ -26,7 +26,7 @@ from lungkit.data.open_arrays import OpenArrays
 from lungkit.data.preprocessing import Preprocessing, ScanSlices, preprocess_label, quantise
 from lungkit.data.slices import chunks
 from lungkit.data.source_hash import SourceHashes
-from lungkit.data.volume import DEFAULT_MAX_VOXELS
+from lungkit.data.volume import DEFAULT_MAX_VOXELS, NanPolicy
 from lungkit.errors import ResourceError, UsageError
 
 _LOG = logging.getLogger("lungkit")
@@ -110,8 +110,7 @@ class CaseCache:
         dataset: the dataset.
         preprocessing: how to preprocess.
         max_voxels: refuse larger scans, before and after resampling.
-        verify_all: read every byte when an entry is opened; otherwise files beyond 8 MiB are checked in 16
-            blocks.
+        nan_policy: what to do with voxels that are not finite.
 
     Raises:
         UsageError: ``directory`` cannot be made.
@@ -134,13 +133,13 @@ class CaseCache:
         preprocessing: Preprocessing,
         *,
         max_voxels: int = DEFAULT_MAX_VOXELS,
-        verify_all: bool = False,
+        nan_policy: NanPolicy = NanPolicy.REFUSE,
     ) -> None:
         self.directory = Path(directory)
         self.dataset = dataset
         self.preprocessing = preprocessing
         self.max_voxels = max_voxels
-        self.verify_all = verify_all
+        self.nan_policy = nan_policy
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -161,7 +160,7 @@ class CaseCache:
         if case.label is None:
             raise UsageError(f"case_id: {case_id} has no label; the cache is for training cases")
         key = self._key((*case.images, case.label))
-        folder = self.directory / f"{case_id}-{key[:20]}"
+        folder = self.directory / f"{case_id[:50]}-{key[:20]}"
         if folder.exists():
             opened, damage = self._open(folder, case_id, key)
             if opened is not None:
@@ -202,10 +201,14 @@ class CaseCache:
             "sources": [self._hashes.of(path) for path in sources],
             "preprocessing": self.preprocessing.to_dict(),
         }
+        if self.nan_policy is not NanPolicy.REFUSE:
+            content["nan"] = self.nan_policy.value
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=32).hexdigest()
 
     def _build(self, case: Case, key: str, folder: Path) -> None:
-        volumes, mask = read_case(case, self.preprocessing.label_map, max_voxels=self.max_voxels)
+        volumes, mask = read_case(
+            case, self.preprocessing.label_map, max_voxels=self.max_voxels, nan_policy=self.nan_policy
+        )
         if mask is None:
             raise UsageError(f"case_id: {case.case_id} has no label")
         plan = self.preprocessing
@@ -249,7 +252,7 @@ class CaseCache:
             if zlib.crc32(json.dumps(entry).encode()) != content["crc32"] or entry["key"] != key:
                 return None, "case.json does not match its checksum"
             for name in _ARRAYS:
-                damage = _damage(folder / f"{name}.npy", entry["files"][name], whole=self.verify_all)
+                damage = _damage(folder / f"{name}.npy", entry["files"][name])
                 if damage:
                     return None, f"{name}.npy {damage}"
             case = CachedCase(
@@ -291,11 +294,11 @@ def _checksums(path: Path) -> dict[str, int]:
     }
 
 
-def _damage(path: Path, expected: dict[str, int], *, whole: bool) -> str:
+def _damage(path: Path, expected: dict[str, int]) -> str:
     size = path.stat().st_size
     if size != expected["bytes"]:
         return f"has {size} bytes, expected {expected['bytes']}"
-    whole = whole or size <= _CHECK_WHOLE_BYTES
+    whole = size <= _CHECK_WHOLE_BYTES
     if _crc_of_file(path, size, whole=whole) != expected["crc32" if whole else "blocks_crc32"]:
         return "does not match its checksum"
     return ""
@@ -316,7 +319,7 @@ def _crc_of_file(path: Path, size: int, *, whole: bool) -> int:
 
 def _discard(folder: Path) -> None:
     """Remove ``folder`` under another name first, so that nobody finds half of it under its own."""
-    doomed = folder.with_name(f".{uuid.uuid4().hex[:12]}.old-{folder.name}")
+    doomed = folder.with_name(f".{uuid.uuid4().hex[:12]}.old-{folder.name[-50:]}")
     try:
         folder.rename(doomed)
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lungkit.data.geometry import on_grid_of
-from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume, read_volume
+from lungkit.data.volume import DEFAULT_MAX_VOXELS, NanPolicy, Volume, read_volume
 from lungkit.errors import DataError, UsageError, shorten
 
 IGNORE_INDEX = 255
@@ -87,7 +87,11 @@ class Dataset:
 
 
 def read_case(
-    case: Case, label_map: Mapping[int, int], *, max_voxels: int = DEFAULT_MAX_VOXELS
+    case: Case,
+    label_map: Mapping[int, int],
+    *,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    nan_policy: NanPolicy = NanPolicy.REFUSE,
 ) -> tuple[tuple[Volume, ...], Volume | None]:
     """Read the channels and the mask of one case, all on the grid of the first channel.
 
@@ -97,6 +101,7 @@ def read_case(
         case: the case.
         label_map: mask value -> class index, as :attr:`Dataset.label_map` gives it.
         max_voxels: refuse larger files, see :func:`lungkit.data.read_volume`.
+        nan_policy: what to do with voxels of the channels that are not finite.
 
     Returns:
         The channels, and the mask with class indices as uint8 (None where the case has none).
@@ -105,7 +110,7 @@ def read_case(
         DataError: a file cannot be read, lies on other voxels, or the mask holds a value that is not in
             ``label_map``.
     """
-    first, *others = (read_volume(path, max_voxels=max_voxels) for path in case.images)
+    first, *others = (read_volume(path, max_voxels=max_voxels, nan_policy=nan_policy) for path in case.images)
     volumes = (first, *(on_grid_of(other, first) for other in others))
     if case.label is None:
         return volumes, None

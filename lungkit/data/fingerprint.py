@@ -14,7 +14,7 @@ import numpy as np
 
 from lungkit.data.dataset import BLACK_AND_WHITE, IGNORE_INDEX, Case, Dataset, read_case
 from lungkit.data.geometry import plan_geometry
-from lungkit.data.volume import DEFAULT_MAX_VOXELS
+from lungkit.data.volume import DEFAULT_MAX_VOXELS, NanPolicy
 from lungkit.errors import DataError, UsageError, shorten
 
 _LOG = logging.getLogger("lungkit")
@@ -141,6 +141,7 @@ def fingerprint_dataset(
     case_ids: Iterable[str],
     *,
     max_voxels: int = DEFAULT_MAX_VOXELS,
+    nan_policy: NanPolicy = NanPolicy.REFUSE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fingerprint:
     """Read the cases of ``case_ids`` and measure them; every file is verified on the way.
@@ -152,6 +153,7 @@ def fingerprint_dataset(
         dataset: the dataset.
         case_ids: the training cases; validation cases must stay out, their intensities are not known yet.
         max_voxels: refuse larger files.
+        nan_policy: what to do with voxels that are not finite.
         progress: called with (cases done, cases in all) after each case.
 
     Raises:
@@ -179,7 +181,10 @@ def fingerprint_dataset(
     pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
     measured = []
     try:
-        jobs = [pool.submit(_measure, case, label_map, dataset.num_classes, max_voxels) for case in cases]
+        jobs = [
+            pool.submit(_measure, case, label_map, dataset.num_classes, max_voxels, nan_policy)
+            for case in cases
+        ]
         for done, job in enumerate(jobs, start=1):
             measured.append(job.result())
             if progress is not None:
@@ -240,8 +245,10 @@ class _CaseMeasure:
         return int(self.class_voxels[1:].sum())
 
 
-def _measure(case: Case, label_map: Mapping[int, int], num_classes: int, max_voxels: int) -> _CaseMeasure:
-    volumes, label = read_case(case, label_map, max_voxels=max_voxels)
+def _measure(
+    case: Case, label_map: Mapping[int, int], num_classes: int, max_voxels: int, nan_policy: NanPolicy
+) -> _CaseMeasure:
+    volumes, label = read_case(case, label_map, max_voxels=max_voxels, nan_policy=nan_policy)
     if label is None:
         raise UsageError(f"case_ids: {case.case_id} has no label")
     geometry = plan_geometry(volumes[0])

@@ -101,22 +101,15 @@ def _open_nnunet(root: Path) -> Dataset:
     content = _read_json(json_path)
     labels, ignore_label = _parse_labels(content, json_path)
     channel_names = _parse_channels(content, json_path)
-    suffix = content.get("file_ending", ".nii.gz")
-    if suffix not in SUFFIXES:
-        raise DataError(f"{json_path}: file_ending {suffix!r} is not supported; convert the files to .nii.gz")
-    images: dict[str, dict[int, Path]] = {}
-    for stem, path in nifti_files(_need_folder(root / "imagesTr"), suffix):
-        case_id, channel = split_channel(stem)
-        if channel is None:
-            raise DataError(f"{path}: no channel number; nnU-Net images are named <case>_0000{suffix}")
-        images.setdefault(case_id, {})[channel] = path
-    masks = dict(nifti_files(_need_folder(root / "labelsTr"), suffix))
-    _check_pairs(images, masks, root / "imagesTr", root / "labelsTr")
+    if isinstance(content.get("dataset"), dict):
+        images, masks = _listed_cases(root, content["dataset"], json_path)
+    else:
+        images, masks = _cases_in_folders(root, content, json_path)
     expected = set(range(len(channel_names)))
     for case_id, channels in images.items():
         if set(channels) != expected:
             raise DataError(
-                f"{root / 'imagesTr'}: case {case_id} has the channels {sorted(channels)}, dataset.json "
+                f"{root}: case {case_id} has the channels {sorted(channels)}, dataset.json "
                 f"declares {sorted(expected)} ({', '.join(channel_names)}); add files or correct it"
             )
     _warn_of_count(content, json_path, len(images))
@@ -131,6 +124,56 @@ def _open_nnunet(root: Path) -> Dataset:
         for case_id, channels in sorted(images.items())
     )
     return Dataset(root, _name(content, root), cases, labels, channel_names, ignore_label, "nnunet")
+
+
+_Images = dict[str, dict[int, Path]]
+
+
+def _cases_in_folders(
+    root: Path, content: dict[str, Any], json_path: Path
+) -> tuple[_Images, dict[str, Path]]:
+    """Images by case and channel, masks by case, in ``imagesTr`` and ``labelsTr``."""
+    suffix = content.get("file_ending", ".nii.gz")
+    if not isinstance(suffix, str) or suffix.lower() not in SUFFIXES:
+        raise DataError(f"{json_path}: file_ending {suffix!r} is not supported; convert the files to .nii.gz")
+    folders = [_need_folder(root / name) for name in ("imagesTr", "labelsTr")]
+    for folder in folders:
+        other = sorted({split_suffix(path.name)[1] for _, path in nifti_files(folder)})
+        if other and suffix.lower() not in (ending.lower() for ending in other):
+            raise DataError(
+                f"{folder}: holds {' and '.join(other)} files, but file_ending in {json_path} is {suffix}; correct it"
+            )
+    images: _Images = {}
+    for stem, path in nifti_by_stem(folders[0], suffix.lower()).items():
+        case_id, channel = split_channel(stem)
+        if channel is None:
+            raise DataError(f"{path}: no channel number; nnU-Net images are named <case>_0000{suffix}")
+        images.setdefault(case_id, {})[channel] = path
+    masks = nifti_by_stem(folders[1], suffix.lower())
+    _check_pairs(images, masks, *folders)
+    return images, masks
+
+
+def _listed_cases(root: Path, listed: dict[str, Any], json_path: Path) -> tuple[_Images, dict[str, Path]]:
+    """The same from nnU-Net's ``dataset``: for each case its ``images``, in order of channel, and its ``label``."""
+    images: _Images = {}
+    masks: dict[str, Path] = {}
+    for case_id, entry in listed.items():
+        files = entry.get("images") if isinstance(entry, dict) else None
+        if not isinstance(files, list) or "label" not in entry:
+            raise DataError(
+                f"{json_path}: 'dataset' must hold {{images: [...], label}} for each case, found {entry!r:.80} for "
+                f"{case_id}"
+            )
+        paths = [_inside(root, file, json_path) for file in (*files, entry["label"])]
+        for path in paths:
+            if not path.is_file():
+                raise DataError(
+                    f"{path}: listed in {json_path} for {case_id}, but missing; add it or correct the list"
+                )
+        *channels, masks[case_id] = paths
+        images[case_id] = dict(enumerate(channels))
+    return images, masks
 
 
 def _open_decathlon(root: Path) -> Dataset:

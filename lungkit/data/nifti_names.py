@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -43,24 +45,67 @@ def split_channel(stem: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (stem, None)
 
 
-def nifti_files(folder: Path, suffix: str | None = None) -> list[tuple[str, Path]]:
-    """(name without suffix, path) of the NIfTI files in ``folder``, sorted; of one suffix where that is given."""
+def problem_of_name(path: Path) -> str | None:
+    r"""Why a name cannot be used, or None; results carry it in JSON, tables and pictures.
+
+    Example:
+        >>> problem_of_name(Path(os.fsdecode(b"L\xe4sion.nii.gz")))
+        "its name is not UTF-8 (b'L\\xe4sion.nii.gz'); rename it"
+    """
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        return f"its name is not UTF-8 ({os.fsencode(path.name)!r}); rename it"
+    return None
+
+
+def nifti_files(
+    folder: Path, suffix: str | None = None, *, passed_over: dict[Path, str] | None = None
+) -> list[tuple[str, Path]]:
+    """(name without suffix, path) of the NIfTI files in ``folder``, sorted.
+
+    Names are normalised (Unicode NFC): a Mac and a PC write the same letter in two ways.
+
+    Args:
+        folder: hidden files in it are left out; one that does not exist holds none.
+        suffix: of the files that are meant, in lower case; None: any.
+        passed_over: where to note files whose name cannot be used, and why.
+
+    Raises:
+        DataError: such a file, where ``passed_over`` is None.
+    """
     if not folder.is_dir():
         return []
-    found = [(*split_suffix(path.name), path) for path in sorted(folder.iterdir()) if is_nifti(path.name)]
-    return [(stem, path) for stem, ending, path in found if suffix in (None, ending.lower())]
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); make it readable") from error
+    found = []
+    for path in entries:
+        stem, ending = split_suffix(path.name)
+        if not is_nifti(path.name) or suffix not in (None, ending.lower()):
+            continue
+        problem = problem_of_name(path)
+        if problem is None:
+            found.append((unicodedata.normalize("NFC", stem), path))
+        elif passed_over is None:
+            raise DataError(f"{folder}: a file cannot be used: {problem}")
+        else:
+            passed_over[path] = problem
+    return found
 
 
-def nifti_by_stem(folder: Path) -> dict[str, Path]:
+def nifti_by_stem(folder: Path, suffix: str | None = None) -> dict[str, Path]:
     """The NIfTI files in ``folder`` by their name without suffix.
 
     Raises:
-        DataError: two files differ in their suffix only.
+        DataError: two files differ in their suffix, or in the Unicode form of their names, only.
     """
-    files = nifti_files(folder)
+    files = nifti_files(folder, suffix)
     repeated = [name for name, count in Counter(name for name, _ in files).items() if count > 1]
     if repeated:
         raise DataError(
-            f"{folder}: {shorten(repeated)} exist with two suffixes (.nii, .nii.gz); keep one of each"
+            f"{folder}: {shorten(repeated)} exist with two suffixes (.nii, .nii.gz) or in two Unicode forms; "
+            "keep one of each"
         )
     return dict(files)

@@ -263,7 +263,10 @@ def _refuse_or_replace_nan(
     first = tuple(int(axis) for axis in np.unravel_index(int(np.argmax(bad)), bad.shape))
     found = f"{count} of {array.size} voxels are NaN or infinite, the first at (x, y, z) = {first}"
     if policy is NanPolicy.REFUSE or count == array.size:
-        raise DataError(f"{path}: {found}; repair the file, or read it with NanPolicy.MINIMUM")
+        raise DataError(
+            f"{path}: {found}; repair the file, or have them replaced by the smallest "
+            "value: --nan minimum (lungkit-predict), --data.nan minimum (lungkit-train), NanPolicy.MINIMUM (Python)"
+        )
     note = f"{found}; replaced with the smallest finite value"
     _LOG.warning("%s: %s", path, note)
     array[bad] = array[~bad].min()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lungkit.checkpoint import LAST
-from lungkit.data import Dataset, open_dataset
+from lungkit.data import Dataset, NanPolicy, open_dataset
 from lungkit.errors import CheckpointError, DataError
 from lungkit.experiments.arms import Arm
 from lungkit.inference import Predictor
@@ -121,7 +121,7 @@ class FinishedRun:
             folder.path,
             prepared.plan,
             Predictor.from_run(folder.checkpoints / checkpoint, device=device),
-            LabelledScans(dataset, case_ids, config.data.max_voxels),
+            LabelledScans(dataset, case_ids, config.data.max_voxels, NanPolicy(config.data.nan)),
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lungkit.pipeline.inputs import ScanInput, find_scans, share_of
+from lungkit.pipeline.inputs import FoundScans, ScanInput, find_scans, share_of
 from lungkit.pipeline.measurements import measure_mask
 from lungkit.pipeline.outputs import FORMATS, OutputFiles, check_formats
 from lungkit.pipeline.records import Records, claim, merge
@@ -10,6 +10,7 @@ from lungkit.pipeline.run import Outcome, Wanted, predict_scans
 
 __all__ = [
     "FORMATS",
+    "FoundScans",
     "Outcome",
     "OutputFiles",
     "Records",

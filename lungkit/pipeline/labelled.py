@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lungkit.data import DEFAULT_MAX_VOXELS, Dataset, Volume, read_volume
+from lungkit.data import DEFAULT_MAX_VOXELS, Dataset, NanPolicy, Volume, read_volume
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.errors import DataError
@@ -26,6 +26,7 @@ class LabelledScans:
     dataset: Dataset
     case_ids: tuple[str, ...]
     max_voxels: int = DEFAULT_MAX_VOXELS
+    nan_policy: NanPolicy = NanPolicy.REFUSE
 
     @property
     def scheme(self) -> LabelScheme:
@@ -41,10 +42,10 @@ class LabelledScans:
         case = self.dataset.case(case_id)
         if case.label is None:
             raise DataError(f"case {case_id} of {self.dataset.root} has no mask to measure against")
-        *channels, label = (
-            read_volume(path, max_voxels=self.max_voxels) for path in (*case.images, case.label)
-        )
-        return channels, label
+        channels = [
+            read_volume(path, max_voxels=self.max_voxels, nan_policy=self.nan_policy) for path in case.images
+        ]
+        return channels, read_volume(case.label, max_voxels=self.max_voxels)
 
 
 def measure_scans(

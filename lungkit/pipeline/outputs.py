@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ _AIR_BELOW_HU = (
     -200
 )  # no other unit of CT files goes so far below zero; HU of a body without air do not either
 _DICOM_SUFFIX = {"dicom-seg": "_seg.dcm", "rtstruct": "_rtstruct.dcm"}
+_DICOM_FILE = (".dcm", ".dicom")
+# What people call files of masks, and nobody a folder.
+_OTHER_FILES = (
+    ".nrrd", ".nhdr", ".mha", ".mhd", ".img", ".hdr", ".mgz", ".gz", ".bz2", ".zip", ".npy", ".npz", ".png", ".jpg",
+    ".jpeg", ".tif", ".tiff", ".json", ".csv", ".stl", ".vtk", ".h5",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class OutputFiles:
 
     In a folder: ``NAME.nii.gz`` (and ``NAME_seg.dcm``, ``NAME_rtstruct.dcm``), ``reports/NAME.json``,
     ``previews/NAME.png``, ``probabilities/NAME_CLASS.nii.gz``, ``attention/NAME.nii.gz``; so that the folder can be
-    given to ``lungkit-evaluate`` as it is. For a single scan ``path`` may be the mask's file: report and preview then
-    lie beside it under its name.
+    given to ``lungkit-evaluate`` as it is. For a single scan ``path`` may be the mask's file (NIfTI, or ``.dcm``
+    for one format of DICOM): report and preview then lie beside it under its name.
     """
 
     path: Path
@@ -48,7 +54,11 @@ class OutputFiles:
     @property
     def is_file(self) -> bool:
         """Whether ``path`` is the mask's file."""
-        return bool(split_suffix(self.path.name)[1])
+        return bool(split_suffix(self.path.name)[1]) or self._is_dicom_file
+
+    @property
+    def _is_dicom_file(self) -> bool:
+        return self.path.suffix.lower() in _DICOM_FILE and not self.path.is_dir()
 
     @property
     def folder(self) -> Path:
@@ -57,8 +67,10 @@ class OutputFiles:
 
     def mask(self, name: str, kind: str) -> Path:
         """File of the mask in one of :data:`FORMATS`."""
+        if self._is_dicom_file or (self.is_file and kind == "nifti"):
+            return self.path
         if kind == "nifti":
-            return self.path if self.is_file else self.folder / f"{name}.nii.gz"
+            return self.folder / f"{name}.nii.gz"
         return self.folder / f"{self._stem(name)}{_DICOM_SUFFIX[kind]}"
 
     def report(self, name: str) -> Path:
@@ -78,13 +90,43 @@ class OutputFiles:
         """File of the attention map."""
         return self.folder / "attention" / f"{self._stem(name)}.nii.gz"
 
+    def of(self, name: str, classes: Iterable[str] = (), *, attention: bool = False) -> list[Path]:
+        """Every file of a scan, with the probabilities of ``classes`` (the first, the background, left out)."""
+        return [
+            *(self.mask(name, kind) for kind in self.formats),
+            *(self.probability(name, class_name) for class_name in [*classes][1:]),
+            *([self.attention(name)] if attention else []),
+            *([self.picture(name)] if self.preview else []),
+            self.report(name),
+        ]
+
+    def check(self) -> None:
+        """Refuse a path that looks like a file of another format.
+
+        Raises:
+            UsageError: says which names masks have.
+        """
+        if self._is_dicom_file and (len(self.formats) > 1 or "nifti" in self.formats):
+            raise UsageError(
+                f"--output {self.path} holds no --format {' '.join(self.formats)}; ask for --format dicom-seg or "
+                "rtstruct alone, or name a .nii.gz file or a folder"
+            )
+        suffix = self.path.suffix.lower()
+        if not self.is_file and suffix in _OTHER_FILES and not self.path.is_dir():
+            raise UsageError(
+                f"--output {self.path}: masks are not written as {suffix}; name a .nii or .nii.gz file, a .dcm "
+                "file with --format dicom-seg or rtstruct, or a folder"
+            )
+
     def _side(self, folder: str, name: str, suffix: str) -> Path:
         if self.is_file:
             return self.path.with_name(self._stem(name) + suffix)
         return self.folder / folder / f"{name}{suffix}"
 
     def _stem(self, name: str) -> str:
-        return split_suffix(self.path.name)[0] if self.is_file else name
+        if not self.is_file:
+            return name
+        return self.path.stem if self._is_dicom_file else split_suffix(self.path.name)[0]
 
 
 def check_formats(formats: Sequence[str], scans: Sequence[ScanInput]) -> None:

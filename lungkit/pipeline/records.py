@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lungkit._atomic import claim_folder, write_text_atomic
+from lungkit._atomic import claim_folder, write_json_atomic, write_text_atomic
 from lungkit.checkpoint import sha256_of
 from lungkit.errors import DataError
 
@@ -34,6 +35,10 @@ class Records:
         self.path = folder / (RESULTS if count == 1 else f"results-{index}-of-{count}.jsonl")
         self._rows = {row["scan"]: row for path in _files(folder) for row in _read(path)}
         self._lock = threading.Lock()
+        self._journal = folder / f".{self.path.stem}-unfinished.json"
+        self._writing: dict[str, list[str]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self._writing = json.loads(self._journal.read_bytes())
         self._mend()
 
     def is_done(self, name: str, fingerprint: str) -> bool:
@@ -41,13 +46,24 @@ class Records:
         row = self._rows.get(name)
         if row is None or row.get("status") != "ok" or row.get("input") != fingerprint:
             return False
-        files: dict[str, str] = row.get("files") or {}
+        files: dict[str, str | None] = row.get("files") or {}
         try:
             return bool(files) and all(
-                sha256_of(self.folder / file) == digest for file, digest in files.items()
+                digest in (None, sha256_of(self.folder / file)) for file, digest in files.items()
             )
         except OSError:
             return False
+
+    def not_ours(self, name: str, files: Iterable[Path]) -> list[Path]:
+        """Those of ``files`` that exist and that no prediction of the scan wrote."""
+        ours = {*(self._rows.get(name, {}).get("files") or ()), *self._writing.get(name, ())}
+        return [file for file in files if file.exists() and str(file.relative_to(self.folder)) not in ours]
+
+    def start(self, name: str, files: Iterable[Path]) -> None:
+        """Note which files are about to be written: those that a crash leaves are then known for ours."""
+        with self._lock:
+            self._writing[name] = [str(file.relative_to(self.folder)) for file in files]
+            self._write_journal()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row.
@@ -55,11 +71,16 @@ class Records:
         Raises:
             ResourceError: the disk is full.
         """
-        self._rows[row["scan"]] = dict(row)
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        # A scan that fails leaves the files of the time before where they are, and they stay ours.
+        row = {"files": self._rows.get(row["scan"], {}).get("files", {}), **row}
+        self._rows[row["scan"]] = row
+        with self._lock:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if self._writing.pop(row["scan"], None) is not None:
+                self._write_journal()
 
     def write(self) -> None:
         """Write ``results.csv`` of all scans; of a share, whose rows are put together by merging, the records alone."""
@@ -68,6 +89,12 @@ class Records:
             write_text_atomic(self.folder / _TABLE, _table(rows))
         else:
             self.path.touch()
+
+    def _write_journal(self) -> None:
+        if self._writing:
+            write_json_atomic(self._journal, self._writing)
+        else:
+            self._journal.unlink(missing_ok=True)
 
     def _mend(self) -> None:
         """End a last line that was cut short, so that the next row begins on a line of its own."""

@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from lungkit.data.volume import DEFAULT_MAX_VOXELS
-from lungkit.errors import Interrupted, LungkitError, ResourceError, UsageError
+from lungkit.data.volume import DEFAULT_MAX_VOXELS, NanPolicy
+from lungkit.errors import Interrupted, LungkitError, ResourceError, UsageError, shorten
 from lungkit.inference import Predictor
 from lungkit.pipeline.inputs import LoadedScan, ScanInput
 from lungkit.pipeline.outputs import OutputFiles, write_results
@@ -57,6 +58,8 @@ def predict_scans(
     wanted: Wanted | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
     watcher: Watcher | None = None,
+    overwrite: bool = False,
+    nan_policy: NanPolicy = NanPolicy.REFUSE,
 ) -> Outcome:
     """Predict and write every scan that is not done yet.
 
@@ -72,12 +75,15 @@ def predict_scans(
         wanted: what to keep beside the mask.
         max_voxels: refuse larger scans.
         watcher: shows the progress.
+        overwrite: replace files that lungkit did not write; a scan whose results would replace one fails otherwise.
+        nan_policy: what to do with voxels that are not finite.
 
     Raises:
         Interrupted: Ctrl-C; what was predicted is written.
         ResourceError: the disk is full.
     """
-    return _Run(predictor, files, records, wanted or Wanted(), max_voxels, watcher).predict(scans)
+    run = _Run(predictor, files, records, wanted or Wanted(), max_voxels, watcher, overwrite, nan_policy)
+    return run.predict(scans)
 
 
 class _Run:
@@ -89,9 +95,12 @@ class _Run:
         wanted: Wanted,
         max_voxels: int,
         watcher: Watcher | None,
+        overwrite: bool,
+        nan_policy: NanPolicy,
     ) -> None:
         self.predictor, self.files, self.records = predictor, files, records
         self.wanted, self.max_voxels, self.watcher = wanted, max_voxels, watcher
+        self.overwrite, self.nan_policy = overwrite, nan_policy
         self.outcome = Outcome()
         self._total = 0
         self._fingerprints: dict[str, str] = {}
@@ -138,7 +147,9 @@ class _Run:
     def _read_ahead(
         self, reader: ThreadPoolExecutor, todo: Sequence[ScanInput], index: int
     ) -> Future[LoadedScan] | None:
-        return reader.submit(todo[index].load, max_voxels=self.max_voxels) if index < len(todo) else None
+        if index == len(todo):
+            return None
+        return reader.submit(todo[index].load, max_voxels=self.max_voxels, nan_policy=self.nan_policy)
 
     def _predict_one(
         self, scan: ScanInput, loading: Future[LoadedScan] | None
@@ -147,6 +158,7 @@ class _Run:
             if loading is None:
                 raise UsageError(f"{scan.name}: was not read")
             loaded = loading.result()
+            self._spare_files_of_others(scan)
             self.predictor.check_scan(loaded.volumes)
             _LOG.info("%s: %s", scan.name, self.predictor.estimate(loaded.volumes))
             watcher = self.watcher
@@ -162,8 +174,26 @@ class _Run:
             self._failed(scan, error)
             return None
 
+    def _files(self, scan: ScanInput) -> list[Path]:
+        classes = self.predictor.labels if self.wanted.probabilities else ()
+        return self.files.of(scan.name, classes, attention=self.wanted.attention)
+
+    def _name_of_report(self, scan: ScanInput) -> str:
+        return str(self.files.report(scan.name).relative_to(self.files.folder))
+
+    def _spare_files_of_others(self, scan: ScanInput) -> None:
+        if self.records is None or self.overwrite:
+            return
+        strange = self.records.not_ours(scan.name, self._files(scan))
+        if strange:
+            raise UsageError(
+                f"{shorten(strange)} was not written by lungkit; move it away, or replace it with --overwrite"
+            )
+
     def _write(self, scan: ScanInput, loaded: LoadedScan, prediction: Any) -> None:
         try:
+            if self.records is not None:
+                self.records.start(scan.name, self._files(scan))
             report = write_results(self.files, scan, loaded, prediction, self.predictor)
         except ResourceError:
             raise  # the disk is full, for the next scan as well
@@ -182,7 +212,8 @@ class _Run:
                     },
                     "warnings": report["warnings"],
                     "input": self._fingerprints.get(scan.name),
-                    "files": report["files"],
+                    # No digest of the report, which tells the others'.
+                    "files": {**report["files"], self._name_of_report(scan): None},
                 }
             )
         self.outcome.predicted.append(scan.name)

@@ -86,7 +86,7 @@ def save_curves(
         _dress(ax, panel, x)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title, fontsize=12, parse_math=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
@@ -138,7 +138,8 @@ def _dress(ax: Axes, panel: str, x: str) -> None:
     if panel == "learning rate":
         ax.yaxis.set_major_formatter("{x:.3g}")
         ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8, frameon=False)
+    for text in ax.legend(fontsize=8, frameon=False).get_texts():
+        text.set_parse_math(False)
 
 
 def _panel_of(column: str) -> str | None:

@@ -76,7 +76,7 @@ def save_distributions(
             ax, metric, {name: table.column(metric, label) for name, (table, label) in groups.items()}
         )
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title, fontsize=12, parse_math=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
@@ -127,7 +127,7 @@ def _draw_panel(ax: Axes, metric: str, groups: Mapping[str, np.ndarray]) -> None
         places = position + random.uniform(-0.17, 0.17, len(shown))
         size, alpha = (26, 0.8) if few else (9, 0.45)
         ax.scatter(places, shown, s=size, color=colour, alpha=alpha, linewidths=0, zorder=3)
-    ax.set_xticks(range(1, len(names) + 1), names, fontsize=8)
+    ax.set_xticks(range(1, len(names) + 1), names, fontsize=8, parse_math=False)
     ax.set_xlim(0.4, len(names) + 0.6)
     ax.set_title(metric_title(metric), fontsize=11, loc="left")
     ax.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)

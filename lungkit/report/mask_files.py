@@ -196,7 +196,8 @@ def masks_in(folder: Path) -> dict[str, Path]:
 
 
 def _labels_in(folder: Path) -> dict[str, Path]:
-    masks = {} if (folder / "dataset.json").is_file() else masks_in(folder)
+    # nnU-Net puts a copy of dataset.json beside its masks: it is the files that tell a folder of masks.
+    masks = masks_in(folder)
     return masks or {
         case.case_id: case.label for case in open_dataset(folder).cases if case.label is not None
     }

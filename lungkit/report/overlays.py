@@ -148,7 +148,7 @@ def save_overlays(
             aspect=aspect,
             interpolation="nearest",
         )
-        ax.set_title(heading, color=TEXT, fontsize=11)
+        ax.set_title(heading, color=TEXT, fontsize=11, parse_math=False)
         ax.set_axis_off()
         return ax
 
@@ -183,7 +183,7 @@ def save_overlays(
             bar.ax.tick_params(colors=FAINT, labelsize=8, length=0)
             bar.outline.set_visible(False)
     heading = " · ".join(filter(None, [title, f"slice {z + 1} of {len(scan)}"]))
-    figure.suptitle(heading, color=TEXT, fontsize=12)
+    figure.suptitle(heading, color=TEXT, fontsize=12, parse_math=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, facecolor=BACKGROUND)
 

@@ -108,7 +108,7 @@ def save_preview(
     if enlarged:
         axes[-1].set_title("axial, enlarged", color=TEXT, fontsize=10)
         draw_frame(axes[0], box)
-    figure.suptitle(title, color=TEXT, fontsize=12)
+    figure.suptitle(title, color=TEXT, fontsize=12, parse_math=False)
     _draw_legend(figure, legend or {})
     with atomic_path(path, durable=False) as temporary:
         figure.savefig(temporary, facecolor=BACKGROUND, format="png")
@@ -147,6 +147,8 @@ def _draw_legend(figure: Figure, legend: Mapping[int, str]) -> None:
 
     if legend:
         lines = [Line2D([], [], color=CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]) for value in legend]
-        figure.legend(
+        drawn = figure.legend(
             lines, list(legend.values()), loc="outside lower center", ncols=2, labelcolor=TEXT, frameon=False
         )
+        for text in drawn.get_texts():
+            text.set_parse_math(False)

@@ -34,6 +34,7 @@ class DataConfig:
         foreground_fraction: share of patches that are sure to hold foreground.
         cache: folder of preprocessed cases; None is lungkit's folder in the user's cache directory.
         max_voxels: refuse larger scans.
+        nan: voxels that are NaN or infinite: "refuse" the scan, or replace them by its "minimum".
         phantom_cases: cases of the built-in phantom.
     """
 
@@ -50,6 +51,7 @@ class DataConfig:
     foreground_fraction: float = 0.33
     cache: str | None = None
     max_voxels: int = DEFAULT_MAX_VOXELS
+    nan: Literal["refuse", "minimum"] = "refuse"
     phantom_cases: int = 250
 
 

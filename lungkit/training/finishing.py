@@ -8,6 +8,7 @@ from dataclasses import replace
 import lungkit
 from lungkit._atomic import write_json_atomic
 from lungkit.checkpoint import BEST, describe_checkpoint
+from lungkit.data import NanPolicy
 from lungkit.inference import Predictor, TrainedModel
 from lungkit.metrics import CaseTable, MetricOptions
 from lungkit.pipeline.labelled import LabelledScans, draw_overlays, measure_scans
@@ -35,7 +36,9 @@ def finish(run: Run) -> CaseTable:
     # The checkpoint may lie on a disk that the first process alone can see.
     model = on_first_process(fabric, lambda: TrainedModel.load(folder.checkpoints / BEST))
     predictor = Predictor([model], device=fabric.device)
-    scans = LabelledScans(prepared.dataset, prepared.split.val, config.data.max_voxels)
+    scans = LabelledScans(
+        prepared.dataset, prepared.split.val, config.data.max_voxels, NanPolicy(config.data.nan)
+    )
     mine = replace(scans, case_ids=scans.case_ids[fabric.global_rank :: fabric.world_size])
     notes, extra = (
         [GRID_NOTE],

@@ -17,6 +17,7 @@ from lungkit.data import (
     CaseCache,
     Dataset,
     Fingerprint,
+    NanPolicy,
     Preprocessing,
     Split,
     fingerprint_dataset,
@@ -139,7 +140,11 @@ def prepare(
             progress("reading scans", done, total)
 
     fingerprint = fingerprint_dataset(
-        labelled, split.train, max_voxels=config.data.max_voxels, progress=report
+        labelled,
+        split.train,
+        max_voxels=config.data.max_voxels,
+        nan_policy=NanPolicy(config.data.nan),
+        progress=report,
     )
     if not any(fraction > 0 for fraction in fingerprint.foreground_fractions):
         raise DataError(
@@ -210,6 +215,7 @@ def prepare_cases(
         prepared.dataset,
         prepared.preprocessing,
         max_voxels=config.data.max_voxels,
+        nan_policy=NanPolicy(config.data.nan),
     )
     names = [*prepared.split.train, *prepared.split.val]
 

@@ -56,3 +56,11 @@ def test_a_device_that_is_not_here_is_a_usage_error(run, tmp_path, capsys):
     assert main(["--model", str(run), "-o", str(tmp_path / "model.pt2"), "--device", "abacus"]) == 2
     assert "device 'abacus' cannot be used" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.pt2"))
+
+
+def test_a_file_is_replaced_on_request_only(run, tmp_path, capsys):
+    (tmp_path / "m.pt2").write_text("mine")
+    assert main(["--model", str(run), "-o", str(tmp_path / "m.pt2")]) == 2
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "m.pt2").read_text() == "mine"
+    assert main(["--model", str(run), "-o", str(tmp_path / "m.pt2"), "--overwrite"]) == 0
+    torch.export.load(tmp_path / "m.pt2")

@@ -14,11 +14,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dicom_cases import write_ct
 from model_cases import random_network, save_model, threshold_network
 from pictures import has_colour
 
 from lungkit.cli.predict import main
-from lungkit.data import read_volume, write_nifti
+from lungkit.data import read_dicom_label, read_series, read_volume, write_nifti
 
 OUTLINE = "#ff6b4a"  # of the first class in a preview
 AFFINE = np.array([[-0.8, 0, 0, 20], [0, 0.8, 0, -7], [0, 0, 2.5, 3], [0, 0, 0, 1.0]])
@@ -408,3 +409,70 @@ def test_labels_beyond_255_reach_mask_report_and_picture(tmp_path, scans):
     found = json.loads((out / "reports" / "a.json").read_text())["classes"]["tumour"]
     assert found["lesions"][0]["voxels"] == (mask == 301).sum()
     assert has_colour(out / "previews" / "a.png", OUTLINE)
+
+
+@pytest.mark.parametrize("name", ["ct.nii.gz", "ct.json", "ct.png", "probabilities/ct_tumour.nii.gz"])
+def test_no_file_beside_a_single_mask_is_replaced_unasked(tmp_path, scans, model, name, capsys):
+    (tmp_path / "probabilities").mkdir()
+    (tmp_path / name).write_text("mine")
+    given = ["-i", scans / "a.nii.gz", "-o", tmp_path / "ct.nii.gz", "--model", model, "--probabilities"]
+    assert predict(*given) == 2
+    assert (tmp_path / name).read_text() == "mine" and name in capsys.readouterr().err
+    assert predict(*given, "--overwrite") == 0
+    assert (tmp_path / name).read_bytes() != b"mine"
+
+
+def test_a_file_that_was_put_into_the_output_folder_is_not_replaced_unasked(tmp_path, scans, model, capsys):
+    out = tmp_path / "out"
+    (scans / "b.nii.gz").rename(tmp_path / "b.nii.gz")
+    assert predict("-i", scans, "-o", out, "--model", model) == 0
+    (tmp_path / "b.nii.gz").rename(scans / "b.nii.gz")
+    (out / "b.nii.gz").write_text("mine")
+    assert predict("-i", scans, "-o", out, "--model", model) == 2
+    assert (out / "b.nii.gz").read_text() == "mine"
+    assert "b.nii.gz was not written by lungkit" in capsys.readouterr().err
+    assert predict("-i", scans, "-o", out, "--model", model, "--overwrite") == 0
+    assert read_volume(out / "b.nii.gz").array.any()
+
+
+@pytest.mark.parametrize("name", ["mask.nrrd", "mask.mha", "mask.dcm", "mask.gz", "MASK.PNG"])
+def test_a_file_of_another_format_is_refused_and_no_folder_of_that_name_made(
+    tmp_path, scans, model, name, capsys
+):
+    assert predict("-i", scans / "a.nii.gz", "-o", tmp_path / name, "--model", model) == 2
+    assert ".nii.gz" in capsys.readouterr().err and not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("kind", ["dicom-seg", "rtstruct"])
+def test_a_dicom_file_is_that_file(tmp_path, model, kind):
+    write_ct(tmp_path / "ct", np.full((20, 18, 10), 200, np.int16))
+    assert predict("-i", tmp_path / "ct", "-o", tmp_path / "m.dcm", "--model", model, "--format", kind) == 0
+    mask, labels = read_dicom_label(tmp_path / "m.dcm", read_series(tmp_path / "ct"))
+    assert mask.array.all() and labels == {"tumour": 1}
+    assert (tmp_path / "m.json").is_file()
+
+
+def test_what_is_passed_over_is_said_and_the_exit_code_tells(tmp_path, scans, model, capsys):
+    (scans / "old").mkdir()
+    (scans / "old" / "x.nii.gz").touch()
+    assert predict("-i", scans, "-o", tmp_path / "out", "--model", model) == 3
+    assert "3 predicted" in (shown := capsys.readouterr().err) and "old/x.nii.gz" in shown
+
+
+@pytest.mark.parametrize("name", ["a" * 233, "c$0_{$", "L\u00e4sion \u00e9"])
+def test_names_as_people_give_them(tmp_path, scans, model, name):
+    (scans / "b.nii.gz").rename(scans / f"{name}.nii.gz")
+    assert predict("-i", scans, "-o", tmp_path / "out", "--model", model, "--probabilities") == 0
+    assert read_volume(tmp_path / "out" / f"{name}.nii.gz").array.any()
+    assert has_colour(tmp_path / "out" / "previews" / f"{name}.png", OUTLINE)
+
+
+def test_voxels_that_are_no_numbers_are_replaced_on_request(tmp_path, scans, model, capsys):
+    array = read_volume(scans / "a.nii.gz").array.astype(np.float32)
+    array[:2] = np.nan
+    write_nifti(tmp_path / "nan.nii.gz", array, AFFINE)
+    given = ["-i", tmp_path / "nan.nii.gz", "-o", tmp_path / "m.nii.gz", "--model", model]
+    assert predict(*given) == 3
+    assert "--nan minimum" in capsys.readouterr().err
+    assert predict(*given, "--nan", "minimum") == 0
+    assert read_volume(tmp_path / "m.nii.gz").array.sum() == 64

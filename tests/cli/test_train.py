@@ -179,6 +179,9 @@ def test_the_preview_of_the_augmentation_is_a_picture(options: Options, tmp_path
     path = tmp_path / "preview.png"
     assert main(options("--preview-augmentation", path)) == 0
     assert has_colour(path, "#ffb000")  # the outline of the foreground
+    path.write_bytes(b"mine")
+    assert main(options("--preview-augmentation", path)) == 2
+    assert path.read_bytes() == b"mine"
     assert not (tmp_path / "runs").exists()
 
 

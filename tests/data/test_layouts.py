@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,73 @@ def test_ignore_label_is_kept_apart_from_the_classes(nnunet_folder: Builder) -> 
     assert dataset.num_classes == 2
     assert dataset.ignore_label == 2
     assert dataset.label_map == {0: 0, 1: 1, 2: 255}
+
+
+def test_suffixes_count_in_any_case(nnunet_folder: Builder) -> None:
+    root = nnunet_folder(file_ending=".NII.GZ")
+    for folder in ("imagesTr", "labelsTr"):
+        path = sorted((root / folder).iterdir())[0]
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    assert len(open_dataset(root).cases) == 2
+
+
+def test_a_file_ending_that_fits_no_file_is_shown_with_that_of_the_files(nnunet_folder: Builder) -> None:
+    with pytest.raises(
+        DataError, match=r"imagesTr: holds \.nii\.gz files, but file_ending .* is \.nii; correct it"
+    ):
+        open_dataset(nnunet_folder(file_ending=".nii"))
+
+
+def test_names_in_two_unicode_forms_are_pairs(folders: Path) -> None:
+    for folder, form in (("images", "NFC"), ("masks", "NFD")):
+        for path in sorted((folders / folder).iterdir()):
+            path.rename(path.with_name(unicodedata.normalize(form, "Lä" + path.name)))
+    assert [case.case_id for case in open_dataset(folders).cases] == ["Läcase_a", "Läcase_b"]
+
+
+def test_a_name_that_is_not_utf8_is_named(folders: Path) -> None:
+    Path(os.fsdecode(os.fsencode(folders) + b"/images/L\xe4sion.nii.gz")).touch()
+    with pytest.raises(DataError, match=r"not UTF-8 \(b'L\\xe4sion\.nii\.gz'\); rename it"):
+        open_dataset(folders)
+
+
+def test_cases_that_nnunet_lists_are_those_and_no_others(nnunet_folder: Builder) -> None:
+    listed = {
+        "first": {"images": ["imagesTr/case_b_0000.nii.gz"], "label": "labelsTr/case_b.nii.gz"},
+        "second": {"images": ["./imagesTr/case_a_0000.nii.gz"], "label": "labelsTr/case_a.nii.gz"},
+    }
+    dataset = open_dataset(nnunet_folder(dataset=listed))
+    assert [(case.case_id, case.images[0].name) for case in dataset.cases] == [
+        ("first", "case_b_0000.nii.gz"),
+        ("second", "case_a_0000.nii.gz"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"images": "x", "label": "y"}, "'dataset' must hold"),
+        (
+            {"images": ["imagesTr/case_a_0000.nii.gz"] * 2, "label": "labelsTr/case_a.nii.gz"},
+            r"a has the channels \[0, 1\]",
+        ),
+        ({"images": ["../x.nii.gz"], "label": "labelsTr/case_a.nii.gz"}, "lies outside"),
+        ({"images": ["imagesTr/x.nii.gz"], "label": "labelsTr/case_a.nii.gz"}, "x.nii.gz: listed in"),
+    ],
+)
+def test_a_malformed_list_of_cases_is_refused(
+    nnunet_folder: Builder, entry: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        open_dataset(nnunet_folder(dataset={"a": entry}))
+
+
+def test_patients_are_groups(nnunet_folder: Builder) -> None:
+    dataset = open_dataset(nnunet_folder(patients={"case_a": "p1"}))
+    assert [case.group for case in dataset.cases] == ["p1", "case_b"]
+
+
+@pytest.mark.parametrize("patients", [["case_a"], {"case_a": 1}])
+def test_malformed_patients_are_refused(nnunet_folder: Builder, patients: object) -> None:
+    with pytest.raises(DataError, match="'patients' must map"):
+        open_dataset(nnunet_folder(patients=patients))

@@ -83,3 +83,18 @@ def test_a_folder_of_another_model_or_of_other_things_is_not_touched(tmp_path):
         claim(tmp_path / "mine", {})
     with pytest.raises(UsageError, match="cannot be made"):
         claim(tmp_path / "mine" / "thesis.tex" / "out", {})
+
+
+def test_files_that_no_prediction_wrote_are_known_for_others(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    records = Records(tmp_path, (0, 1))
+    records.add(row(tmp_path, "a"))
+    records.start("b", [tmp_path / "b.nii.gz"])  # and then a crash
+    again = Records(tmp_path, (0, 1))
+    for name, strange in (("a", []), ("b", []), ("c", [tmp_path / "c.nii.gz"])):
+        assert again.not_ours(name, [tmp_path / f"{name}.nii.gz", tmp_path / "absent"]) == strange
+    again.add(row(tmp_path, "b"))
+    again.add({"scan": "a", "status": "failed", "error": "no"})
+    assert not list(tmp_path.glob(".*"))
+    assert Records(tmp_path, (0, 1)).not_ours("a", [tmp_path / "a.nii.gz"]) == []

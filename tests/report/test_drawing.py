@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from pictures import edge_of, outlines
 
+from lungkit.metrics import CaseTable
+from lungkit.report import save_curves, save_distributions, save_overlays, save_preview
 from lungkit.report._drawing import crop_box, draw_contours, draw_scale_bar
 
 
@@ -56,3 +60,30 @@ def test_no_scale_bar_is_drawn_where_none_fits() -> None:
 def test_matplotlib_is_imported_only_to_draw() -> None:
     code = "import sys, lungkit.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+NAME = "c$0_{$"  # in matplotlib's eyes a formula, and a broken one
+
+
+def test_names_from_outside_are_no_formulas(tmp_path: Path, figures: list[Figure]) -> None:
+    volume = np.zeros((3, 64, 64), np.uint8)
+    volume[1, 20:30, 20:30] = 1
+    save_preview(
+        tmp_path / "1.png",
+        volume.astype(np.int16),
+        volume,
+        (1, 1, 1),
+        window=(0, 1),
+        title=NAME,
+        legend={1: NAME},
+    )
+    save_overlays(tmp_path / "2.png", volume.astype(np.int16), volume, {NAME: volume}, title=NAME)
+    save_curves(
+        tmp_path / "3.png", {NAME: [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}]}, title=NAME
+    )
+    table = CaseTable()
+    table.add_row("a", NAME, {"dice": 0.5})
+    save_distributions(tmp_path / "4.png", table, ["dice"], title=NAME)
+    for figure in figures:
+        shown = [text for text in figure.findobj(Text) if NAME in text.get_text()]
+        assert shown and not any(text.get_parse_math() for text in shown)

@@ -133,3 +133,8 @@ def test_real_contours_are_measured_against_the_real_mask(
     ]
     assert main([str(label), str(contours), *options]) == 0
     assert "1.000" in capsys.readouterr().out
+
+
+def test_a_dataset_json_among_masks_is_no_dataset(masks: Path, tmp_path: Path) -> None:
+    (masks / "dataset.json").write_text("{}")
+    assert list(find_pairs(masks, masks).pairs) == ["a"]
