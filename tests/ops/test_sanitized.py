@@ -47,6 +47,9 @@ def test_emulated_kernels_are_clean_under_the_sanitizers():
         "no:cacheprovider",
     ]
     command += ["-k", "emulated and random and not sanitizers"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    # python -m looks in its own folder first: the root of a checkout without libraries would hide the installed lungkit
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
