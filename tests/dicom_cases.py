@@ -103,6 +103,39 @@ def change(slice_index: int | None = None, **values: Any) -> Callable[[Any, int]
     return edit
 
 
+def lossless_jpeg(syntax: str) -> Callable[[Any, int], None]:
+    """An edit that encodes the pixels as lossless JPEG (ITU T.81, process 14, first-order prediction from the left)."""
+
+    def edit(dataset: Any, k: int) -> None:
+        from pydicom.encaps import encapsulate
+
+        pixels = np.frombuffer(dataset.PixelData, "<u2").reshape(dataset.Rows, dataset.Columns)
+        dataset.PixelData = encapsulate([_lossless_jpeg(pixels)])
+        dataset["PixelData"].VR = "OB"
+        dataset.file_meta.TransferSyntaxUID = syntax
+
+    return edit
+
+
+def _lossless_jpeg(pixels: np.ndarray) -> bytes:
+    rows, columns = pixels.shape
+    predicted = np.empty(pixels.shape, np.int64)
+    predicted[:, 1:], predicted[1:, 0], predicted[0, 0] = pixels[:, :-1], pixels[:-1, 0], 1 << 15
+    bits = ""
+    for difference in ((pixels.astype(np.int64) - predicted + 32767) % 65536 - 32767).ravel().tolist():
+        size = abs(difference).bit_length()
+        bits += f"{size:05b}"  # a Huffman table of codes that are all five bits long
+        if 0 < size < 17 and difference != 32768:
+            bits += f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}"
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    frame = bytes((16, *divmod(rows, 256), *divmod(columns, 256), 1, 1, 0x11, 0))
+    table = bytes((0, *([0] * 4), 17, *([0] * 11), *range(17)))
+    segments = ((0xC3, frame), (0xC4, table), (0xDA, bytes((1, 1, 0, 1, 0, 0))))
+    head = b"".join(bytes((0xFF, kind, *divmod(len(body) + 2, 256))) + body for kind, body in segments)
+    return b"\xff\xd8" + head + coded + b"\xff\xd9"
+
+
 def files(folder: Path) -> list[Path]:
     """The files of a series written by :func:`write_ct`, in the order of its slices."""
     return sorted(folder.glob("*.dcm"), key=lambda path: path.stem.split("-")[-1])

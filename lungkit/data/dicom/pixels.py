@@ -14,6 +14,13 @@ from lungkit.errors import DataError, UsageError
 AIR_HU = -1024
 """What padding becomes: as dark as 12-bit CT can store."""
 
+# Packages whose decoders pydicom finds, by a part of the transfer syntax's name; the more special names come first.
+_DECODERS = {
+    "JPEG-LS": "pyjpegls",
+    "JPEG 2000": "pylibjpeg and pylibjpeg-openjpeg",
+    "JPEG": "pylibjpeg and pylibjpeg-libjpeg",
+}
+
 # Padding this dark is air already; real air may have the same value and must keep it.
 _DARK_HU = -900
 # No tissue, but dense metal: a padding value up to here may occur in the patient too, whatever the tag says.
@@ -143,9 +150,17 @@ def _require_decoder(syntax: Any, path: Path) -> None:
         available = False
     if not available:
         raise DataError(
-            f"{path.name}: compressed as {syntax.name}, for which no decoder is installed; decompress the files first "
-            "(gdcmconv --raw, dcmdjpeg), or pip install python-gdcm or pylibjpeg with its plugins"
+            f"{path.name}: compressed as {syntax.name}, for which no decoder is installed: {_decoder_of(syntax)}, or "
+            "decompress the files first (gdcmconv --raw, dcmdjpeg)"
         )
+
+
+def _decoder_of(syntax: Any) -> str:
+    """What to install for a transfer syntax."""
+    for family, packages in _DECODERS.items():
+        if family in syntax.name:
+            return f"pip install 'lungkit[dicom]', which has {packages}"
+    return "pydicom knows of none"
 
 
 def _check_length(dataset: Any, path: Path) -> None:
