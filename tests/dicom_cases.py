@@ -89,6 +89,72 @@ def write_ct(
     return hu
 
 
+def write_enhanced_ct(
+    folder: Path,
+    hu: np.ndarray | None = None,
+    *,
+    spacing: tuple[float, float] = (0.7, 0.9),
+    step: float = 2.5,
+    orientation: Sequence[float] = (1, 0, 0, 0, 1, 0),
+    edit: Callable[[Any], None] | None = None,
+    compress: str | None = None,
+) -> np.ndarray:
+    """Write the series of :func:`write_ct` as one multi-frame file, its frames from the last slice to the first.
+
+    Args:
+        folder, hu, spacing, step, orientation, compress: as there.
+        edit: changes the dataset before it is written.
+
+    Returns:
+        ``hu``.
+    """
+    from pydicom.dataset import Dataset
+
+    headers: list[Any] = []
+    hu = write_ct(
+        folder,
+        hu,
+        spacing=spacing,
+        step=step,
+        orientation=orientation,
+        edit=lambda one, _: headers.append(one),
+    )
+    for path in files(folder):
+        path.unlink()
+
+    def group(*keywords: str, of: Any) -> list[Any]:
+        item = Dataset()
+        for keyword in keywords:
+            item[keyword] = of[keyword]
+        return [item]
+
+    whole, shared = headers[0], Dataset()
+    shared.PixelMeasuresSequence = group("PixelSpacing", "SliceThickness", of=whole)
+    shared.PlaneOrientationSequence = group("ImageOrientationPatient", of=whole)
+    shared.PixelValueTransformationSequence = group("RescaleSlope", "RescaleIntercept", of=whole)
+    frames = []
+    for header in reversed(headers):
+        frames.append(Dataset())
+        frames[-1].PlanePositionSequence = group("ImagePositionPatient", of=header)
+    whole.PixelData = b"".join(header.PixelData for header in reversed(headers))
+    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [shared], frames
+    whole.NumberOfFrames = len(frames)
+    whole.SOPClassUID = whole.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    for keyword in (
+        *shared.PixelMeasuresSequence[0].dir(),
+        "ImageOrientationPatient",
+        "ImagePositionPatient",
+    ):
+        delattr(whole, keyword)
+    del whole.RescaleSlope, whole.RescaleIntercept
+    if compress is not None:
+        whole.compress(compress)
+    if edit is not None:
+        edit(whole)
+    whole.save_as(folder / "enhanced.dcm", enforce_file_format=True)
+    return hu
+
+
 def change(slice_index: int | None = None, **values: Any) -> Callable[[Any, int], None]:
     """An edit that sets attributes of one slice, or of all; None removes the attribute."""
 

@@ -221,9 +221,9 @@ def test_a_slice_that_does_not_fit_is_refused_by_name(
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_enhanced_multi_frame_ct_is_refused_with_what_converts_it(tmp_path: Path) -> None:
+def test_a_series_of_several_multi_frame_files_is_refused_with_what_converts_it(tmp_path: Path) -> None:
     write_ct(tmp_path / "ct", edit=change(SOPClassUID=ENHANCED_CT))
-    with pytest.raises(DataError, match=r"multi-frame.*emf2sf"):
+    with pytest.raises(DataError, match=r"6 files, some of them multi-frame.*emf2sf"):
         read_series(tmp_path / "ct")
 
 
