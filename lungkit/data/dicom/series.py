@@ -289,11 +289,9 @@ def _read_voxels(paths: Sequence[Path], headers: Sequence[Any]) -> np.ndarray:
     shape = (len(paths), int(headers[0].Rows), int(headers[0].Columns))
     try:
         voxels = np.empty(shape, np.int16 if whole else np.float32)
-        if is_enhanced(headers[0]):
-            planes = read_frames(paths[0], headers)
-        else:
-            planes = (read_slice(path, header) for path, header in zip(paths, headers, strict=True))
-        for index, (path, hu) in enumerate(zip(paths, planes, strict=True)):
+        frames = read_frames(paths[0], headers) if is_enhanced(headers[0]) else None
+        for index, (path, header) in enumerate(zip(paths, headers, strict=True)):
+            hu = read_slice(path, header) if frames is None else next(frames)
             if voxels.dtype == np.int16 and not _fits(hu, np.int16):
                 voxels = voxels.astype(np.int32)
             if voxels.dtype == np.int32 and not _fits(hu, np.int32):
