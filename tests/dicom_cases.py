@@ -89,6 +89,72 @@ def write_ct(
     return hu
 
 
+def write_enhanced_ct(
+    folder: Path,
+    hu: np.ndarray | None = None,
+    *,
+    spacing: tuple[float, float] = (0.7, 0.9),
+    step: float = 2.5,
+    orientation: Sequence[float] = (1, 0, 0, 0, 1, 0),
+    edit: Callable[[Any], None] | None = None,
+    compress: str | None = None,
+) -> np.ndarray:
+    """Write the series of :func:`write_ct` as one multi-frame file, its frames from the last slice to the first.
+
+    Args:
+        folder, hu, spacing, step, orientation, compress: as there.
+        edit: changes the dataset before it is written.
+
+    Returns:
+        ``hu``.
+    """
+    from pydicom.dataset import Dataset
+
+    headers: list[Any] = []
+    hu = write_ct(
+        folder,
+        hu,
+        spacing=spacing,
+        step=step,
+        orientation=orientation,
+        edit=lambda one, _: headers.append(one),
+    )
+    for path in files(folder):
+        path.unlink()
+
+    def group(*keywords: str, of: Any) -> list[Any]:
+        item = Dataset()
+        for keyword in keywords:
+            item[keyword] = of[keyword]
+        return [item]
+
+    whole, shared = headers[0], Dataset()
+    shared.PixelMeasuresSequence = group("PixelSpacing", "SliceThickness", of=whole)
+    shared.PlaneOrientationSequence = group("ImageOrientationPatient", of=whole)
+    shared.PixelValueTransformationSequence = group("RescaleSlope", "RescaleIntercept", of=whole)
+    frames = []
+    for header in reversed(headers):
+        frames.append(Dataset())
+        frames[-1].PlanePositionSequence = group("ImagePositionPatient", of=header)
+    whole.PixelData = b"".join(header.PixelData for header in reversed(headers))
+    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [shared], frames
+    whole.NumberOfFrames = len(frames)
+    whole.SOPClassUID = whole.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    for keyword in (
+        *shared.PixelMeasuresSequence[0].dir(),
+        "ImageOrientationPatient",
+        "ImagePositionPatient",
+    ):
+        delattr(whole, keyword)
+    del whole.RescaleSlope, whole.RescaleIntercept
+    if compress is not None:
+        whole.compress(compress)
+    if edit is not None:
+        edit(whole)
+    whole.save_as(folder / "enhanced.dcm", enforce_file_format=True)
+    return hu
+
+
 def change(slice_index: int | None = None, **values: Any) -> Callable[[Any, int], None]:
     """An edit that sets attributes of one slice, or of all; None removes the attribute."""
 
@@ -101,6 +167,39 @@ def change(slice_index: int | None = None, **values: Any) -> Callable[[Any, int]
                     setattr(dataset, keyword, value)
 
     return edit
+
+
+def lossless_jpeg(syntax: str) -> Callable[[Any, int], None]:
+    """An edit that encodes the pixels as lossless JPEG (ITU T.81, process 14, first-order prediction from the left)."""
+
+    def edit(dataset: Any, k: int) -> None:
+        from pydicom.encaps import encapsulate
+
+        pixels = np.frombuffer(dataset.PixelData, "<u2").reshape(dataset.Rows, dataset.Columns)
+        dataset.PixelData = encapsulate([_lossless_jpeg(pixels)])
+        dataset["PixelData"].VR = "OB"
+        dataset.file_meta.TransferSyntaxUID = syntax
+
+    return edit
+
+
+def _lossless_jpeg(pixels: np.ndarray) -> bytes:
+    rows, columns = pixels.shape
+    predicted = np.empty(pixels.shape, np.int64)
+    predicted[:, 1:], predicted[1:, 0], predicted[0, 0] = pixels[:, :-1], pixels[:-1, 0], 1 << 15
+    bits = ""
+    for difference in ((pixels.astype(np.int64) - predicted + 32767) % 65536 - 32767).ravel().tolist():
+        size = abs(difference).bit_length()
+        bits += f"{size:05b}"  # a Huffman table of codes that are all five bits long
+        if 0 < size < 17 and difference != 32768:
+            bits += f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}"
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    frame = bytes((16, *divmod(rows, 256), *divmod(columns, 256), 1, 1, 0x11, 0))
+    table = bytes((0, *([0] * 4), 17, *([0] * 11), *range(17)))
+    segments = ((0xC3, frame), (0xC4, table), (0xDA, bytes((1, 1, 0, 1, 0, 0))))
+    head = b"".join(bytes((0xFF, kind, *divmod(len(body) + 2, 256))) + body for kind, body in segments)
+    return b"\xff\xd8" + head + coded + b"\xff\xd9"
 
 
 def files(folder: Path) -> list[Path]:

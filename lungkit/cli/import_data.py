@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
-SRC is looked through at any depth (PATIENT/STUDY/SERIES) for CT series and for the RTSTRUCT and SEG objects made on
-them. DATASET gets imagesTr/, labelsTr/ and dataset.json (nnU-Net raw) with cases p001-ct1, p002-ct1, ...: no name, no
-date, no UID. lungkit-train keeps the cases of a patient in one fold.
+SRC, a folder or a zip, is looked through at any depth (PATIENT/STUDY/SERIES) for CT series and for the RTSTRUCT and SEG
+objects made on them. DATASET gets imagesTr/, labelsTr/ and dataset.json (nnU-Net raw) with cases p001-ct1 and so on:
+no name, no date, no UID. lungkit-train keeps the cases of a patient in one fold.
 Examples:
   lungkit-import dicom archive/ -o DATASET --roi 'GTV.*=tumour'
   lungkit-import dicom archive/ -o DATASET --roi 'GTV.*=tumour' --roi 'lung.*=lung' --masks rtstruct
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = dicom.add_argument
-    add("source", type=Path, metavar="SRC", help="folder of DICOM files, at any depth")
+    add("source", type=Path, metavar="SRC", help="folder of DICOM files, at any depth, or a .zip")
     add("-o", "--output", type=Path, required=True, metavar="DATASET", help="new folder for the dataset")
     add(
         "--roi",
@@ -91,18 +91,20 @@ def _import_dicom(options: argparse.Namespace) -> int:
     from lungkit._atomic import write_text_atomic
     from lungkit.data.dicom.import_dataset import import_dicom
     from lungkit.data.dicom.read_label import StructureRule
+    from lungkit.data.zip_archive import unpacked
 
     if options.report is not None and options.report.exists():
         raise UsageError(f"--report {options.report} exists; name a new file")
-    result = import_dicom(
-        options.source,
-        options.output,
-        rules=[StructureRule.parse(text) for text in options.roi],
-        kinds=options.masks,
-        unite=options.unite,
-        name_patients=options.patient_ids,
-        max_voxels=options.max_voxels,
-    )
+    with unpacked(options.source) as source:
+        result = import_dicom(
+            source,
+            options.output,
+            rules=[StructureRule.parse(text) for text in options.roi],
+            kinds=options.masks,
+            unite=options.unite,
+            name_patients=options.patient_ids,
+            max_voxels=options.max_voxels,
+        )
     for what, count in sorted(result.others.items()):
         _LOG.info("passed over: %d %s", count, what)
     for path, reason in result.unlabelled.items():

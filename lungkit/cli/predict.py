@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["merge"]:
         return run_command(lambda: _merge(given[1:]))
-    return run_command(lambda: _run(_parser().parse_args(given)))
+    return run_command(lambda: _run_on(_parser().parse_args(given)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="IN",
-        help="a scan (.nii, .nii.gz), a folder of scans, a DICOM series folder, or a folder of series folders",
+        help="a scan (.nii, .nii.gz), a folder of scans, DICOM series at any depth of a folder, or a .zip of these",
     )
     add(
         "-o",
@@ -149,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return parser
+
+
+def _run_on(options: argparse.Namespace) -> int:
+    from lungkit.data.zip_archive import unpacked
+
+    with unpacked(options.input) as options.input:
+        return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:

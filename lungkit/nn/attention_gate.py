@@ -20,6 +20,8 @@ _NORMS: dict[str, dict[int, Any]] = {
     "instance": {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
 }
 
+SIGNALS = ("local", "global", "both")
+
 Implementation = Literal["auto", "reference"]
 _Gate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _IMPLEMENTATIONS: dict[str, _Gate] = {"auto": attention_gate, "reference": reference}
@@ -45,6 +47,9 @@ class AttentionGate(nn.Module):
             "concat" concatenates the gated features of the heads and projects them back to Cx.
         output_norm: "batch" or "instance" adds the output projection of Oktay's grid gate, a 1x1 convolution
             followed by that norm; None leaves the gated features as they are.
+        signal: "local" is g as above; "global" pools g over the whole patch first, one vector an image, so that each
+            voxel of x is weighed against what the patch holds, at next to no cost; "both" sums the two,
+            :math:`W_g g + W_c \overline{g} + b`.
         implementation: "auto" takes the fused op where it is available, "reference" plain PyTorch.
 
     Shapes:
@@ -55,7 +60,8 @@ class AttentionGate(nn.Module):
         UsageError: an argument that is out of range, or tensors that do not fit together.
 
     Source: Oktay et al., "Attention U-Net: Learning Where to Look for the Pancreas", 2018;
-    several heads as in Schlemper et al., "Attention gated networks", 2019.
+    several heads as in Schlemper et al., "Attention gated networks", 2019; a global vector as the signal as in
+    Jetley et al., "Learn to Pay Attention", ICLR 2018.
 
     Example:
         >>> import torch
@@ -76,11 +82,14 @@ class AttentionGate(nn.Module):
         heads: int = 1,
         combine: Literal["mean", "concat"] = "mean",
         output_norm: Literal["batch", "instance"] | None = None,
+        signal: Literal["local", "global", "both"] = "local",
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
         if dims not in CONVOLUTIONS:
             raise UsageError(f"dims must be 2 or 3, got {dims}")
+        if signal not in SIGNALS:
+            raise UsageError(f"signal must be one of {', '.join(map(repr, SIGNALS))}, got {signal!r}")
         if heads < 1:
             raise UsageError(f"heads must be at least 1, got {heads}")
         if combine not in ("mean", "concat"):
@@ -91,11 +100,15 @@ class AttentionGate(nn.Module):
         inner = max(1, x_channels // 2) if inter_channels is None else inter_channels
         self.heads = heads
         self.combine = combine
+        self.signal = signal
         self.implementation = implementation
         self._gate = _select(implementation)
         # Heads lie side by side along the channels: one convolution serves g for all of them.
         self.W_x = convolution(x_channels, heads * inner, kernel_size=1, bias=False)
         self.W_g = convolution(g_channels, heads * inner, kernel_size=1)
+        self.W_c = (
+            convolution(g_channels, heads * inner, kernel_size=1, bias=False) if signal == "both" else None
+        )
         self.psi = convolution(heads * inner, heads, kernel_size=1, groups=heads)
         concatenated = heads > 1 and combine == "concat"
         layers: list[nn.Module] = []
@@ -108,7 +121,7 @@ class AttentionGate(nn.Module):
     def forward(
         self, x: Tensor, g: Tensor, *, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        phi = self.W_g(g).chunk(self.heads, dim=1)
+        phi = self._projected_signal(g).chunk(self.heads, dim=1)
         w_x = self.W_x.weight.flatten(1).chunk(self.heads)
         w_psi = self.psi.weight.flatten(1)
         b_psi = self.psi.bias.split(1)
@@ -123,6 +136,12 @@ class AttentionGate(nn.Module):
             out = torch.stack(gated).mean(0)
         out = self.output(out)
         return (out, torch.cat(maps, dim=1)) if return_attention else out
+
+    def _projected_signal(self, g: Tensor) -> Tensor:
+        if self.signal == "local":
+            return self.W_g(g)
+        pooled = g.mean(tuple(range(2, g.dim())), keepdim=True)
+        return self.W_g(pooled) if self.W_c is None else self.W_g(g) + self.W_c(pooled)
 
 
 class MonaiAttentionGate(nn.Module):

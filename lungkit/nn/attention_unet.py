@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lungkit.nn import _options
-from lungkit.nn.attention_gate import AttentionGate
+from lungkit.nn.attention_gate import SIGNALS, AttentionGate
 from lungkit.nn.blocks import initialise, seeded
 from lungkit.nn.unet import UNet
 
@@ -37,6 +37,7 @@ class AttentionUNet(UNet):
         gate_heads: attention maps per gate.
         gate_combine: how several heads become one: "mean" or "concat".
         gate_output_norm: "batch" or "instance" adds the output projection of the paper's grid gate; None does not.
+        gate_signal: "local" as above, "global" (g pooled over the whole patch) or "both", see :class:`AttentionGate`.
         gate: "auto" computes the gates by the fused op where it is available, "reference" in plain PyTorch.
         seed: as in :class:`UNet`; the weights that both networks have are then equal too.
         **options: the further options of :class:`UNet`.
@@ -73,6 +74,7 @@ class AttentionUNet(UNet):
         gate_heads: int = 1,
         gate_combine: Literal["mean", "concat"] = "mean",
         gate_output_norm: Literal["batch", "instance"] | None = None,
+        gate_signal: Literal["local", "global", "both"] = "local",
         gate: Literal["auto", "reference"] = "auto",
         seed: int | None = None,
         **options: Any,
@@ -88,6 +90,7 @@ class AttentionUNet(UNet):
             "output_norm": _options.check_choice(
                 "gate_output_norm", gate_output_norm, (None, "batch", "instance")
             ),
+            "signal": _options.check_choice("gate_signal", gate_signal, SIGNALS),
             "implementation": _options.check_choice("gate", gate, ("auto", "reference")),
         }
         self._first_gate = 0 if gate_finest else 1

@@ -17,7 +17,7 @@ from lungkit.nn.convolution import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lungkit.nn.norms import GroupNorm, make_norm
 
 _DROPOUTS: dict[int, Any] = {2: nn.Dropout2d, 3: nn.Dropout3d}
-_AVERAGE_POOLS: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+AVERAGE_POOLS: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 UPSAMPLINGS = ("transposed", "interpolate")
@@ -104,11 +104,18 @@ class ConvUnit(nn.Sequential):
         super().__init__(layers)
 
     def forward(
-        self, input: Tensor, *, residual: Tensor | None = None, activation: nn.Module | None = None
+        self,
+        input: Tensor,
+        *,
+        beside: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: nn.Module | None = None,
     ) -> Tensor:
-        """``activation(norm(conv(input)) + residual)``, with the unit's own activation where it has one."""
+        """``activation(norm(conv(input) + beside) + residual)``, with the unit's own activation where it has one."""
         layers = dict(self.named_children())
-        return _finish(layers["conv"](input), layers.get("norm"), layers.get("act", activation), residual)
+        x = layers["conv"](input)
+        x = x if beside is None else x + beside
+        return _finish(x, layers.get("norm"), layers.get("act", activation), residual)
 
 
 def _finish(
@@ -198,15 +205,15 @@ class ConvBlock(nn.Module):
             self.shortcut = _shortcut(dims, in_channels, out_channels, stride, norm, groups)
         self.dropout = _DROPOUTS[dims](dropout) if dropout else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.shortcut is None:
-            out = self.units(x)
-        else:
-            *first, last = self.units
-            out = x
-            for unit in first:
-                out = unit(out)
-            out = last(out, residual=self.shortcut(x), activation=self.act)
+    def forward(self, x: Tensor, *, beside: Tensor | None = None) -> Tensor:
+        """Features of the level; ``beside`` is added to what the first convolution gives, before its norm."""
+        last = len(self.units) - 1
+        out = x
+        for index, unit in enumerate(self.units):
+            end: dict[str, Any] = {}
+            if self.shortcut is not None and index == last:
+                end = {"residual": self.shortcut(x), "activation": self.act}
+            out = unit(out, beside=beside if index == 0 else None, **end)
         return out if self.dropout is None else self.dropout(out)
 
 
@@ -215,7 +222,7 @@ def _shortcut(
 ) -> nn.Module:
     layers: list[nn.Module] = []
     if math.prod(stride) > 1:
-        layers.append(_AVERAGE_POOLS[dims](stride, stride))
+        layers.append(AVERAGE_POOLS[dims](stride, stride))
     if layers or in_channels != out_channels:
         one = (1,) * dims
         layers.append(

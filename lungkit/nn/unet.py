@@ -14,6 +14,8 @@ from lungkit.nn._grid import check_image, crop_to, pad_to_multiple, scales_of
 from lungkit.nn.blocks import ACTIVATIONS, UPSAMPLINGS, ConvBlock, Upsample, initialise, seeded
 from lungkit.nn.convolution import CONVOLUTIONS
 from lungkit.nn.norms import NORMS
+from lungkit.nn.pyramid import InputPyramid
+from lungkit.nn.recalibration import SpatialChannelSqueezeExcite
 
 Logits = Tensor | tuple[Tensor, ...]
 
@@ -39,8 +41,13 @@ class UNet(nn.Module):
         groups: groups of the group norm; divides every entry of ``features``.
         activation: "leaky_relu" (slope 0.01), "relu", "elu", "gelu" or "silu".
         residual: residual blocks in place of plain ones.
-        deep_supervision: in training return logits of every decoder level.
+        deep_supervision: in training return logits of every decoder level, each from features that the gated skip of
+            its level has entered where there are gates (as in Abraham and Khan, 2019).
         dropout: probability of dropping a channel at the end of each block, in training.
+        input_pyramid: every encoder level sees the image too, pooled to its grid; see
+            :class:`lungkit.nn.pyramid.InputPyramid` (Abraham and Khan, 2019).
+        decoder_scse: recalibrate the features of every decoder level by channel and by voxel; see
+            :class:`lungkit.nn.recalibration.SpatialChannelSqueezeExcite` (Roy et al., 2018).
         upsampling: "transposed" (convolution with kernel = stride) or "interpolate" (linear).
         padding: sizes that the product of the strides does not divide: "auto" repeats the last voxels up to the
             next multiple and crops the results back; "error" refuses them.
@@ -88,6 +95,8 @@ class UNet(nn.Module):
         residual: bool = False,
         deep_supervision: bool = False,
         dropout: float = 0.0,
+        input_pyramid: bool = False,
+        decoder_scse: bool = False,
         upsampling: Literal["transposed", "interpolate"] = "transposed",
         padding: Literal["auto", "error"] = "auto",
         seed: int | None = None,
@@ -133,6 +142,8 @@ class UNet(nn.Module):
             "convolutions": counts,
             **block,
             "deep_supervision": self.deep_supervision,
+            "input_pyramid": bool(input_pyramid),
+            "decoder_scse": bool(decoder_scse),
             "upsampling": upsampling,
             "padding": self.padding,
             "seed": seed,
@@ -176,6 +187,26 @@ class UNet(nn.Module):
                 CONVOLUTIONS[self.dims](self.features[level], self.out_channels, 1) for level in range(heads)
             )
             self.apply(initialise)
+        # Drawn apart from the rest: with one seed the weights that networks have in common are equal.
+        with seeded(None if seed is None else seed + 2):
+            self.pyramid: InputPyramid | None = None
+            if input_pyramid:
+                self.pyramid = InputPyramid(
+                    self.dims,
+                    self.in_channels,
+                    self.features,
+                    strides=self.strides,
+                    kernel_sizes=kernels,
+                    **{name: block[name] for name in ("norm", "groups", "activation")},
+                )
+                self.pyramid.apply(initialise)
+            self.recalibration: nn.ModuleList | None = None
+            if decoder_scse:
+                self.recalibration = nn.ModuleList(
+                    SpatialChannelSqueezeExcite(self.dims, self.features[level])
+                    for level in range(levels - 1)
+                )
+                self.recalibration.apply(initialise)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -188,9 +219,12 @@ class UNet(nn.Module):
         self._check_input(x)
         size = x.shape[2:]
         x = pad_to_multiple(x, self.scales[-1])
+        besides: list[Tensor | None] = [None] * len(self.encoder)
+        if self.pyramid is not None:
+            besides[1:] = self.pyramid(x)
         skips = []
-        for block in self.encoder:
-            x = block(x)
+        for block, beside in zip(self.encoder, besides, strict=True):
+            x = block(x, beside=beside)
             skips.append(x)
         deep = self.deep_supervision and self.training
         logits: list[Tensor] = []
@@ -199,6 +233,8 @@ class UNet(nn.Module):
             skip, alpha = self._gate(level, skips[level], x)
             # The upsampled features come first, as in nnU-Net.
             x = self.decoder[level](torch.cat((self.upsample[level](x), skip), dim=1))
+            if self.recalibration is not None:
+                x = self.recalibration[level](x)
             if level == 0 or deep:
                 logits.insert(0, crop_to(self.heads[level](x), size, self.scales[level]))
             if return_attention and alpha is not None:

@@ -13,6 +13,8 @@ from lungkit.data.preprocessing import WINDOW_PRESETS_HU
 from lungkit.errors import UsageError
 
 MODEL_NAMES = ("unet", "attention-unet")
+GATE_OPTIONS = ("gate_finest", "gate_heads", "gate_combine", "gate_output_norm", "gate_signal")
+"""Fields of :class:`ModelConfig` that networks without gates do not take."""
 
 
 @dataclass
@@ -68,6 +70,14 @@ class ModelConfig:
         residual: residual blocks.
         deep_supervision: train on the logits of every decoder level.
         dropout: probability of dropping a channel.
+        input_pyramid: every encoder level sees the image too, pooled to its grid (Abraham and Khan, 2019).
+        decoder_scse: recalibrate decoder features by channel and voxel (Roy et al., 2018).
+        gate_finest: gate the finest skip connection too.
+        gate_heads: attention maps per gate.
+        gate_combine: how several heads become one, "mean" or "concat".
+        gate_output_norm: "batch" or "instance" adds the output projection of the paper's grid gate; None does not.
+        gate_signal: what drives a gate: "local" the coarser decoder level, "global" its mean over the whole patch, or
+            "both".
         gate: "auto" uses the fused attention gate, "reference" plain PyTorch.
     """
 
@@ -79,6 +89,13 @@ class ModelConfig:
     residual: bool = False
     deep_supervision: bool = False
     dropout: float = 0.0
+    input_pyramid: bool = False
+    decoder_scse: bool = False
+    gate_finest: bool = True
+    gate_heads: int = 1
+    gate_combine: Literal["mean", "concat"] = "mean"
+    gate_output_norm: Literal["batch", "instance"] | None = None
+    gate_signal: Literal["local", "global", "both"] = "local"
     gate: Literal["auto", "reference"] = "auto"
 
 
@@ -214,6 +231,7 @@ class TrainConfig:
         _at_least("data.phantom_cases", self.data.phantom_cases, 10)
         _share("data.foreground_fraction", self.data.foreground_fraction)
         _share("model.dropout", self.model.dropout)
+        _check_gates(self.model)
         _share("optimiser.ema_decay", self.optimiser.ema_decay)
         for name in ("dice_weight", "ce_weight"):
             _at_least(f"loss.{name}", getattr(self.loss, name), 0)
@@ -251,6 +269,23 @@ class TrainConfig:
         _check_word("data.spacing_mm", self.data.spacing_mm, ("auto", "native"), "z, y and x in mm")
         if self.name is not None and (self.name in ("", ".", "..") or {"/", "\\", "\0"} & set(self.name)):
             raise UsageError(f"name is {self.name!r}; give the name of a folder, without a path")
+
+
+def _check_gates(model: ModelConfig) -> None:
+    _at_least("model.gate_heads", model.gate_heads, 1)
+    if model.name == "attention-unet":
+        if model.gate_heads == 1 and model.gate_combine != "mean":
+            raise UsageError(
+                f"model.gate_combine is {model.gate_combine!r}, but one head has nothing to combine; "
+                "raise model.gate_heads or leave it out"
+            )
+        return
+    for option in GATE_OPTIONS:
+        value = getattr(model, option)
+        if value != getattr(ModelConfig, option):
+            raise UsageError(
+                f"model.{option} is {value!r}, but a {model.name} has no gates; leave it out or choose attention-unet"
+            )
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -29,7 +29,7 @@ from lungkit.data import (
 from lungkit.data.cache_folder import default_cache_folder
 from lungkit.errors import CheckpointError, DataError, UsageError
 from lungkit.nn import build_model
-from lungkit.training.config import ModelConfig, TrainConfig
+from lungkit.training.config import GATE_OPTIONS, ModelConfig, TrainConfig
 
 _PHANTOM_SHAPE = (1, 128, 128)
 _PHANTOM_SEED = 0
@@ -383,5 +383,9 @@ def _model_options(model: ModelConfig, features: tuple[int, ...], strides: Any) 
         "residual": model.residual,
         "deep_supervision": model.deep_supervision,
         "dropout": model.dropout,
+        "input_pyramid": model.input_pyramid,
+        "decoder_scse": model.decoder_scse,
     }
-    return options | ({"gate": model.gate} if model.name == "attention-unet" else {})
+    if model.name == "attention-unet":
+        options |= {option: getattr(model, option) for option in (*GATE_OPTIONS, "gate")}
+    return options

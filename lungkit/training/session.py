@@ -222,7 +222,8 @@ class Session:
                 "not those that the run was started on; restore them, go on with the version that began the run "
                 f"({checkpoint.description.get('lungkit')}), or start a new run. Its checkpoints can be used to predict"
             )
-        saved, own = state.get("config") or {}, _options_that_shape_weights(self.config)
+        own = _options_that_shape_weights(self.config)
+        saved = _with_later_options(state.get("config") or {})
         changed = [name for name in sorted({*saved, *own}) if saved.get(name) != own.get(name)]
         if changed:
             raise CheckpointError(
@@ -259,6 +260,15 @@ def _options_that_shape_weights(config: TrainConfig) -> dict[str, Any]:
             part = part[group]
         del part[option]
     return content
+
+
+def _with_later_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the defaults of options that came after it: they do what was done before."""
+    merged = _options_that_shape_weights(TrainConfig()) if saved else {}
+    for name, value in saved.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = {**merged[name], **value} if both else value
+    return merged
 
 
 def augmenter_geometry(prepared: Prepared) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,17 @@ def test_what_is_passed_over_is_said_and_the_exit_code_tells(
     )
     assert main(["dicom", str(source), "-o", str(tmp_path / "again"), "--report", str(report)]) == 2
     assert not (tmp_path / "again").exists()
+
+
+def test_a_zip_from_an_archive_gives_the_same_dataset(source: Path, tmp_path: Path) -> None:
+    path = shutil.make_archive(str(tmp_path / "export"), "zip", source)
+    for given, name in ((path, "zipped"), (source, "folder")):
+        assert main(["dicom", str(given), "-o", str(tmp_path / name), "--roi", "GTV.*=tumour"]) == 0
+    found = [
+        {
+            file.relative_to(tmp_path / name): file.read_bytes()
+            for file in (tmp_path / name / "labelsTr").iterdir()
+        }
+        for name in ("zipped", "folder")
+    ]
+    assert len(found[0]) == 3 and found[0] == found[1]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
@@ -60,6 +61,22 @@ def test_heads_are_concatenated_and_projected_back(dims):
     torch.testing.assert_close(gate(x, g), gate.output[0](torch.cat(gated, dim=1)))
 
 
+@pytest.mark.parametrize("signal", ["global", "both"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_global_signal_is_the_mean_of_g(dims, signal):
+    x, g = inputs(dims)
+    gate = AttentionGate(dims, 6, 10, 4, heads=2, signal=signal)
+    pooled = g.mean(tuple(range(2, g.dim())), keepdim=True)
+    phi = gate.W_g(pooled) if signal == "global" else gate.W_g(g) + gate.W_c(pooled)
+    size = x.shape[2:]
+    mode = "bilinear" if dims == 2 else "trilinear"
+    up = F.interpolate(phi.expand(*phi.shape[:2], *g.shape[2:]), size, mode=mode, align_corners=False)
+    alpha = gate.psi(torch.relu(gate.W_x(x) + up)).sigmoid()
+    out, maps = gate(x, g, return_attention=True)
+    torch.testing.assert_close(maps, alpha)
+    torch.testing.assert_close(out, (x[:, None] * alpha[:, :, None]).mean(1))
+
+
 @pytest.mark.parametrize(("name", "norm"), [("batch", nn.BatchNorm2d), ("instance", nn.InstanceNorm2d)])
 def test_output_projection_is_a_convolution_and_its_norm(name, norm):
     """Oktay's grid gate: the gated features pass W, a 1x1 convolution with a norm."""
@@ -79,6 +96,7 @@ def test_output_projection_is_a_convolution_and_its_norm(name, norm):
         ({"heads": 0}, "heads must be at least 1, got 0"),
         ({"combine": "sum"}, "combine must be 'mean' or 'concat', got 'sum'"),
         ({"output_norm": "group"}, "output_norm must be one of .*got 'group'"),
+        ({"signal": "pooled"}, "signal must be one of 'local', 'global', 'both', got 'pooled'"),
         ({"implementation": "fast"}, "implementation must be one of .*got 'fast'"),
     ],
 )

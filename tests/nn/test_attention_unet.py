@@ -32,6 +32,8 @@ def image(dims: int = 2, size: tuple[int, ...] | None = None) -> torch.Tensor:
         {"gate_output_norm": "batch", "norm": "batch"},
         {"gate_heads": 2},
         {"gate_heads": 2, "gate_combine": "concat"},
+        {"gate_signal": "global", "input_pyramid": True, "residual": True},
+        {"gate_signal": "both", "decoder_scse": True, "input_pyramid": True, "norm": "group", "groups": 2},
         {"inter_channels": 3, "residual": True},
         {"gate_finest": False, "upsampling": "interpolate"},
     ],
@@ -148,6 +150,7 @@ def test_config_holds_the_options_of_the_gates():
         "gate_heads": 2,
         "gate_combine": "concat",
         "gate_output_norm": "instance",
+        "gate_signal": "both",
         "gate": "reference",
     }
     config = small(**options).config
@@ -173,6 +176,7 @@ def test_options_of_the_unet_are_known_by_name():
             {"gate_output_norm": "group"},
             "gate_output_norm must be one of None, 'batch', 'instance', got 'group'",
         ),
+        ({"gate_signal": "mean"}, "gate_signal must be one of 'local', 'global', 'both', got 'mean'"),
         ({"gate": "fused"}, "gate must be one of 'auto', 'reference', got 'fused'"),
         ({"norm": "layer"}, "norm must be one of"),
     ],

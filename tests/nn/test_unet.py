@@ -179,6 +179,39 @@ def test_compiles_whole_and_trains_to_the_same_gradients(name):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+EXTRAS: dict[str, Any] = {"input_pyramid": True, "decoder_scse": True}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_is_added_to_a_network_leaves_its_other_weights_as_they_were(dims):
+    plain, extended = small(dims).state_dict(), small(dims, **EXTRAS).state_dict()
+    assert plain.keys() < extended.keys()
+    assert all(torch.equal(value, extended[name]) for name, value in plain.items())
+    added = {name.partition(".")[0] for name in extended.keys() - plain.keys()}
+    assert added == {"pyramid", "recalibration"}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_is_added_to_a_network_works_in_half_precision_and_exported(dims):
+    network = build_model(
+        "attention-unet",
+        dims=dims,
+        features=(4, 8),
+        gate_signal="both",
+        deep_supervision=True,
+        seed=0,
+        **EXTRAS,
+    )
+    x = image(dims, size=(8, 10, 6)[:dims])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(x)
+    assert logits[0].dtype == torch.bfloat16
+    torch.testing.assert_close(logits[0].float(), network(x)[0], atol=0.2, rtol=0.1)
+    network.eval()
+    program = torch.export.export(network, (x,))
+    torch.testing.assert_close(program.module()(x), network(x))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_program_gives_the_same_logits(name):
     network = build_model(name, features=(4, 8), seed=0).eval()
@@ -237,6 +270,8 @@ def test_config_holds_every_option_that_was_given():
         "residual": True,
         "deep_supervision": True,
         "dropout": 0.1,
+        "input_pyramid": True,
+        "decoder_scse": True,
         "upsampling": "interpolate",
         "padding": "error",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -97,6 +98,18 @@ def test_a_folder_of_series_is_predicted_and_a_broken_one_named(tmp_path, model)
     assert [path.name for path in out.glob("*.nii.gz")] == ["second.nii.gz"]
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert {row["scan"]: row["status"] for row in rows} == {"first": "failed", "second": "ok"}
+
+
+def test_a_zip_of_nested_series_is_predicted_and_known_again(tmp_path, model, caplog):
+    for name in ("p1/study/ct", "p2/study/thin"):
+        write_ct(tmp_path / "all" / name)
+    path = shutil.make_archive(str(tmp_path / "export"), "zip", tmp_path / "all")
+    for _ in range(2):
+        assert predict("-i", path, "-o", tmp_path / "out", "--model", model) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == ["ct.nii.gz", "thin.nii.gz"]
+    assert "0 predicted" in caplog.text and "2 done before" in caplog.text
+    (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04 no zip")
+    assert predict("-i", tmp_path / "bad.zip", "-o", tmp_path / "other", "--model", model) == 3
 
 
 def test_several_series_need_a_name(tmp_path, model, capsys):

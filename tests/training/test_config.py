@@ -45,6 +45,9 @@ def test_without_arguments_the_defaults_hold():
         (["--optimiser.learning_rate", "1e-3"], lambda c: c.optimiser.learning_rate, 1e-3),
         (["--optimiser.clip_norm", "null"], lambda c: c.optimiser.clip_norm, None),
         (["--loss.dice_weight", "0"], lambda c: c.loss.dice_weight, 0),
+        (["--model.input_pyramid"], lambda c: c.model.input_pyramid, True),
+        (["--model.gate_output_norm", "batch"], lambda c: c.model.gate_output_norm, "batch"),
+        (["--model.gate_signal", "both"], lambda c: c.model.gate_signal, "both"),
         (["--engine.compile"], lambda c: c.engine.compile, True),
         (["--engine.channels_last", "false"], lambda c: c.engine.channels_last, False),
         (["--augment.noise_std", "0", "0.3"], lambda c: c.augment.noise_std, (0.0, 0.3)),
@@ -332,3 +335,17 @@ def test_a_configuration_needs_no_engine():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "unet", "gate_heads": 2}, r"model\.gate_heads is 2, but a unet has no gates"),
+        ({"name": "unet", "gate_signal": "both"}, r"model\.gate_signal is 'both', .* choose attention-unet"),
+        ({"gate_combine": "concat"}, r"model\.gate_combine is 'concat', but one head has nothing to combine"),
+        ({"gate_heads": 0}, r"model\.gate_heads is 0; give at least 1"),
+    ],
+)
+def test_options_of_gates_that_do_nothing_are_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        TrainConfig(model=ModelConfig(**options)).validate()

@@ -15,7 +15,7 @@ from lungkit.checkpoint import save_checkpoint
 from lungkit.data import AugmentConfig, Preprocessing, read_volume, write_nifti
 from lungkit.errors import CheckpointError, DataError, Interrupted, ResourceError
 from lungkit.nn import build_model
-from lungkit.training import Trainer, load_checkpoint
+from lungkit.training import Trainer, load_checkpoint, session
 from lungkit.training.session import Session
 
 
@@ -245,6 +245,21 @@ def test_a_checkpoint_of_another_configuration_is_refused(tiny, tmp_path):
     path.write_text(path.read_text().replace("seed: 0", "seed: 5"))
     with pytest.raises(CheckpointError, match="another configuration"):
         Trainer.from_run(tmp_path / "runs" / "run").fit()
+
+
+def test_a_run_begun_before_an_option_existed_goes_on(tiny, monkeypatch):
+    options_of = session._options_that_shape_weights
+
+    def of_an_older_version(config):
+        content = options_of(config)
+        del content["model"]["input_pyramid"], content["patience"]
+        return content
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "_options_that_shape_weights", of_an_older_version)
+        with pytest.raises(Interrupted):
+            stop_after(1)(tiny(epochs=2)).fit()
+    assert Trainer.from_run(Path(tiny().runs) / "run").fit().epochs == 2
 
 
 def test_a_checkpoint_of_another_network_is_refused(tiny, tmp_path):

@@ -18,6 +18,7 @@ from pictures import has_colour
 from torch import Tensor
 
 from lungkit.data import AugmentConfig
+from lungkit.errors import Interrupted
 from lungkit.nn import build_model
 from lungkit.training import Checkpoint, TrainConfig, Trainer, TrainResult, load_checkpoint
 from lungkit.training.session import Session
@@ -209,6 +210,33 @@ def test_deep_supervision_trains_every_level(tiny: Tiny) -> None:
     heads = [name for name in start if name.startswith("heads.") and name.endswith("weight")]
     assert len(heads) == 2
     assert all(not torch.equal(checkpoint.weights[name], start[name]) for name in heads)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"input_pyramid": True, "deep_supervision": True},
+        {"decoder_scse": True, "gate_signal": "global"},
+        {"gate_signal": "both", "gate_heads": 2, "gate_combine": "concat", "gate_output_norm": "instance"},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_parts_of_the_network_train_and_a_run_of_them_is_continued_bit_for_bit(
+    tiny: Tiny, options: dict[str, Any]
+) -> None:
+    model = {f"model__{name}": value for name, value in options.items()}
+    result, whole = train(tiny(epochs=2, name="whole", **model))
+    assert 0 <= result.best_dice <= 1
+    built = whole.description["model"]
+    assert isinstance(built, dict)
+    assert {name: built[name] for name in options} == options
+    trainer = Trainer(tiny(epochs=2, name="parts", **model), on_epoch_end=lambda row: trainer.stop())
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    parts = result.run_folder.parent / "parts"
+    Trainer.from_run(parts).fit()
+    resumed = load_checkpoint(parts / "checkpoints" / "last")
+    assert all(torch.equal(value, whole.weights[name]) for name, value in resumed.weights.items())
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -130,7 +130,7 @@ def source_header(scan: DicomScan) -> Any:
     """
     from pydicom.valuerep import DA, TM
 
-    header = scan.headers[0].copy()
+    header = (scan.headers[0] if scan.multiframe is None else scan.multiframe).copy()
     with quiet:
         for keyword in ("PatientName", "PatientID", "StudyID", "AccessionNumber", "ReferringPhysicianName"):
             if header.get(keyword) is None:

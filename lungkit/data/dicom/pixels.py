@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,13 @@ from lungkit.errors import DataError, UsageError
 
 AIR_HU = -1024
 """What padding becomes: as dark as 12-bit CT can store."""
+
+# Packages whose decoders pydicom finds, by a part of the transfer syntax's name; the more special names come first.
+_DECODERS = {
+    "JPEG-LS": "pyjpegls",
+    "JPEG 2000": "pylibjpeg and pylibjpeg-openjpeg",
+    "JPEG": "pylibjpeg and pylibjpeg-libjpeg",
+}
 
 # Padding this dark is air already; real air may have the same value and must keep it.
 _DARK_HU = -900
@@ -31,7 +40,33 @@ def read_slice(path: Path, header: Any) -> np.ndarray:
         DataError: no decoder for the compression, pixels missing, truncated or damaged, or another object
             than ``header`` describes.
     """
-    raw = _read_raw(path, header)
+    return _to_hu(_read_raw(path, header), header, path)
+
+
+def read_frames(path: Path, headers: Sequence[Any]) -> Iterator[np.ndarray]:
+    """As :func:`read_slice`, for the frames of a multi-frame file, one at a time.
+
+    Args:
+        path: of the file.
+        headers: of frames, see :func:`lungkit.data.dicom.enhanced.split_frames`, in the order to read them.
+
+    Raises:
+        DataError: as :func:`read_slice`.
+    """
+    syntax = read_dataset(path, pixels=False).file_meta.get("TransferSyntaxUID")
+    if syntax is not None and syntax.is_encapsulated:
+        _require_decoder(syntax, path)
+    frames = require("pydicom.pixels").iter_pixels(
+        path, indices=[int(header.InstanceNumber) - 1 for header in headers]
+    )
+    for header in headers:
+        with _decoding_pixels(path, syntax):
+            raw = np.asarray(next(frames))
+        _check_shape(raw, header, path)
+        yield _to_hu(raw, header, path)
+
+
+def _to_hu(raw: np.ndarray, header: Any, path: Path) -> np.ndarray:
     stored = _stored_bits(raw, int(header.BitsStored))
     slope, intercept = rescale_of(header)
     if is_whole(slope, intercept):
@@ -109,17 +144,26 @@ def _read_raw(path: Path, header: Any) -> np.ndarray:
     ):  # pydicom gives up on the whole object where compressed pixels end early
         raise DataError(f"{path.name}: truncated within the pixels; export or copy it again")
     syntax = dataset.file_meta.get("TransferSyntaxUID")
+    with _decoding_pixels(path, syntax):
+        if dataset.SOPInstanceUID != header.SOPInstanceUID:
+            raise DataError(f"{path.name}: changed while the series was read; read it again")
+        if "PixelData" not in dataset:
+            raise DataError(f"{path.name}: no pixel data; the file is truncated: export or copy it again")
+        if syntax is not None and syntax.is_encapsulated:
+            _require_decoder(syntax, path)
+        else:
+            _check_length(dataset, path)
+        stored = np.asarray(dataset.pixel_array)
+    _check_shape(stored, header, path)
+    return stored
+
+
+@contextlib.contextmanager
+def _decoding_pixels(path: Path, syntax: Any) -> Iterator[None]:
+    """Turn whatever a decoder raises into a DataError that names the file."""
     try:
         with quiet:
-            if dataset.SOPInstanceUID != header.SOPInstanceUID:
-                raise DataError(f"{path.name}: changed while the series was read; read it again")
-            if "PixelData" not in dataset:
-                raise DataError(f"{path.name}: no pixel data; the file is truncated: export or copy it again")
-            if syntax is not None and syntax.is_encapsulated:
-                _require_decoder(syntax, path)
-            else:
-                _check_length(dataset, path)
-            stored = np.asarray(dataset.pixel_array)
+            yield
     except (DataError, UsageError, MemoryError):
         raise
     except Exception as error:  # each decoder has its own kinds
@@ -128,12 +172,14 @@ def _read_raw(path: Path, header: Any) -> np.ndarray:
             f"{path.name}: the pixels cannot be decoded ({type(error).__name__}, transfer syntax {how}); the file is "
             "truncated or damaged: export or copy it again"
         ) from None
+
+
+def _check_shape(stored: np.ndarray, header: Any, path: Path) -> None:
     if stored.shape != (header.Rows, header.Columns) or stored.dtype.kind not in "iu":
         raise DataError(
             f"{path.name}: pixels of shape {stored.shape} and type {stored.dtype}, expected integers "
             f"({header.Rows}, {header.Columns})"
         )
-    return stored
 
 
 def _require_decoder(syntax: Any, path: Path) -> None:
@@ -143,9 +189,17 @@ def _require_decoder(syntax: Any, path: Path) -> None:
         available = False
     if not available:
         raise DataError(
-            f"{path.name}: compressed as {syntax.name}, for which no decoder is installed; decompress the files first "
-            "(gdcmconv --raw, dcmdjpeg), or pip install python-gdcm or pylibjpeg with its plugins"
+            f"{path.name}: compressed as {syntax.name}, for which no decoder is installed: {_decoder_of(syntax)}, or "
+            "decompress the files first (gdcmconv --raw, dcmdjpeg)"
         )
+
+
+def _decoder_of(syntax: Any) -> str:
+    """What to install for a transfer syntax."""
+    for family, packages in _DECODERS.items():
+        if family in syntax.name:
+            return f"pip install 'lungkit[dicom]', which has {packages}"
+    return "pydicom knows of none"
 
 
 def _check_length(dataset: Any, path: Path) -> None:

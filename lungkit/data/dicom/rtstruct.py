@@ -243,7 +243,7 @@ def _structure_set(pydicom: Any, scan: DicomScan, description: str, series_numbe
     dataset.InstanceNumber, dataset.ApprovalStatus = 1, "UNAPPROVED"
     series = make()
     series.SeriesInstanceUID = scan.series.uid
-    series.ContourImageSequence = [_image_reference(make, header) for header in scan.headers]
+    series.ContourImageSequence = [_image_reference(make, scan, header) for header in scan.headers]
     study = make()
     study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_MANAGEMENT, source.StudyInstanceUID
     study.RTReferencedSeriesSequence = [series]
@@ -275,7 +275,7 @@ def _add_structure(
         header = scan.headers[index]
         for polygon in trace_polygons(inside[:, :, index].T):
             contour = make()
-            contour.ContourImageSequence = [_image_reference(make, header)]
+            contour.ContourImageSequence = [_image_reference(make, scan, header)]
             contour.ContourGeometricType = "CLOSED_PLANAR"
             contour.NumberOfContourPoints = len(polygon)
             contour.ContourNumber = len(contours) + 1
@@ -301,10 +301,12 @@ def _contour_data(polygon: np.ndarray, header: Any, affine: np.ndarray) -> Any:
     )
 
 
-def _image_reference(make: Any, header: Any) -> Any:
+def _image_reference(make: Any, scan: DicomScan, header: Any) -> Any:
     reference = make()
     reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = (
         header.SOPClassUID,
         header.SOPInstanceUID,
     )
+    if scan.multiframe is not None:
+        reference.ReferencedFrameNumber = header.InstanceNumber
     return reference

@@ -72,12 +72,16 @@ def write_dicom_seg(
     numbers = np.zeros(1 + max(labels.values()), np.uint8)
     for number, name in enumerate(names, start=1):
         numbers[labels[name]] = number
+    sources, planes = [source_header(scan), *scan.headers[1:]], mask.T
+    if scan.multiframe is not None:  # one source, and its frames in the order of the file
+        sources = sources[:1]
+        planes = planes[np.argsort([int(header.InstanceNumber) for header in scan.headers])]
     identification = {"name": algorithm[:64], "version": version or lungkit.__version__}
     try:
         with quiet:
             segmentation = hd.seg.Segmentation(
-                source_images=[source_header(scan), *scan.headers[1:]],
-                pixel_array=numbers[mask.T],
+                source_images=sources,
+                pixel_array=numbers[planes],
                 segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
                 segment_descriptions=[
                     _describe(hd, number, name, identification) for number, name in enumerate(names, start=1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lungkit.data.dicom.enhanced import add_functional_groups, is_enhanced, split_frames
 from lungkit.data.dicom.files import (
     CT_IMAGE,
     ENHANCED_CT,
@@ -19,7 +20,7 @@ from lungkit.data.dicom.files import (
     read_header,
     read_headers,
 )
-from lungkit.data.dicom.pixels import is_whole, read_slice, rescale_of
+from lungkit.data.dicom.pixels import is_whole, read_frames, read_slice, rescale_of
 from lungkit.data.dicom.slices import plan_slices
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume
 from lungkit.errors import DataError, ResourceError, shorten
@@ -59,12 +60,14 @@ class DicomScan:
     ``volume.array`` is (X, Y, Z) in HU: x along the columns, y along the rows, z along the slices in ascending
     order of their normal, so that slice ``array[:, :, k].T`` is the image of ``headers[k]``. ``volume.affine``
     is in RAS+ mm and ``volume.path`` the folder. ``headers`` are pydicom datasets without pixels, one a slice:
-    what a segmentation or a structure set needs to refer to its source.
+    what a segmentation or a structure set needs to refer to its source. Where the series is one multi-frame file,
+    ``multiframe`` is its header, and those in ``headers`` are of its frames, with their numbers as InstanceNumber.
     """
 
     volume: Volume
     series: SeriesInfo
     headers: tuple[Any, ...] = field(repr=False)  # a scan that is logged must not tell the patient's name
+    multiframe: Any = field(default=None, repr=False)
 
 
 def find_series(folder: str | os.PathLike[str]) -> list[SeriesInfo]:
@@ -91,10 +94,10 @@ def read_series(
     which the affine carries; a larger gantry tilt is refused, because measurements take voxels for boxes.
 
     RTSTRUCT, SEG and other objects that are not images are passed over, and so are localizers and series that
-    are not CT. Enhanced (multi-frame) CT is refused.
+    are not CT. Enhanced CT, where all slices are frames of one file, is read like the files of single slices.
 
     Args:
-        folder: that holds the slices, one file each.
+        folder: that holds the slices, one file each, or all in one.
         series: which one where there are several: its number in the list of :func:`find_series` from 1, its
             series instance UID, or the beginning of that.
         max_voxels: refuse a larger series; checked before memory is allocated.
@@ -123,11 +126,22 @@ def read_found_series(info: SeriesInfo, *, max_voxels: int = DEFAULT_MAX_VOXELS)
 
 def _read(folder: Path, info: SeriesInfo, headers: list[Any], max_voxels: int) -> DicomScan:
     names = [path.name for path in info.files]
-    if len(headers) * info.size[0] * info.size[1] > max_voxels:
+    paths, multiframe = list(info.files), None
+    if info.slices * info.size[0] * info.size[1] > max_voxels:
         raise DataError(
-            f"{folder.name}: {info.size[0]} x {info.size[1]} x {len(headers)} voxels, more than max_voxels = "
+            f"{folder.name}: {info.size[0]} x {info.size[1]} x {info.slices} voxels, more than max_voxels = "
             f"{max_voxels}; raise max_voxels"
         )
+    if any(map(is_enhanced, headers)):
+        if len(headers) > 1:
+            raise DataError(
+                f"{folder.name}: {len(headers)} files, some of them multi-frame, in one series, expected all slices in "
+                f"one file; convert {names[0]} and the others to single frames (dcm4che emf2sf)"
+            )
+        multiframe = add_functional_groups(paths[0], headers[0])
+        headers = split_frames(paths[0], multiframe)
+        names = [f"{names[0]}, frame {header.InstanceNumber}" for header in headers]
+        paths *= len(headers)
     _check_images(headers, names)
     grid = plan_slices(headers, names)
     lossy = [
@@ -140,7 +154,7 @@ def _read(folder: Path, info: SeriesInfo, headers: list[Any], max_voxels: int) -
         notes.append("compressed with loss, so values are not exactly those measured")
         _LOG.warning("%s: %s", shorten(lossy), notes[-1])
     headers = [headers[index] for index in grid.order]
-    paths = [info.files[index] for index in grid.order]
+    paths = [paths[index] for index in grid.order]
     array = _read_voxels(paths, headers)
     brightest = float(array.max())
     if brightest > _BRIGHTEST_HU:
@@ -149,7 +163,8 @@ def _read(folder: Path, info: SeriesInfo, headers: list[Any], max_voxels: int) -
             "signed values declared unsigned (PixelRepresentation)"
         )
         _LOG.warning("%s: %s", folder.name, notes[-1])
-    return DicomScan(Volume(array, grid.affine, folder, notes=tuple(notes)), info, tuple(headers))
+    volume = Volume(array, grid.affine, folder, notes=tuple(notes))
+    return DicomScan(volume, info, tuple(headers), multiframe)
 
 
 def group_series(headers: Sequence[tuple[Path, Any]]) -> list[tuple[SeriesInfo, list[Any]]]:
@@ -237,12 +252,7 @@ def _check_images(headers: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def _check_image(header: Any, name: str) -> None:
-    if header.SOPClassUID in ENHANCED_CT:
-        raise DataError(
-            f"{name}: {header.SOPClassUID.name} (multi-frame) is not supported; convert it to single frames "
-            "(dcm4che emf2sf) or to NIfTI (dcm2niix)"
-        )
-    if header.SOPClassUID != CT_IMAGE or header.get("Modality") != "CT":
+    if header.SOPClassUID not in (CT_IMAGE, *ENHANCED_CT) or header.get("Modality") != "CT":
         raise DataError(f"{name}: {header.SOPClassUID.name} among CT slices; move it out of the folder")
     for keyword in _NEEDED:
         try:
@@ -279,8 +289,9 @@ def _read_voxels(paths: Sequence[Path], headers: Sequence[Any]) -> np.ndarray:
     shape = (len(paths), int(headers[0].Rows), int(headers[0].Columns))
     try:
         voxels = np.empty(shape, np.int16 if whole else np.float32)
+        frames = read_frames(paths[0], headers) if is_enhanced(headers[0]) else None
         for index, (path, header) in enumerate(zip(paths, headers, strict=True)):
-            hu = read_slice(path, header)
+            hu = read_slice(path, header) if frames is None else next(frames)
             if voxels.dtype == np.int16 and not _fits(hu, np.int16):
                 voxels = voxels.astype(np.int32)
             if voxels.dtype == np.int32 and not _fits(hu, np.int32):

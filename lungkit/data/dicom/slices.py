@@ -117,7 +117,7 @@ def _refuse_duplicates(heights: np.ndarray, names: list[str], headers: list[Any]
     if not twice.size:
         return
     pairs = shorten((f"{names[i]} and {names[i + 1]} at {heights[i]:.3f} mm" for i in twice), limit=3)
-    if all(headers[i].SOPInstanceUID == headers[i + 1].SOPInstanceUID for i in twice):
+    if all(_identity(headers[i]) == _identity(headers[i + 1]) for i in twice):
         raise DataError(f"the same slice is there more than once: {pairs}; remove the copies")
     acquisitions = {str(header.get("AcquisitionNumber")) for header in headers}
     several = f" (acquisitions {', '.join(sorted(acquisitions))})" if len(acquisitions) > 1 else ""
@@ -125,6 +125,11 @@ def _refuse_duplicates(heights: np.ndarray, names: list[str], headers: list[Any]
         f"two slices at one position: {pairs}; the series holds several phases or reconstructions{several}: put each "
         "into a folder of its own"
     )
+
+
+def _identity(header: Any) -> tuple[str, str]:
+    """Frames of one file share its UID."""
+    return str(header.SOPInstanceUID), str(header.get("InstanceNumber"))
 
 
 def _refuse_gaps(heights: np.ndarray, names: list[str]) -> None:

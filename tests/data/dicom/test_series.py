@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dicom_cases import OBLIQUE, PATIENT_NAME, change, files, make_hu, write_ct
+from dicom_cases import OBLIQUE, PATIENT_NAME, change, files, lossless_jpeg, make_hu, write_ct
 
 from lungkit.data import find_series, read_series, read_volume
 from lungkit.errors import DataError
 
 RLE, JPEG_LS = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.80"
-JPEG_LOSSLESS, JPEG_2000 = "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90"
+JPEG_LOSSLESS, JPEG_PROCESS_14, JPEG_2000 = (f"1.2.840.10008.1.2.4.{end}" for end in (70, 57, 90))
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 
@@ -63,6 +63,13 @@ def test_real_series_equals_its_nifti(real_data: Path) -> None:
 @pytest.mark.parametrize("syntax", [RLE, JPEG_LS])
 def test_lossless_compression_changes_no_voxel(tmp_path: Path, syntax: str) -> None:
     hu = write_ct(tmp_path / "ct", compress=syntax)
+    np.testing.assert_array_equal(read_series(tmp_path / "ct").volume.array, hu)
+
+
+@pytest.mark.parametrize("syntax", [JPEG_LOSSLESS, JPEG_PROCESS_14])
+def test_lossless_jpeg_as_scanners_of_old_write_it_changes_no_voxel(tmp_path: Path, syntax: str) -> None:
+    pytest.importorskip("libjpeg", reason="pylibjpeg-libjpeg is not installed (extra 'dicom')")
+    hu = write_ct(tmp_path / "ct", edit=lossless_jpeg(syntax))
     np.testing.assert_array_equal(read_series(tmp_path / "ct").volume.array, hu)
 
 
@@ -214,9 +221,9 @@ def test_a_slice_that_does_not_fit_is_refused_by_name(
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_enhanced_multi_frame_ct_is_refused_with_what_converts_it(tmp_path: Path) -> None:
+def test_a_series_of_several_multi_frame_files_is_refused_with_what_converts_it(tmp_path: Path) -> None:
     write_ct(tmp_path / "ct", edit=change(SOPClassUID=ENHANCED_CT))
-    with pytest.raises(DataError, match=r"multi-frame.*emf2sf"):
+    with pytest.raises(DataError, match=r"6 files, some of them multi-frame.*emf2sf"):
         read_series(tmp_path / "ct")
 
 
@@ -236,7 +243,11 @@ def test_compression_without_a_decoder_says_what_to_do(
 
     write_ct(tmp_path / "ct", edit=edit)
     monkeypatch.setattr(pydicom.pixels, "get_decoder", lambda syntax: Decoder())
-    with pytest.raises(DataError, match=r"compressed as JPEG Lossless.* no decoder .*gdcmconv --raw"):
+    expected = (
+        r"as JPEG Lossless.* no decoder .*'lungkit\[dicom\]', which has pylibjpeg and pylibjpeg-libjpeg"
+        ".*gdcmconv --raw"
+    )
+    with pytest.raises(DataError, match=expected):
         read_series(tmp_path / "ct")
 
 
