@@ -31,7 +31,7 @@ One scan that cannot be used does not stop the rest; it is named, and the exit c
 Examples:
   lungkit-predict -i scan.nii.gz -o mask.nii.gz --model runs/NAME     one scan
   lungkit-predict -i scans/ -o masks/ --model runs/A runs/B --tta     a folder; two models and their mirror images
-  lungkit-predict -i series/ -o out/ --model runs/NAME --format dicom-seg rtstruct
+  lungkit-predict -i series/ -o out/ --model runs/NAME --format dicom-seg dicom-sr dicom-sc
   lungkit-predict -i scans/ -o masks/ --model runs/NAME --shard 0/8   a share; then: lungkit-predict merge masks/
 Nothing is shared out without --shard, whatever torchrun or Slurm say. A share that holds no scan is an error (2).
 Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved.
@@ -84,8 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         nargs="+",
         default=["nifti"],
-        choices=("nifti", "dicom-seg", "rtstruct"),
-        help="of the mask (default: nifti); the others refer to the images of a DICOM series",
+        choices=("nifti", "dicom-seg", "rtstruct", "dicom-sr", "dicom-sc"),
+        help="of the mask (default: nifti); the others refer to the images of a DICOM series: segmentation, contours, "
+        "a structured report of every lesion with its segments, the preview as a secondary capture",
     )
     add("--series", metavar="UID", help="which series of a DICOM folder that holds several")
     add(

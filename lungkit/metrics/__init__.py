@@ -39,6 +39,7 @@ _LAZY = {
     "PairedComparison": "comparison",
     "SizeMetric": "modular",
     "SurfaceMetric": "modular",
+    "axial_diameters_mm": "size",
     "bca_interval": "comparison",
     "compare_paired": "comparison",
     "longest_diameter_mm": "size",
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from lungkit.metrics.lesions import LesionMatch, label_lesions, lesion_metrics, match_lesions
     from lungkit.metrics.measure import Measurement, MetricGroup, MetricOptions, measure_case
     from lungkit.metrics.modular import LesionMetric, OverlapMetric, SizeMetric, SurfaceMetric
-    from lungkit.metrics.size import longest_diameter_mm, volume_ml
+    from lungkit.metrics.size import axial_diameters_mm, longest_diameter_mm, volume_ml
 
 __all__ = [
     "OVERLAP_METRICS",
@@ -79,6 +80,7 @@ __all__ = [
     "SurfaceDistances",
     "SurfaceMetric",
     "assd_mm",
+    "axial_diameters_mm",
     "bca_interval",
     "compare_paired",
     "decided_by_policy",

@@ -73,12 +73,71 @@ def longest_diameter_mm(mask: ArrayLike, spacing_mm: Sequence[float]) -> float:
     return round(longest, 9)
 
 
+def axial_diameters_mm(mask: ArrayLike, spacing_mm: Sequence[float]) -> tuple[float, float]:
+    """Long and short axis of one lesion, as RECIST 1.1 measures them on axial slices.
+
+    The long axis is :func:`longest_diameter_mm`; the short one is the longest line at a right angle to it within the
+    convex outline of the lesion, in the slice of the long axis. (0, 0) for an empty mask.
+
+    Args:
+        mask: (Z, Y, X), slices along the first axis; foreground where not 0, all of it one lesion.
+        spacing_mm: size of a voxel along every axis.
+
+    Raises:
+        UsageError: not three axes.
+
+    Example:
+        >>> mask = np.zeros((1, 10, 10))
+        >>> mask[0, 2:8, 3:5] = 1
+        >>> long, short = axial_diameters_mm(mask, (2.5, 0.8, 0.5))
+        >>> round(long, 2), round(short, 2)
+        (4.83, 1.01)
+    """
+    array = as_numpy(mask) != 0
+    if array.ndim != 3 or len(spacing_mm) != 3:
+        raise UsageError(
+            f"mask must be (Z, Y, X) with three spacings, got shape {array.shape} and spacing_mm {tuple(spacing_mm)}"
+        )
+    best = (0.0, 0.0)
+    for plane in array:
+        voxels = np.argwhere(plane)
+        if not len(voxels):
+            continue
+        diagonal = math.dist((0, 0), (np.ptp(voxels, axis=0) + 1) * np.asarray(spacing_mm[-2:], np.float64))
+        if diagonal > best[0]:
+            best = max(best, _axes(voxels, spacing_mm[-2:]))
+    return round(best[0], 9), round(best[1], 9)
+
+
+def _axes(voxels: np.ndarray, spacing_mm: Sequence[float]) -> tuple[float, float]:
+    """Longest diameter, and the longest chord of the hull across it."""
+    hull = _hull(voxels, spacing_mm)
+    between = hull[:, None] - hull[None]
+    first, second = np.unravel_index(int((between**2).sum(-1).argmax()), between.shape[:2])
+    longest = float(np.linalg.norm(between[first, second]))
+    along = between[first, second] / longest
+    # Along the long axis, from one of its ends to the other, run the two sides of the hull.
+    place, height = hull @ along, hull @ [-along[1], along[0]]
+    start = int(place.argmin())
+    place, height = np.roll(place, -start), np.roll(height, -start)
+    end = int(place.argmax())
+    one = np.interp(place, place[: end + 1], height[: end + 1])
+    back = np.r_[np.arange(end, len(place)), 0][::-1]
+    other = np.interp(place, place[back], height[back])
+    return longest, float(np.abs(one - other).max())
+
+
 def _diameter(voxels: np.ndarray, spacing_mm: Sequence[float]) -> float:
     """Largest distance between two face centres of the pixels (N, 2)."""
+    hull = _hull(voxels, spacing_mm)
+    return float(np.sqrt(((hull[:, None] - hull[None]) ** 2).sum(-1).max()))
+
+
+def _hull(voxels: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+    """Corners of the convex hull of the pixels' face centres, in mm."""
     half = np.array([[-0.5, 0.0], [0.5, 0.0], [0.0, -0.5], [0.0, 0.5]])
     points = (voxels[:, None, :] + half).reshape(-1, 2) * np.asarray(spacing_mm, np.float64)
-    hull = _convex_hull(points)
-    return float(np.sqrt(((hull[:, None] - hull[None]) ** 2).sum(-1).max()))
+    return _convex_hull(points)
 
 
 def _convex_hull(points: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lungkit.pipeline.inputs import FoundScans, ScanInput, find_scans, share_of
-from lungkit.pipeline.measurements import measure_mask
+from lungkit.pipeline.measurements import measure_mask, separate_lesions
 from lungkit.pipeline.outputs import FORMATS, OutputFiles, check_formats
 from lungkit.pipeline.records import Records, claim, merge
 from lungkit.pipeline.run import Outcome, Wanted, predict_scans
@@ -22,5 +22,6 @@ __all__ = [
     "measure_mask",
     "merge",
     "predict_scans",
+    "separate_lesions",
     "share_of",
 ]

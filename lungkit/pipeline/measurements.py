@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lungkit.data.geometry import Geometry, orient, plan_geometry
 from lungkit.data.volume import Volume
-from lungkit.metrics import label_lesions, longest_diameter_mm
+from lungkit.metrics import axial_diameters_mm, label_lesions
 
 _DIGITS = {"ml": 4, "mm": 2}
 
 
-def measure_mask(mask: np.ndarray, affine: np.ndarray, labels: Mapping[str, int]) -> dict[str, Any]:
+def measure_mask(
+    mask: np.ndarray, affine: np.ndarray, labels: Mapping[str, int], *, image: np.ndarray | None = None
+) -> dict[str, Any]:
     """Volume in ml, longest in-plane diameter in mm and lesions of every class of a mask.
 
     A lesion is a 26-connected component of one class; they are listed from the largest to the smallest, each with its
-    volume, its longest axial diameter (:func:`lungkit.metrics.longest_diameter_mm`), its centroid in DICOM patient
-    coordinates (mm to the patient's left, to the back, to the head) and the stored slices that it covers.
+    volume, its long and short axial diameter (:func:`lungkit.metrics.axial_diameters_mm`), its centroid in DICOM
+    patient coordinates (mm to the patient's left, to the back, to the head), its voxels and, where the scan is given,
+    their mean intensity.
 
     Args:
         mask: (X, Y, Z) as in its file.
         affine: (4, 4), voxel to RAS+ mm.
         labels: class name -> value in ``mask``; 0 is the background.
+        image: the scan (X, Y, Z), HU for CT.
 
     Example:
         >>> mask = np.zeros((10, 10, 4), np.uint8)
@@ -36,40 +40,99 @@ def measure_mask(mask: np.ndarray, affine: np.ndarray, labels: Mapping[str, int]
     """
     geometry = plan_geometry(Volume(mask, affine))
     slices = orient(mask, geometry)
-    return {name: _measure_class(slices, value, geometry) for name, value in labels.items() if value != 0}
+    scan = None if image is None else orient(image, geometry)
+    ml = math.prod(geometry.spacing_mm) / 1000
+    found = {}
+    for name, value in labels.items():
+        if value == 0:
+            continue
+        lesions = [lesion.measures for lesion in _lesions(slices, value, geometry, scan)]
+        found[name] = {
+            "volume_ml": round(sum(lesion["voxels"] for lesion in lesions) * ml, _DIGITS["ml"]),
+            "longest_diameter_mm": max((lesion["longest_diameter_mm"] for lesion in lesions), default=0.0),
+            "lesions": lesions,
+        }
+    return found
 
 
-def _measure_class(slices: np.ndarray, value: int, geometry: Geometry) -> dict[str, Any]:
+def separate_lesions(
+    mask: np.ndarray, affine: np.ndarray, labels: Mapping[str, int], image: np.ndarray, *, most: int
+) -> tuple[np.ndarray, list[tuple[str, dict[str, Any]]]]:
+    """A number for every lesion of a mask, and what :func:`measure_mask` says of it.
+
+    Args:
+        mask, affine, labels, image: as for :func:`measure_mask`.
+        most: keep the largest, where there are more.
+
+    Returns:
+        uint16 (X, Y, Z), 0 or the number of a lesion from 1 in the order of the list, and the list: class and measures,
+        by class as in ``labels``, from the largest to the smallest.
+
+    Example:
+        >>> mask = np.zeros((8, 8, 2), np.uint8)
+        >>> mask[1, 1, 0], mask[4:6, 4, 0] = 1, 1
+        >>> numbers, found = separate_lesions(mask, np.eye(4), {"nodule": 1}, mask * 40, most=9)
+        >>> numbers[1, 1, 0], numbers[4, 4, 0], [(name, lesion["mean_intensity"]) for name, lesion in found]
+        (np.uint16(2), np.uint16(1), [('nodule', 40.0), ('nodule', 40.0)])
+    """
+    geometry = plan_geometry(Volume(mask, affine))
+    slices, scan = orient(mask, geometry), orient(image, geometry)
+    found = [
+        (name, lesion)
+        for name, value in labels.items()
+        if value != 0
+        for lesion in _lesions(slices, value, geometry, scan)
+    ]
+    if len(found) > most:
+        smallest = sorted((lesion.measures["voxels"] for _, lesion in found), reverse=True)[most - 1]
+        found = [entry for entry in found if entry[1].measures["voxels"] >= smallest][:most]
+    numbers = np.zeros(mask.shape, np.uint16)
+    oriented = orient(numbers, geometry)
+    for number, (_, lesion) in enumerate(found, start=1):
+        oriented[lesion.box][lesion.inside] = number
+    return numbers, [(name, lesion.measures) for name, lesion in found]
+
+
+class _Lesion(NamedTuple):
+    measures: dict[str, Any]
+    box: tuple[slice, slice, slice]
+    inside: np.ndarray  # within the box
+
+
+def _lesions(slices: np.ndarray, value: int, geometry: Geometry, scan: np.ndarray | None) -> list[_Lesion]:
+    """Lesions of a class on the oriented grid, from the largest to the smallest."""
     import cc3d
 
     ml = math.prod(geometry.spacing_mm) / 1000
     box = _box(slices, value)
-    lesions: list[dict[str, Any]] = []
-    voxels = 0
-    if box is not None:
-        numbered, count = label_lesions(slices[box] == value)
-        voxels = int(np.count_nonzero(numbered))
-        statistics = cc3d.statistics(numbered)
-        corner = np.array([side.start for side in box])
-        for lesion in range(1, count + 1):
-            part = statistics["bounding_boxes"][lesion]
-            size = int(statistics["voxel_counts"][lesion])
-            lesions.append(
-                {
-                    "volume_ml": round(size * ml, _DIGITS["ml"]),
-                    "longest_diameter_mm": _rounded(
-                        longest_diameter_mm(numbered[part] == lesion, geometry.spacing_mm)
-                    ),
-                    "centroid_lps_mm": _patient_position(statistics["centroids"][lesion] + corner, geometry),
-                    "voxels": size,
-                }
-            )
-    lesions.sort(key=lambda lesion: (-lesion["voxels"], lesion["centroid_lps_mm"]))
-    return {
-        "volume_ml": round(voxels * ml, _DIGITS["ml"]),
-        "longest_diameter_mm": max((lesion["longest_diameter_mm"] for lesion in lesions), default=0.0),
-        "lesions": lesions,
-    }
+    if box is None:
+        return []
+    lesions: list[_Lesion] = []
+    numbered, count = label_lesions(slices[box] == value)
+    statistics = cc3d.statistics(numbered)
+    corner = np.array([side.start for side in box])
+    for lesion in range(1, count + 1):
+        part = statistics["bounding_boxes"][lesion]
+        inside = numbered[part] == lesion
+        size = int(statistics["voxel_counts"][lesion])
+        long, short = axial_diameters_mm(inside, geometry.spacing_mm)
+        measures = {
+            "volume_ml": round(size * ml, _DIGITS["ml"]),
+            "longest_diameter_mm": _rounded(long),
+            "short_diameter_mm": _rounded(short),
+            "centroid_lps_mm": _patient_position(statistics["centroids"][lesion] + corner, geometry),
+            "voxels": size,
+        }
+        depth, height, width = (
+            slice(int(own.start + first), int(own.stop + first))
+            for own, first in zip(part, corner, strict=True)
+        )
+        place = (depth, height, width)
+        if scan is not None:
+            measures["mean_intensity"] = _rounded(scan[place][inside].mean(dtype=np.float64))
+        lesions.append(_Lesion(measures, place, inside))
+    lesions.sort(key=lambda one: (-one.measures["voxels"], one.measures["centroid_lps_mm"]))
+    return lesions
 
 
 def _patient_position(zyx: np.ndarray, geometry: Geometry) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,23 @@ from lungkit.data.volume import write_nifti
 from lungkit.errors import DataError, UsageError
 from lungkit.inference import Prediction, Predictor
 from lungkit.pipeline.inputs import LoadedScan, ScanInput
-from lungkit.pipeline.measurements import measure_mask
+from lungkit.pipeline.measurements import measure_mask, separate_lesions
 from lungkit.report.pictures import optional_picture
 
-FORMATS = ("nifti", "dicom-seg", "rtstruct")
+FORMATS = ("nifti", "dicom-seg", "rtstruct", "dicom-sr", "dicom-sc")
 
 _WINDOW_SAMPLE = 1_000_000
 _AIR_BELOW_HU = (
     -200
 )  # no other unit of CT files goes so far below zero; HU of a body without air do not either
-_DICOM_SUFFIX = {"dicom-seg": "_seg.dcm", "rtstruct": "_rtstruct.dcm"}
+# Folder and ending of each format of DICOM; masks alone lie at the top, where lungkit-evaluate looks for them.
+_DICOM_PLACE = {
+    "dicom-seg": ("", "_seg.dcm"),
+    "rtstruct": ("", "_rtstruct.dcm"),
+    "dicom-sr": ("measurements", "_sr.dcm"),
+    "dicom-sc": ("previews", "_preview.dcm"),
+}
+_MOST_LESIONS = 255
 _DICOM_FILE = (".dcm", ".dicom")
 # What people call files of masks, and nobody a folder.
 _OTHER_FILES = (
@@ -42,9 +50,10 @@ class OutputFiles:
     """Files of the results.
 
     In a folder: ``NAME.nii.gz`` (and ``NAME_seg.dcm``, ``NAME_rtstruct.dcm``), ``reports/NAME.json``,
-    ``previews/NAME.png``, ``probabilities/NAME_CLASS.nii.gz``, ``attention/NAME.nii.gz``; so that the folder can be
-    given to ``lungkit-evaluate`` as it is. For a single scan ``path`` may be the mask's file (NIfTI, or ``.dcm``
-    for one format of DICOM): report and preview then lie beside it under its name.
+    ``previews/NAME.png`` (and ``previews/NAME_preview.dcm``), ``measurements/NAME_sr.dcm`` with the SEG that it refers
+    to, ``measurements/NAME_lesions.dcm``, ``probabilities/NAME_CLASS.nii.gz``, ``attention/NAME.nii.gz``; so that the
+    folder can be given to ``lungkit-evaluate`` as it is. For a single scan ``path`` may be the mask's file (NIfTI, or
+    ``.dcm`` for one format of DICOM): everything else then lies beside it under its name.
     """
 
     path: Path
@@ -71,7 +80,12 @@ class OutputFiles:
             return self.path
         if kind == "nifti":
             return self.folder / f"{name}.nii.gz"
-        return self.folder / f"{self._stem(name)}{_DICOM_SUFFIX[kind]}"
+        folder, ending = _DICOM_PLACE[kind]
+        return self._side(folder, name, ending)
+
+    def lesions(self, name: str) -> Path:
+        """File of the SEG that a structured report refers to."""
+        return self._side(_DICOM_PLACE["dicom-sr"][0], name, "_lesions.dcm")
 
     def report(self, name: str) -> Path:
         """File of the report."""
@@ -94,6 +108,7 @@ class OutputFiles:
         """Every file of a scan, with the probabilities of ``classes`` (the first, the background, left out)."""
         return [
             *(self.mask(name, kind) for kind in self.formats),
+            *([self.lesions(name)] if "dicom-sr" in self.formats else []),
             *(self.probability(name, class_name) for class_name in [*classes][1:]),
             *([self.attention(name)] if attention else []),
             *([self.picture(name)] if self.preview else []),
@@ -108,14 +123,14 @@ class OutputFiles:
         """
         if self._is_dicom_file and (len(self.formats) > 1 or "nifti" in self.formats):
             raise UsageError(
-                f"--output {self.path} holds no --format {' '.join(self.formats)}; ask for --format dicom-seg or "
-                "rtstruct alone, or name a .nii.gz file or a folder"
+                f"--output {self.path} holds no --format {' '.join(self.formats)}; ask for one "
+                "format of DICOM alone, or name a .nii.gz file or a folder"
             )
         suffix = self.path.suffix.lower()
         if not self.is_file and suffix in _OTHER_FILES and not self.path.is_dir():
             raise UsageError(
                 f"--output {self.path}: masks are not written as {suffix}; name a .nii or .nii.gz file, a .dcm "
-                "file with --format dicom-seg or rtstruct, or a folder"
+                "file with one --format of DICOM, or a folder"
             )
 
     def _side(self, folder: str, name: str, suffix: str) -> Path:
@@ -163,6 +178,11 @@ def write_results(
     for kind in files.formats:
         path = files.mask(name, kind)
         make_folder(path.parent)
+        if kind == "dicom-sc":
+            continue  # below: it shows what the report says
+        if kind == "dicom-sr":
+            written += _write_measurements(path, files.lesions(name), scan, prediction, predictor)
+            continue
         _write_mask(path, kind, scan, prediction, predictor)
         written.append(path)
     for class_name, map_ in prediction.probabilities.items():
@@ -180,6 +200,9 @@ def write_results(
             make_folder(picture.parent)
             _draw(picture, name, scan, prediction, report["classes"])
             written.append(picture)
+    if "dicom-sc" in files.formats:
+        written.append(files.mask(name, "dicom-sc"))
+        _write_capture(written[-1], scan, prediction, report["classes"])
     report["files"] = {str(path.relative_to(files.folder)): sha256_of(path) for path in written}
     make_folder(files.report(name).parent)
     write_json_atomic(files.report(name), report)
@@ -190,7 +213,7 @@ def _report(name: str, scan: LoadedScan, prediction: Prediction, predictor: Pred
     first = scan.volumes[0]
     return {
         "scan": name,
-        "classes": measure_mask(prediction.mask, prediction.affine, prediction.labels),
+        "classes": measure_mask(prediction.mask, prediction.affine, prediction.labels, image=first.array),
         "shape_xyz": list(first.array.shape),
         "spacing_xyz_mm": [round(size, 6) for size in first.spacing_mm],
         "labels": prediction.labels,
@@ -222,6 +245,63 @@ def _write_mask(
         dicom.write_rtstruct(path, scan.dicom, prediction.mask, labels)
     else:
         dicom.write_dicom_seg(path, scan.dicom, prediction.mask, labels, algorithm=predictor.models[0].name)
+
+
+def _write_measurements(
+    path: Path, beside: Path, scan: LoadedScan, prediction: Prediction, predictor: Predictor
+) -> list[Path]:
+    """A structured report, and the SEG that it refers to, a segment a lesion; no SEG where there is no lesion."""
+    from lungkit.data import dicom
+
+    if scan.dicom is None:
+        raise DataError(f"{path}: dicom-sr refers to a DICOM series, and this scan came from none")
+    numbers, found = separate_lesions(
+        prediction.mask, prediction.affine, prediction.labels, scan.volumes[0].array, most=_MOST_LESIONS
+    )
+    places: dict[str, int] = {}
+    names = []
+    for label, _ in found:
+        places[label] = places.get(label, 0) + 1
+        names.append(f"{label[:58]} {places[label]}")
+    algorithm = predictor.models[0].name
+    if found:
+        segments = {name: number for number, name in enumerate(names, start=1)}
+        description = "lungkit lesions"
+        dicom.write_dicom_seg(
+            beside,
+            scan.dicom,
+            numbers,
+            segments,
+            algorithm=algorithm,
+            series_description=description,
+            series_number=304,
+        )
+    lesions = [
+        dicom.LesionMeasures(
+            lesion["volume_ml"],
+            lesion["longest_diameter_mm"],
+            lesion["short_diameter_mm"],
+            lesion["mean_intensity"],
+        )
+        for _, lesion in found
+    ]
+    dicom.write_measurement_report(path, scan.dicom, beside if found else None, lesions, algorithm=algorithm)
+    return [path, beside] if found else [path]
+
+
+def _write_capture(path: Path, scan: LoadedScan, prediction: Prediction, found: dict[str, Any]) -> None:
+    """The preview as a DICOM image, without the name of the scan, which may be the patient's."""
+    from matplotlib.image import imread
+
+    from lungkit.data import dicom
+
+    if scan.dicom is None:
+        raise DataError(f"{path}: dicom-sc refers to a DICOM series, and this scan came from none")
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "preview.png"
+        _draw(picture, "", scan, prediction, found)
+        pixels = np.rint(imread(picture)[..., :3] * 255).astype(np.uint8)
+    dicom.write_secondary_capture(path, scan.dicom, pixels)
 
 
 def _draw(path: Path, name: str, scan: LoadedScan, prediction: Prediction, found: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lungkit.errors import UsageError
-from lungkit.metrics import longest_diameter_mm, volume_ml
+from lungkit.metrics import axial_diameters_mm, longest_diameter_mm, volume_ml
 
 
 def test_volume_is_voxels_times_spacing() -> None:
@@ -65,6 +65,23 @@ def test_disc_measures_about_its_diameter() -> None:
     y, x = np.mgrid[:80, :80]
     disc = (y - 40) ** 2 + (x - 40) ** 2 <= 30**2
     assert longest_diameter_mm(disc, (0.5, 0.5)) == pytest.approx(30.5, abs=0.1)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, 1.0, 2.5])
+def test_axes_of_an_ellipse_are_its_diameters_however_it_lies(angle: float) -> None:
+    y, x = np.mgrid[-40:40, -40:40] + 0.5
+    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    mask = np.zeros((3, 80, 80))
+    mask[1] = (along / 30) ** 2 + (across / 15) ** 2 <= 1
+    mask[2] = (x**2 + y**2) <= 20**2  # rounder, but its long axis is the shorter one
+    assert axial_diameters_mm(mask, (2.5, 1.0, 1.0)) == pytest.approx((60.0, 30.0), abs=1.0)
+
+
+def test_axes_of_one_voxel_are_its_sides() -> None:
+    mask = np.zeros((3, 5, 5))
+    mask[1, 2, 2] = 1
+    assert axial_diameters_mm(mask, (5.0, 0.7, 0.9)) == (0.9, 0.7)
+    assert axial_diameters_mm(0 * mask, (5.0, 0.7, 0.9)) == (0.0, 0.0)
 
 
 def test_empty_mask_is_zero() -> None:

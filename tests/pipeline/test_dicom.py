@@ -77,6 +77,49 @@ def test_segmentation_and_structure_set_of_a_real_series_hold_the_masks_voxels(
     assert np.count_nonzero(plain.pixel_array) == np.count_nonzero(mask)
 
 
+def test_a_report_a_segment_a_lesion_and_the_preview_for_a_reading_room(tmp_path, model, real_data, series):
+    import highdicom
+
+    from lungkit.data.dicom import read_dicom_label, read_series
+
+    out = tmp_path / "out"
+    formats = ("--format", "nifti", "dicom-sr", "dicom-sc", "--smallest-lesion-ml", 20)
+    assert predict("-i", series, "-o", out, "--model", model, *formats) == 0
+    report = json.loads((out / "reports/dicom_pat4.json").read_text())
+    lesions = report["classes"]["tumour"]["lesions"]
+    scan = read_series(series)
+    mask = read_volume(out / "dicom_pat4.nii.gz").array
+    segments, values = read_dicom_label(out / "measurements/dicom_pat4_lesions.dcm", scan)
+    assert list(values) == [f"tumour {number}" for number in range(1, len(lesions) + 1)]
+    assert ((segments.array > 0) == (mask > 0)).all()
+    groups = highdicom.sr.srread(
+        out / "measurements/dicom_pat4_sr.dcm"
+    ).content.get_volumetric_roi_measurement_groups()
+    for value, (group, lesion) in enumerate(zip(groups, lesions, strict=True), start=1):
+        inside = segments.array == value
+        measured = {one.name.meaning: one.value for one in group.get_measurements()}
+        assert np.count_nonzero(inside) == lesion["voxels"]
+        assert measured == {
+            "Volume": lesion["volume_ml"],
+            "Long axis": lesion["longest_diameter_mm"],
+            "Short axis": lesion["short_diameter_mm"],
+            "Attenuation Coefficient": round(float(scan.volume.array[inside].mean()), 2),
+        }
+    picture = pydicom.dcmread(out / "previews/dicom_pat4_preview.dcm").pixel_array
+    assert picture.shape[2] == 3 and picture.std() > 10
+    assert set(report["files"]) == {str(path.relative_to(out)) for path in out.rglob("dicom_pat4*")} - {
+        "reports/dicom_pat4.json"
+    }
+
+
+def test_a_scan_without_lesions_has_a_report_alone(tmp_path, model):
+    write_ct(tmp_path / "series", np.full((20, 18, 9), -1000, np.int16))
+    out = tmp_path / "mask.dcm"
+    assert predict("-i", tmp_path / "series", "-o", out, "--model", model, "--format", "dicom-sr") == 0
+    assert pydicom.dcmread(out).Modality == "SR"
+    assert not (tmp_path / "mask_lesions.dcm").exists()
+
+
 def test_no_report_log_or_name_tells_who_the_patient_is(tmp_path, model, caplog):
     write_ct(tmp_path / "series", np.random.default_rng(0).integers(-900, 900, (20, 18, 9)).astype(np.int16))
     out = tmp_path / "out"

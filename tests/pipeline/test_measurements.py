@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from lungkit.data import write_nifti
-from lungkit.pipeline import measure_mask
+from lungkit.pipeline import measure_mask, separate_lesions
 
 LABELS = {"background": 0, "tumour": 1, "node": 3}
 
@@ -34,6 +34,24 @@ def test_lesions_are_listed_from_the_largest_and_by_class():
     found = measure_mask(mask, np.eye(4), LABELS)
     assert [lesion["voxels"] for lesion in found["tumour"]["lesions"]] == [4, 1]
     assert [lesion["voxels"] for lesion in found["node"]["lesions"]] == [1]
+
+
+def test_lesions_are_numbered_where_they_lie_in_the_order_of_their_measures():
+    mask = np.zeros((12, 12, 5), np.uint8)
+    mask[1, 1, 1], mask[4:6, 4:6, 2], mask[9, 9, 3], mask[9, 1, 1:3] = 1, 1, 3, 1
+    image = np.where(mask > 0, 100 * mask.astype(np.int16), -900)
+    image[1, 1, 1] = -20
+    affine = np.diag([-0.5, 0.5, 2.0, 1.0])
+    numbers, found = separate_lesions(mask, affine, LABELS, image, most=3)
+    assert numbers[4, 5, 2] == 1 and numbers[9, 1, 2] == 2 and numbers[1, 1, 1] == 3 and numbers[9, 9, 3] == 0
+    assert [(name, lesion["voxels"], lesion["mean_intensity"]) for name, lesion in found] == [
+        ("tumour", 4, 100.0),
+        ("tumour", 2, 100.0),
+        ("tumour", 1, -20.0),
+    ]
+    measured = measure_mask(mask, affine, LABELS, image=image)["tumour"]["lesions"]
+    assert [lesion for _, lesion in found] == measured
+    assert (measured[0]["longest_diameter_mm"], measured[0]["short_diameter_mm"]) == (1.12, 1.12)
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])

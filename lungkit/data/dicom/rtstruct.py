@@ -25,6 +25,7 @@ from lungkit.data.dicom.labels import (
     choose_names,
     source_header,
 )
+from lungkit.data.dicom.round_trip import check_centroids
 from lungkit.data.dicom.series import DicomScan
 from lungkit.data.dicom.slices import LPS_TO_RAS
 from lungkit.data.volume import Volume
@@ -113,7 +114,8 @@ def write_rtstruct(
 
     Contours follow the edges of the voxels, slice by slice, each with a reference to the slice it lies on;
     holes are keyholes. :func:`read_rtstruct` gives the same mask back. A name without a voxel becomes a
-    structure without contours. Patient and study are those of the source.
+    structure without contours. Patient and study are those of the source. What was written is read back, see
+    :func:`~lungkit.data.dicom.round_trip.check_centroids`.
 
     Args:
         path: of the file, usually ``.dcm``.
@@ -124,7 +126,7 @@ def write_rtstruct(
 
     Raises:
         UsageError: the mask or the labels do not fit; the folder cannot be written; pydicom is not installed.
-        DataError: the source lacks tags that contours must refer to.
+        DataError: the source lacks tags that contours must refer to; the mask would not lie where it should.
         ResourceError: the disk is full; nothing is left behind.
 
     Example:
@@ -138,8 +140,10 @@ def write_rtstruct(
             dataset.SpecificCharacterSet = character_set
         for number, name in enumerate(sorted(labels, key=lambda name: labels[name]), start=1):
             _add_structure(pydicom.Dataset, dataset, scan, number, name, mask == labels[name])
-    with atomic_path(path) as temporary, quiet:
-        dataset.save_as(temporary, enforce_file_format=True)
+    with atomic_path(path) as temporary:
+        with quiet:
+            dataset.save_as(temporary, enforce_file_format=True)
+        check_centroids(temporary, scan, mask, labels, name=Path(path).name)
 
 
 def _is_closed(contour: Any) -> bool:

@@ -21,6 +21,7 @@ from lungkit.data.dicom.labels import (
     choose_names,
     source_header,
 )
+from lungkit.data.dicom.round_trip import check_centroids
 from lungkit.data.dicom.series import DicomScan
 from lungkit.data.dicom.slices import LPS_TO_RAS
 from lungkit.data.volume import Volume
@@ -48,7 +49,9 @@ def write_dicom_seg(
 
     One segment for each name in ``labels``, in order of value, numbered from 1 as DICOM wants; frames without
     a voxel are left out. Names with tumour, nodule, lesion or GTV in them are coded as neoplasm or nodule of
-    the lung, lung as lung, others as tissue (SNOMED CT). Patient and study are those of the source.
+    the lung, lung as lung, others as tissue (SNOMED CT). Each has a tracking identifier, its name, and a UID. Patient
+    and study are those of the source. What was written is read back, see
+    :func:`~lungkit.data.dicom.round_trip.check_centroids`.
 
     Args:
         path: of the file, usually ``.dcm``.
@@ -60,7 +63,7 @@ def write_dicom_seg(
 
     Raises:
         UsageError: the mask or the labels do not fit; the folder cannot be written; highdicom is not installed.
-        DataError: the source lacks tags or holds values that DICOM forbids.
+        DataError: the source lacks tags or holds values that DICOM forbids; the mask would not lie where it should.
         ResourceError: the disk is full; nothing is left behind.
 
     Example:
@@ -107,8 +110,10 @@ def write_dicom_seg(
             f"{scan.series.files[0].name}: no segmentation can be made from this source ({type(error).__name__}): a "
             "patient, study or image attribute is missing or not allowed; correct it or export the series again"
         ) from None
-    with atomic_path(path) as temporary, quiet:
-        segmentation.save_as(temporary)
+    with atomic_path(path) as temporary:
+        with quiet:
+            segmentation.save_as(temporary)
+        check_centroids(temporary, scan, mask, labels, name=Path(path).name)
 
 
 def read_dicom_seg(
@@ -201,6 +206,8 @@ def _describe(hd: Any, number: int, name: str, identification: dict[str, str]) -
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             family=codes.DCM.ArtificialIntelligence, **identification
         ),
+        tracking_uid=hd.UID(),
+        tracking_id=name,
         anatomic_regions=regions,
     )
 
