@@ -24,6 +24,7 @@ from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case
 from lungkit.data.geometry import plan_geometry
 from lungkit.data.open_arrays import OpenArrays
 from lungkit.data.preprocessing import Preprocessing, ScanSlices, preprocess_label, quantise
+from lungkit.data.readers import ReaderCodes, read_codes
 from lungkit.data.slices import chunks
 from lungkit.data.source_hash import SourceHashes
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, NanPolicy
@@ -79,6 +80,14 @@ class CachedCase:
         """int32 (N, 3): voxel indices (z, y, x) of foreground, at most 20,000 and every class among them."""
         return self._open("foreground")
 
+    @property
+    def codes(self) -> np.ndarray:
+        """uint8 (Z, Y, X): what the readers say, see :class:`lungkit.data.readers.ReaderCodes`; 255 to ignore.
+
+        For cases of a cache that was asked for them.
+        """
+        return self._open("codes")
+
     def image_float(self) -> np.ndarray:
         """The whole normalised image, float32 (C, Z, Y, X), in memory."""
         image = self.image.astype(np.float32)
@@ -111,6 +120,7 @@ class CaseCache:
         preprocessing: how to preprocess.
         max_voxels: refuse larger scans, before and after resampling.
         nan_policy: what to do with voxels that are not finite.
+        codes: keep what the readers say too, under these codes.
 
     Raises:
         UsageError: ``directory`` cannot be made.
@@ -134,12 +144,14 @@ class CaseCache:
         *,
         max_voxels: int = DEFAULT_MAX_VOXELS,
         nan_policy: NanPolicy = NanPolicy.REFUSE,
+        codes: ReaderCodes | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.dataset = dataset
         self.preprocessing = preprocessing
         self.max_voxels = max_voxels
         self.nan_policy = nan_policy
+        self.codes = codes
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -159,7 +171,7 @@ class CaseCache:
         case = self.dataset.case(case_id)
         if case.label is None:
             raise UsageError(f"case_id: {case_id} has no label; the cache is for training cases")
-        key = self._key((*case.images, case.label))
+        key = self._key((*case.images, case.label, *(case.readers if self.codes is not None else ())))
         folder = self.directory / f"{case_id[:50]}-{key[:20]}"
         if folder.exists():
             opened, damage = self._open(folder, case_id, key)
@@ -203,6 +215,8 @@ class CaseCache:
         }
         if self.nan_policy is not NanPolicy.REFUSE:
             content["nan"] = self.nan_policy.value
+        if self.codes is not None:
+            content["codes"] = [self.codes.readers, self.codes.classes]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=32).hexdigest()
 
     def _build(self, case: Case, key: str, folder: Path) -> None:
@@ -225,6 +239,11 @@ class CaseCache:
             "label": label,
             "foreground": _foreground(label, num_classes),
         }
+        if self.codes is not None:
+            said = read_codes(case, self.codes, plan.label_map, volumes[0], max_voxels=self.max_voxels)
+            codes = preprocess_label(said, geometry)
+            codes[label == IGNORE_INDEX] = IGNORE_INDEX
+            arrays["codes"] = codes
         with atomic_folder(folder) as temporary:
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
@@ -251,7 +270,7 @@ class CaseCache:
             entry = content["entry"]
             if zlib.crc32(json.dumps(entry).encode()) != content["crc32"] or entry["key"] != key:
                 return None, "case.json does not match its checksum"
-            for name in _ARRAYS:
+            for name in (*_ARRAYS, *(["codes"] if self.codes is not None else [])):
                 damage = _damage(folder / f"{name}.npy", entry["files"][name])
                 if damage:
                     return None, f"{name}.npy {damage}"

@@ -25,12 +25,25 @@ BLACK_AND_WHITE = "the mask holds 0 and 255, read as 0 and 1"
 
 @dataclass(frozen=True)
 class Case:
-    """One scan: its channels in order, its mask if it has one, and the group (patient) it belongs to."""
+    """One scan: its channels in order, its mask if it has one, and the group (patient) it belongs to.
+
+    ``readers`` are the files of several readers: one that counts their votes (``holds_votes``), or a mask of each.
+    """
 
     case_id: str
     images: tuple[Path, ...]
     label: Path | None
     group: str
+    readers: tuple[Path, ...] = ()
+    holds_votes: bool = False
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The readers of a dataset: ``count`` of them (None: nobody says), with ``names`` where each has masks."""
+
+    count: int | None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,7 @@ class Dataset:
     channel_names: tuple[str, ...]
     ignore_label: int | None
     layout: str
+    readers: Readers | None = None
 
     @property
     def num_classes(self) -> int:

@@ -3,6 +3,9 @@
 nnU-Net raw (Isensee et al. 2021): ``imagesTr/<case>_0000.nii.gz`` (one file a channel),
 ``labelsTr/<case>.nii.gz`` and ``dataset.json`` with ``labels`` and ``channel_names`` (or ``modality``, as in
 version 1). Decathlon (Antonelli et al. 2022): ``dataset.json`` lists ``training`` pairs of image and label.
+Several readers, beside nnU-Net's folders: ``votesTr/<case>.nii.gz`` counts the readers who marked a voxel, and
+``"readers": 4`` in ``dataset.json`` tells how many there were; or ``"readers": ["A", "B"]`` names them, and
+``readersTr/A/<case>.nii.gz`` is the mask of one (of those who have read the case).
 Folders: ``images`` and ``masks`` (or ``labels``) with files of the same names, values 0 and 1.
 """
 
@@ -17,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lungkit.data.dataset import IGNORE_INDEX, MAX_LABEL_VALUE, Case, Dataset
+from lungkit.data.dataset import IGNORE_INDEX, MAX_LABEL_VALUE, Case, Dataset, Readers
 from lungkit.data.nifti_names import SUFFIXES, nifti_by_stem, nifti_files, split_channel, split_suffix
 from lungkit.errors import DataError, UsageError, shorten
 
@@ -114,16 +117,20 @@ def _open_nnunet(root: Path) -> Dataset:
             )
     _warn_of_count(content, json_path, len(images))
     patients = _parse_patients(content, json_path)
+    readers = _parse_readers(root, content, json_path)
+    read = {} if readers is None else _files_of_readers(root, readers)
     cases = tuple(
         Case(
             case_id,
             tuple(channels[index] for index in sorted(channels)),
             masks[case_id],
             patients.get(case_id, case_id),
+            tuple(read.get(case_id, ())),
+            readers is not None and not readers.names,
         )
         for case_id, channels in sorted(images.items())
     )
-    return Dataset(root, _name(content, root), cases, labels, channel_names, ignore_label, "nnunet")
+    return Dataset(root, _name(content, root), cases, labels, channel_names, ignore_label, "nnunet", readers)
 
 
 _Images = dict[str, dict[int, Path]]
@@ -295,6 +302,40 @@ def _parse_patients(content: dict[str, Any], path: Path) -> dict[str, str]:
     if not isinstance(declared, dict) or not all(isinstance(patient, str) for patient in declared.values()):
         raise DataError(f"{path}: 'patients' must map case ids to names of patients, found {declared!r:.80}")
     return declared
+
+
+def _parse_readers(root: Path, content: dict[str, Any], path: Path) -> Readers | None:
+    """Who has read the scans: names or a number in ``dataset.json``, or votes of nobody knows how many."""
+    declared = content.get("readers")
+    if declared is None:
+        return Readers(None) if (root / "votesTr").is_dir() else None
+    if isinstance(declared, list):
+        plain = [isinstance(name, str) and Path(name).name == name and name != ".." for name in declared]
+        if len(declared) < 2 or not all(plain) or len(set(declared)) < len(declared):
+            raise DataError(
+                f"{path}: 'readers' must list two or more different names of folders in readersTr, found "
+                f"{declared!r:.80}"
+            )
+        for name in declared:
+            _need_folder(root / "readersTr" / name)
+        return Readers(len(declared), tuple(declared))
+    count = _as_int(declared)
+    if count is None or count < 2:
+        raise DataError(
+            f"{path}: 'readers' must be their number, 2 or more, or their names, found {declared!r:.80}"
+        )
+    _need_folder(root / "votesTr")
+    return Readers(count)
+
+
+def _files_of_readers(root: Path, readers: Readers) -> dict[str, list[Path]]:
+    """The file of votes, or the masks of the readers in their order, by case."""
+    folders = [root / "readersTr" / name for name in readers.names] or [root / "votesTr"]
+    files: dict[str, list[Path]] = {}
+    for folder in folders:
+        for case_id, path in nifti_by_stem(folder).items():
+            files.setdefault(case_id, []).append(path)
+    return files
 
 
 def _name(content: dict[str, Any], root: Path) -> str:

@@ -27,6 +27,9 @@ class DataConfig:
         fold: which fold validates.
         folds: folds to make where the dataset brings no splits_final.json.
         patient_pattern: regular expression with one group that names the patient in a case id.
+        labels: "consensus" trains on the masks of labelsTr; "readers" on the share of readers who marked a voxel, where
+            the dataset has votes or masks of several (soft labels).
+        readers: how many readers there were, for votes of a dataset whose dataset.json does not tell.
         dims: 2 for axial slices, 3 for volumes.
         patch_size: (Y, X) or (Z, Y, X) in voxels.
         context_slices: slices on either side that a 2D network sees as further channels; None is 1 for stacks of
@@ -45,6 +48,8 @@ class DataConfig:
     fold: int = 0
     folds: int = 5
     patient_pattern: str | None = None
+    labels: Literal["consensus", "readers"] = "consensus"
+    readers: int | None = None
     dims: Literal[2, 3] | None = None
     patch_size: tuple[int, ...] | None = None
     context_slices: int | None = None
@@ -229,6 +234,8 @@ class TrainConfig:
             _at_least("data.context_slices", self.data.context_slices, 0)
         _at_least("data.max_voxels", self.data.max_voxels, 1)
         _at_least("data.phantom_cases", self.data.phantom_cases, 10)
+        if self.data.readers is not None:
+            _at_least("data.readers", self.data.readers, 2)
         _share("data.foreground_fraction", self.data.foreground_fraction)
         _share("model.dropout", self.model.dropout)
         _check_gates(self.model)

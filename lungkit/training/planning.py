@@ -27,6 +27,7 @@ from lungkit.data import (
     write_phantom_dataset,
 )
 from lungkit.data.cache_folder import default_cache_folder
+from lungkit.data.readers import ReaderCodes, reader_codes
 from lungkit.errors import CheckpointError, DataError, UsageError
 from lungkit.nn import build_model
 from lungkit.training.config import GATE_OPTIONS, ModelConfig, TrainConfig
@@ -198,12 +199,24 @@ def open_folds(config: TrainConfig) -> tuple[Dataset, list[Split]]:
     labelled = replace(dataset, cases=tuple(case for case in dataset.cases if case.label is not None))
     if not labelled.cases:
         raise DataError(f"{dataset.root}: no case has a label; training needs labelled cases")
+    codes_of_labels(config, labelled)  # said before any work
     splits = make_or_load_splits(
         labelled, folds=config.data.folds, seed=_FOLDS_SEED, patient_pattern=config.data.patient_pattern
     )
     if config.data.fold >= len(splits):
         raise UsageError(f"data.fold is {config.data.fold}; the dataset has folds 0 to {len(splits) - 1}")
     return labelled, splits
+
+
+def codes_of_labels(config: TrainConfig, dataset: Dataset) -> ReaderCodes | None:
+    """How labels are coded that are what several readers say; None where they are the consensus.
+
+    Raises:
+        UsageError: the dataset has no labels of several readers, or nobody says how many there were.
+    """
+    if config.data.labels == "consensus":
+        return None
+    return reader_codes(dataset, readers=config.data.readers)
 
 
 def prepare_cases(
@@ -216,6 +229,7 @@ def prepare_cases(
         prepared.preprocessing,
         max_voxels=config.data.max_voxels,
         nan_policy=NanPolicy(config.data.nan),
+        codes=codes_of_labels(config, prepared.dataset),
     )
     names = [*prepared.split.train, *prepared.split.val]
 

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from lungkit.checkpoint import Checkpoint, save_checkpoint
 from lungkit.data import Augmenter, CachedCase, PatchSampler
 from lungkit.data.dataset import IGNORE_INDEX
+from lungkit.data.readers import CodedCase, ReaderCodes
 from lungkit.errors import CheckpointError, DataError
-from lungkit.losses import DeepSupervisionLoss, DiceCELoss
+from lungkit.losses import CodedLabelsLoss, DeepSupervisionLoss, DiceCELoss, SoftDiceCELoss
 from lungkit.metrics import CaseTable
 from lungkit.nn.convolution import CHANNELS_LAST
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
 from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
 from lungkit.training.config_io import MOVABLE, config_to_dict
-from lungkit.training.planning import Plan, Prepared, build_network
+from lungkit.training.planning import Plan, Prepared, build_network, codes_of_labels
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
 from lungkit.training.validation import validate
@@ -78,7 +79,8 @@ class Session:
         self.wrapped, self.optimiser = fabric.setup(forward, optimiser)
         # fp16 scales the loss; without the scale a resumed run would skip steps to find it again.
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
-        self.criterion = make_criterion(config.loss, self.plan)
+        self._codes = codes_of_labels(config, prepared.dataset)
+        self.criterion = make_criterion(config.loss, self.plan, self._codes)
         self.augment = Augmenter(config.augment, self.plan.dims, **augmenter_geometry(prepared))
 
     @property
@@ -115,7 +117,7 @@ class Session:
     def batches(self, cases: list[CachedCase], *, first_step: int, last_step: int) -> Batches:
         """Batches of the steps from ``first_step`` on, before ``last_step``; a context manager."""
         sampler = PatchSampler(
-            cases,
+            cases if self._codes is None else [CodedCase(case) for case in cases],
             self.plan.patch_size,
             foreground_fraction=self.config.data.foreground_fraction,
             seed=self.config.seed,
@@ -296,9 +298,9 @@ def make_optimiser(
     return torch.optim.AdamW(groups, lr=learning_rate)
 
 
-def make_criterion(config: LossConfig, plan: Plan) -> nn.Module:
-    """Dice + cross-entropy as configured; over all outputs with deep supervision."""
-    criterion = DiceCELoss(
+def make_criterion(config: LossConfig, plan: Plan, codes: ReaderCodes | None = None) -> nn.Module:
+    """Dice + cross-entropy as configured; of shares of readers with ``codes``, of all outputs with deep supervision."""
+    criterion: nn.Module = DiceCELoss(
         softmax=True,
         include_background=config.include_background,
         batch=config.batch_dice,
@@ -306,4 +308,12 @@ def make_criterion(config: LossConfig, plan: Plan) -> nn.Module:
         lambda_ce=config.ce_weight,
         ignore_index=IGNORE_INDEX,
     )
+    if codes is not None:
+        soft = SoftDiceCELoss(
+            include_background=config.include_background,
+            batch=config.batch_dice,
+            lambda_dice=config.dice_weight,
+            lambda_ce=config.ce_weight,
+        )
+        criterion = CodedLabelsLoss(soft, torch.from_numpy(codes.shares), ignore_index=IGNORE_INDEX)
     return DeepSupervisionLoss(criterion) if plan.model["deep_supervision"] else criterion

@@ -17,8 +17,8 @@ import torch
 from pictures import has_colour
 from torch import Tensor
 
-from lungkit.data import AugmentConfig
-from lungkit.errors import Interrupted
+from lungkit.data import AugmentConfig, read_volume, write_nifti
+from lungkit.errors import Interrupted, UsageError
 from lungkit.nn import build_model
 from lungkit.training import Checkpoint, TrainConfig, Trainer, TrainResult, load_checkpoint
 from lungkit.training.session import Session
@@ -94,6 +94,52 @@ def test_several_classes_are_told_apart_in_the_table(
     assert result.table.labels == ("tumour1", "tumour2")
     assert len(result.table.rows) == 4
     assert checkpoint.description["labels"] == {"background": 0, "tumour1": 1, "tumour2": 2}
+
+
+def add_votes(root: Path, readers: int | None = 3) -> None:
+    """Votes of three readers: all agree inside the masks, one alone says a rim of one voxel more."""
+    (root / "votesTr").mkdir()
+    for path in (root / "labelsTr").iterdir():
+        label = read_volume(path)
+        inside = label.array > 0
+        wider = inside | np.roll(inside, 1, 0) | np.roll(inside, -1, 0)
+        write_nifti(root / "votesTr" / path.name, 2 * inside.astype(np.uint8) + wider, label.affine)
+    content = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(content | ({"readers": readers} if readers else {})))
+
+
+def test_votes_train_as_shares_and_a_run_of_them_is_continued_bit_for_bit(
+    make_dataset: MakeDataset, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(validation=1)
+    add_votes(root)
+    seen: list[Tensor] = []
+    step = Session.train_step
+
+    def watched(self: Session, at: int, images: Tensor, labels: Tensor) -> None:
+        seen.append(labels.clone())
+        step(self, at, images, labels)
+
+    monkeypatch.setattr(Session, "train_step", watched)
+    options: dict[str, Any] = {"data__root": str(root), "data__labels": "readers", "epochs": 2}
+    result, whole = train(tiny(name="whole", **options))
+    assert set(torch.cat(seen).unique().tolist()) == {0, 1, 3}
+    trainer = Trainer(tiny(name="parts", **options), on_epoch_end=lambda row: trainer.stop())
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    parts = result.run_folder.parent / "parts"
+    Trainer.from_run(parts).fit()
+    resumed = load_checkpoint(parts / "checkpoints" / "last")
+    assert all(torch.equal(value, whole.weights[name]) for name, value in resumed.weights.items())
+
+
+def test_shares_of_an_unknown_number_of_readers_are_refused_at_once(
+    make_dataset: MakeDataset, tiny: Tiny
+) -> None:
+    root = make_dataset()
+    add_votes(root, readers=None)
+    with pytest.raises(UsageError, match=r"how many readers there were; give --data\.readers"):
+        train(tiny(data__root=str(root), data__labels="readers"))
 
 
 def test_only_ignored_voxels_teach_nothing(

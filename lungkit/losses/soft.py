@@ -1,0 +1,159 @@
+"""Losses for labels that are shares: what several readers say, or classes that lie inside each other."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lungkit.errors import UsageError
+from lungkit.losses._options import check_choice, check_not_negative
+
+
+class SoftDiceCELoss(nn.Module):
+    r"""Dice semimetric loss + cross-entropy, for soft labels: y is a share of readers, not a class.
+
+    With p the softmax of the logits, sums over voxels and smoothing constants :math:`s_n, s_d`:
+
+    .. math::
+        \mathrm{Dice}_{b,c} = 1 - \frac{2\sum \min(p, y) + s_n}{\sum p + \sum y + s_d}, \qquad
+        \mathrm{loss} = \lambda_\text{dice}\operatorname{mean}_{b,c}\mathrm{Dice}_{b,c} + \lambda_\text{ce}\mathrm{CE},
+        \qquad \mathrm{CE} = -\operatorname{mean}\sum_c y_c \log p_c
+
+    The usual intersection :math:`\sum p\,y` is not least at p = y: it drives every probability to 0 or 1. The minimum
+    is, and for y in {0, 1} it is the product: for hard labels value and gradient are those of
+    :class:`lungkit.losses.DiceCELoss` with softmax and one-hot labels.
+
+    Args:
+        include_background: count class 0 in the Dice term.
+        reduction: "mean" or "sum" over images and classes in Dice, over voxels in the cross-entropy.
+        smooth_nr, smooth_dr: :math:`s_n` and :math:`s_d`.
+        batch: sum over the batch before the division.
+        lambda_dice, lambda_ce: weights of the two terms; 0 leaves one out.
+
+    Shapes:
+        input: logits (B, C, \*S), C at least 2; half types are computed in float32.
+        target: shares (B, C, \*S) that sum to 1 over the classes.
+        mask: (B, 1, \*S), True where a voxel counts; None counts all.
+        returns: a scalar; 0 over no voxel at all.
+
+    Raises:
+        UsageError: options or shapes that do not fit.
+
+    Source: Wang et al., "Dice Semimetric Losses: Optimizing the Dice Score with Soft Labels", MICCAI 2023 (DML1).
+
+    Example:
+        >>> import torch
+        >>> from lungkit.losses import SoftDiceCELoss
+        >>> shares = torch.tensor([[[0.75, 0.25], [0.25, 0.75]]])
+        >>> round(SoftDiceCELoss(lambda_ce=0.0)(shares.log(), shares).item(), 4)
+        0.0
+    """
+
+    def __init__(
+        self,
+        *,
+        include_background: bool = True,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, ("mean", "sum"))
+        check_not_negative(
+            smooth_nr=smooth_nr, smooth_dr=smooth_dr, lambda_dice=lambda_dice, lambda_ce=lambda_ce
+        )
+        self.first = 0 if include_background else 1
+        self.mean = reduction == "mean"
+        self.smooth_nr, self.smooth_dr, self.batch = float(smooth_nr), float(smooth_dr), batch
+        self.lambda_dice, self.lambda_ce = float(lambda_dice), float(lambda_ce)
+
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Loss of logits ``input`` against the shares ``target``; ``mask`` marks the voxels that count."""
+        if input.dim() < 3 or input.shape[1] < 2:
+            raise UsageError(
+                f"logits must be (B, C, *S) with two classes or more, got shape {tuple(input.shape)}"
+            )
+        if target.shape != input.shape or not target.is_floating_point():
+            raise UsageError(
+                f"soft labels must be floating and have the shape of the logits {tuple(input.shape)}, got "
+                f"{target.dtype} {tuple(target.shape)}"
+            )
+        if mask is not None and mask.shape != (input.shape[0], 1, *input.shape[2:]):
+            raise UsageError(
+                f"mask must be (B, 1, *S) for logits {tuple(input.shape)}, got {tuple(mask.shape)}"
+            )
+        if input.dtype != torch.float64:
+            input = input.float()
+        target = target.to(input.dtype)
+        logarithms = F.log_softmax(input, 1)
+        if mask is not None:
+            # Labels of 0 for every class take a voxel out of all sums but that of the predictions.
+            target = target * mask
+        loss = input.new_zeros(())
+        if self.lambda_ce:
+            total = -(target * logarithms).sum()
+            if self.mean:
+                voxels = input[:, 0].numel() if mask is None else mask.sum().clamp_min(1)
+                total = total / max(voxels, 1) if isinstance(voxels, int) else total / voxels
+            loss = loss + self.lambda_ce * total
+        if self.lambda_dice:
+            loss = loss + self.lambda_dice * self._dice(logarithms, target, mask)
+        return loss
+
+    def _dice(self, logarithms: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        prediction, label = logarithms[:, self.first :].exp(), target[:, self.first :]
+        if mask is not None:
+            prediction = prediction * mask
+        axes = (0, *range(2, label.dim())) if self.batch else tuple(range(2, label.dim()))
+        overlap = torch.minimum(prediction, label).sum(axes)
+        total = prediction.sum(axes) + label.sum(axes)
+        terms = 1.0 - (2.0 * overlap + self.smooth_nr) / (total + self.smooth_dr)
+        if mask is not None:
+            terms = torch.where(mask.sum(axes) > 0, terms, 0.0 * total)
+        return terms.mean() if self.mean and terms.numel() else terms.sum()
+
+
+class CodedLabelsLoss(nn.Module):
+    r"""A loss of label vectors for labels that are codes: vectors are looked up where they are needed.
+
+    One byte a voxel travels through patches, augmentation and copies to the device; the vectors exist in the loss only.
+
+    Args:
+        loss: called as ``loss(logits, vectors, mask)`` with vectors (B, C, \*S) and a mask (B, 1, \*S).
+        vectors: (codes, C), the label vector of every code.
+        ignore_index: code of voxels that do not count.
+
+    Shapes:
+        logits (B, C, \*S), codes (B, \*S) or (B, 1, \*S), uint8.
+
+    Example:
+        >>> import torch
+        >>> from lungkit.losses import CodedLabelsLoss, SoftDiceCELoss
+        >>> votes_of_two = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+        >>> criterion = CodedLabelsLoss(SoftDiceCELoss(), votes_of_two)
+        >>> criterion(torch.zeros(1, 2, 4, 4), torch.full((1, 4, 4), 1, dtype=torch.uint8)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, loss: nn.Module, vectors: Tensor, *, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.loss = loss
+        self.vectors: Tensor
+        self.register_buffer("vectors", vectors.float())
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, codes: Tensor) -> Tensor:
+        """Loss of ``logits`` against the vectors of ``codes``."""
+        if codes.dim() == logits.dim() and codes.shape[1] == 1:
+            codes = codes[:, 0]
+        if codes.shape != (logits.shape[0], *logits.shape[2:]):
+            raise UsageError(
+                f"codes of shape {tuple(codes.shape)} do not fit logits of shape {tuple(logits.shape)}"
+            )
+        mask = codes != self.ignore_index
+        vectors = self.vectors.to(logits.device)[codes.long() * mask].movedim(-1, 1)
+        return self.loss(logits, vectors, mask.unsqueeze(1))
