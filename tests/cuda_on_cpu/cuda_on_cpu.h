@@ -15,4 +15,5 @@
 #include "device_functions.h"
 #include "launch.h"
 #include "runtime_api.h"
+#include "tensor_cores.h"
 #include "types.h"

@@ -18,6 +18,9 @@ class Statistics(ctypes.Structure):
         ("blocks", ctypes.c_uint64),
         ("threads", ctypes.c_uint64),
         ("switches", ctypes.c_uint64),
+        ("products", ctypes.c_uint64),
+        ("copied_bytes", ctypes.c_uint64),
+        ("attributes", ctypes.c_uint64),
     )
 
 
@@ -37,6 +40,16 @@ class Emulator:
             yield
         finally:
             self._library.lungkit_emulator_set_order(0, 0)
+
+    @contextmanager
+    def device(self, capability: int) -> Iterator[None]:
+        """Runs on a device with the limits of this compute capability (86: 8.6); on 9.0 again afterwards."""
+        if not self._library.lungkit_emulator_set_device(capability):
+            raise ValueError(f"the emulator knows no device of compute capability {capability}")
+        try:
+            yield
+        finally:
+            self._library.lungkit_emulator_set_device(90)
 
     @contextmanager
     def counted(self) -> Iterator[Statistics]:

@@ -25,14 +25,24 @@ namespace lungkit_emulator {
 
 // Dynamic shared memory of a block: what any launch may ask for, and what it may after cudaFuncSetAttribute.
 inline constexpr size_t default_shared_bytes = 48 * 1024;
-inline constexpr size_t max_shared_bytes = 227 * 1024;
+
+// The devices that the emulator can be: all have 4 multiprocessors, so that a grid sized by them stays small.
+struct Device {
+  int capability;  // 90: compute capability 9.0
+  size_t max_shared_bytes;
+};
+inline constexpr Device devices[] = {{90, 227 * 1024}, {75, 64 * 1024}, {80, 163 * 1024},
+                                     {86, 99 * 1024},  {89, 99 * 1024}, {120, 99 * 1024}};
+inline constexpr int device_count = sizeof(devices) / sizeof(devices[0]);
 
 // What surrounds the machine: one launch at a time, whichever thread calls.
 struct Launcher {
   std::mutex mutex;
   std::atomic<std::thread::id> owner;  // the thread that is inside a launch
   bool order_known = false;
-  std::map<const void*, size_t> shared_limits;  // what cudaFuncSetAttribute has allowed each kernel
+  int device = 0;  // of `devices`, the current one
+  // What cudaFuncSetAttribute has allowed each kernel on each device.
+  std::map<std::pair<const void*, int>, size_t> shared_limits;
 };
 
 inline Launcher& launcher() {
@@ -66,16 +76,24 @@ inline void set_order(Order order, uint64_t seed = 0) {
   launcher().order_known = true;
 }
 
+inline const Device& current_device() {
+  return devices[launcher().device];
+}
+
 inline void allow_shared_bytes(const void* kernel, size_t bytes) {
   const std::lock_guard lock(launcher().mutex);
-  launcher().shared_limits[kernel] = bytes;
+  launcher().shared_limits[{kernel, launcher().device}] = bytes;
+  ++machine().statistics.attributes;
 }
 
 // The limit of one kernel or, where the kernel is not known, the largest of all.
 inline size_t shared_limit(const void* kernel) {
   size_t limit = default_shared_bytes;
   for (const auto& [allowed, bytes] : launcher().shared_limits) {
-    if (kernel == nullptr || kernel == allowed) limit = std::max(limit, bytes);
+    const auto [kernel_allowed, device] = allowed;
+    if (device == launcher().device && (kernel == nullptr || kernel == kernel_allowed)) {
+      limit = std::max(limit, bytes);
+    }
   }
   return limit;
 }
@@ -100,8 +118,9 @@ inline void check_launch(const char* name, dim3 grid, dim3 block, size_t shared_
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     refuse("the grid is ", size(grid), "; x may be at most 2147483647, y and z 65535");
   }
-  if (shared_bytes > max_shared_bytes) {
-    refuse(shared_bytes, " bytes of dynamic shared memory; a block has at most ", max_shared_bytes);
+  if (shared_bytes > current_device().max_shared_bytes) {
+    refuse(shared_bytes, " bytes of dynamic shared memory; a block has at most ",
+           current_device().max_shared_bytes);
   }
   if (shared_bytes > shared_limit) {
     refuse(shared_bytes, " bytes of dynamic shared memory, but it may have ", shared_limit,
@@ -125,7 +144,8 @@ void run(const char* name, const void* address, dim3 grid, dim3 block, size_t sh
   } const owned;
   const auto call = [](void* object) { (*static_cast<Body*>(object))(); };
   machine().run_grid({name, call, const_cast<void*>(static_cast<const void*>(&body))}, grid, block,
-                     shared_bytes, limit > default_shared_bytes ? max_shared_bytes : default_shared_bytes);
+                     shared_bytes,
+                     limit > default_shared_bytes ? current_device().max_shared_bytes : default_shared_bytes);
 }
 
 // Runs `body` once for every thread of the grid; `name` is for messages. It is not known which kernel the
@@ -154,6 +174,17 @@ extern "C" {
   if (order < 0 || order > 2) return 0;
   lungkit_emulator::set_order(static_cast<lungkit_emulator::Order>(order), seed);
   return 1;
+}
+
+// Runs what follows on the device with this compute capability (90: 9.0). Returns 0 where there is none,
+// else 1.
+[[gnu::used, gnu::visibility("default")]] inline int lungkit_emulator_set_device(int capability) {
+  for (int i = 0; i < lungkit_emulator::device_count; ++i) {
+    if (lungkit_emulator::devices[i].capability != capability) continue;
+    lungkit_emulator::launcher().device = i;
+    return 1;
+  }
+  return 0;
 }
 
 [[gnu::used, gnu::visibility("default")]] inline lungkit_emulator::Statistics lungkit_emulator_statistics() {

@@ -26,6 +26,9 @@ struct Statistics {
   uint64_t blocks = 0;
   uint64_t threads = 0;
   uint64_t switches = 0;
+  uint64_t products = 0;      // 16 x 8 x 16 blocks on the tensor cores
+  uint64_t copied_bytes = 0;  // from global to shared memory, asynchronously
+  uint64_t attributes = 0;    // calls of cudaFuncSetAttribute that set a kernel's shared memory
 };
 
 inline constexpr unsigned max_block_threads = 1024;
@@ -93,6 +96,8 @@ class Machine {
   // For kernels.
   void* dynamic_shared() const { return dynamic_->data(); }
   unsigned current_lane() const { return current_->lane(); }
+  unsigned current_warp() const { return current_->warp(); }
+  unsigned current_number() const { return current_->number; }
   BarrierResult barrier(const CallSite& site, bool predicate);
   void check_source_lane(const CallSite& site, uint32_t mask, unsigned source_lane);
   uint64_t collective(const CallSite& site, uint32_t mask, CollectiveKind kind, uint64_t operand,

@@ -58,23 +58,25 @@ inline cudaError_t cudaPeekAtLastError() {
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = lungkit_emulator::launcher().device;
   return cudaSuccess;
 }
 
-// Compute capability 9.0, but only 4 multiprocessors, so that a grid sized by them stays small.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidValue;
+  if (device < 0 || device >= lungkit_emulator::device_count) return cudaErrorInvalidValue;
+  const lungkit_emulator::Device& asked = lungkit_emulator::devices[device];
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = lungkit_emulator::max_block_threads; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = lungkit_emulator::default_shared_bytes; break;
     case cudaDevAttrWarpSize: *value = warpSize; break;
     case cudaDevAttrMultiProcessorCount: *value = 4; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 228 * 1024; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = lungkit_emulator::max_shared_bytes; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = asked.capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = asked.capability % 10; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = static_cast<int>(asked.max_shared_bytes) + 1024;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(asked.max_shared_bytes); break;
     default: return cudaErrorInvalidValue;
   }
   return cudaSuccess;
@@ -84,7 +86,7 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   const size_t bytes = static_cast<size_t>(value);
-  if (value < 0 || bytes > lungkit_emulator::max_shared_bytes) return cudaErrorInvalidValue;
+  if (value < 0 || bytes > lungkit_emulator::current_device().max_shared_bytes) return cudaErrorInvalidValue;
   lungkit_emulator::allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
   return cudaSuccess;
 }

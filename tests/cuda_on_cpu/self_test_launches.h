@@ -146,8 +146,9 @@ void runtime_api() {
   expect(cudaGetDevice(&value) == cudaSuccess && value == 0, "cudaGetDevice");
   expect(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess && value == 4,
          "attribute");
-  expect(cudaDeviceGetAttribute(&value, cudaDevAttrWarpSize, 1) == cudaErrorInvalidValue,
-         "there is no device 1");
+  expect(cudaDeviceGetAttribute(&value, cudaDevAttrWarpSize, lungkit_emulator::device_count) ==
+             cudaErrorInvalidValue,
+         "there is no such device");
   std::vector<int> from(4), to(4, 7);
   expect(cudaMemsetAsync(from.data(), 1, 8) == cudaSuccess, "cudaMemsetAsync");
   expect(cudaMemcpyAsync(to.data(), from.data(), 12, cudaMemcpyDeviceToDevice) == cudaSuccess,
