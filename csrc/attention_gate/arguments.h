@@ -31,8 +31,7 @@ inline std::array<int64_t, 3> grid_of(const Tensor& tensor, bool flat) {
 
 inline void check_gate_parameter(const Tensor& parameter, const char* name, const Tensor& x, ScalarType type,
                                  const std::vector<int64_t>& shape) {
-  LUNGKIT_CHECK(parameter.get_device_index() == x.get_device_index() && parameter.is_cuda() == x.is_cuda(),
-                "attention_gate: x and ", name, " must be on the same device");
+  LUNGKIT_CHECK(on_same_device(parameter, x), "attention_gate: x and ", name, " must be on the same device");
   bool same = parameter.dim() == static_cast<int64_t>(shape.size());
   for (size_t d = 0; same && d < shape.size(); ++d) same = parameter.size(d) == shape[d];
   std::string expected;
@@ -53,8 +52,7 @@ inline GateArguments check_attention_gate(const Tensor& x, const Tensor& phi, co
   LUNGKIT_CHECK(fits,
                 "attention_gate: phi must be (B, Ci, *Sg) with x's batch and a grid no finer than x's, got ",
                 shape_of(phi), " for x ", shape_of(x));
-  LUNGKIT_CHECK(phi.get_device_index() == x.get_device_index() && phi.is_cuda() == x.is_cuda(),
-                "attention_gate: x and phi must be on the same device");
+  LUNGKIT_CHECK(on_same_device(phi, x), "attention_gate: x and phi must be on the same device");
   LUNGKIT_CHECK(phi.scalar_type() == x.scalar_type(), "attention_gate: x is ", toString(x.scalar_type()),
                 " but phi is ", toString(phi.scalar_type()));
   const ScalarType type = w_x.scalar_type();
@@ -76,6 +74,24 @@ inline GateArguments check_attention_gate(const Tensor& x, const Tensor& phi, co
   a.x_layout = channel_layout(a.x);
   a.phi_layout = channel_layout(a.phi);
   return a;
+}
+
+// Gradients of out and of alpha, where there are any.
+inline void check_gate_gradients(const std::optional<Tensor>& grad_out,
+                                 const std::optional<Tensor>& grad_alpha, const Tensor& x) {
+  const auto check = [&](const std::optional<Tensor>& grad, const char* name, int64_t channels) {
+    if (!grad) return;
+    LUNGKIT_CHECK(on_same_device(*grad, x), "attention_gate_backward: x and ", name,
+                  " must be on the same device");
+    bool fits = grad->dim() == x.dim() && grad->size(0) == x.size(0) && grad->size(1) == channels;
+    for (int64_t d = 2; fits && d < x.dim(); ++d) fits = grad->size(d) == x.size(d);
+    LUNGKIT_CHECK(fits && grad->scalar_type() == x.scalar_type(), "attention_gate_backward: ", name,
+                  " must be (B, ", channels, ", *S) in x's dtype for x ", shape_of(x), " in ",
+                  toString(x.scalar_type()), ", got ", shape_of(*grad), " in ",
+                  toString(grad->scalar_type()));
+  };
+  check(grad_out, "grad_out", x.size(1));
+  check(grad_alpha, "grad_alpha", 1);
 }
 
 }  // namespace lungkit

@@ -264,6 +264,7 @@ Gradients attention_gate_backward_cpu(std::optional<Tensor> grad_out, std::optio
                                       const Tensor& w_psi, const Tensor& b_psi, bool needs_x, bool needs_phi,
                                       bool needs_w_x, bool needs_psi, bool) {
   const GateArguments a = check_attention_gate(x, phi, w_x, w_psi, b_psi);
+  check_gate_gradients(grad_out, grad_alpha, x);
   const int64_t channels = a.x_layout.channels, inner = a.phi_layout.channels;
   const auto wanted = [&](bool needed, std::vector<int64_t> shape) {
     return torch::stable::new_zeros(w_x, needed ? shape : std::vector<int64_t>{0});

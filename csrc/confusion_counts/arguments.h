@@ -32,8 +32,7 @@ inline ConfusionArguments check_confusion_counts(const Tensor& pred, const Tenso
                                                  int64_t num_classes, std::optional<int64_t> ignore_index) {
   LUNGKIT_CHECK(num_classes >= 2 && num_classes <= max_classes,
                 "confusion_counts: num_classes must be between 2 and ", max_classes, ", got ", num_classes);
-  LUNGKIT_CHECK(pred.get_device_index() == labels.get_device_index() && pred.is_cuda() == labels.is_cuda(),
-                "confusion_counts: pred and labels must be on the same device");
+  LUNGKIT_CHECK(on_same_device(pred, labels), "confusion_counts: pred and labels must be on the same device");
   const bool logits = is_floating(pred.scalar_type());
   LUNGKIT_CHECK(pred.dim() >= (logits ? 3 : 2),
                 "confusion_counts: pred must be (B, C, *S) logits or (B, *S) class"

@@ -9,8 +9,8 @@ namespace lungkit {
 
 inline void check_same(const char* op, const char* first_name, const Tensor& first, const char* other_name,
                        const Tensor& other) {
-  LUNGKIT_CHECK(first.get_device_index() == other.get_device_index() && first.is_cuda() == other.is_cuda(),
-                op, ": ", first_name, " and ", other_name, " must be on the same device");
+  LUNGKIT_CHECK(on_same_device(first, other), op, ": ", first_name, " and ", other_name,
+                " must be on the same device");
   LUNGKIT_CHECK(first.scalar_type() == other.scalar_type(), op, ": ", first_name, " is ",
                 toString(first.scalar_type()), " but ", other_name, " is ", toString(other.scalar_type()));
 }
@@ -34,9 +34,7 @@ inline void check_features(const char* op, const char* name, const Tensor& featu
 }
 
 inline void check_weight(const char* op, const Tensor& weight, const char* name, const Tensor& features) {
-  LUNGKIT_CHECK(
-      weight.get_device_index() == features.get_device_index() && weight.is_cuda() == features.is_cuda(), op,
-      ": ", name, " and weight must be on the same device");
+  LUNGKIT_CHECK(on_same_device(weight, features), op, ": ", name, " and weight must be on the same device");
   LUNGKIT_CHECK(weight.dim() == 1 && weight.size(0) == features.size(1), op, ": weight must be (C,) = (",
                 features.size(1), ",) for ", name, " ", shape_of(features), ", got ", shape_of(weight));
   const ScalarType type = weight.scalar_type();

@@ -25,6 +25,12 @@ inline std::string shape_of(const torch::stable::Tensor& tensor) {
   return text.str();
 }
 
+// The same kind of device, and the same one of several.
+inline bool on_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() &&
+         a.get_device_index() == b.get_device_index();
+}
+
 }  // namespace lungkit
 
 // The message says which op, what was found and what is expected: LUNGKIT_CHECK(ok, "op: labels are ",
