@@ -66,13 +66,11 @@ CUDA_CASES = [
     Case((2, 3, 70), (2, 3, 35), 33, 17),
     Case((2, 2, 9), (1, 1, 5), 64, 32),
     Case((3, 300), (3, 150), 2, 32),
+    Case((4, 6, 64), (2, 3, 32), 64, 32),  # pieces of 16 bytes, channels-first and channels-last
+    Case((6, 6, 48), (3, 3, 24), 24, 16, batch=2),
+    Case((8, 8, 16), (1, 2, 2), 8, 8),  # weights that bfloat16 does not hold
+    Case((5, 6, 40), (4, 5, 30), 16, 8),  # 8 voxels that read more than 8 columns
 ]
-CUDA_WIDE_CASES = [
-    Case((3, 4, 5), (2, 2, 3), 128, 64),
-    Case((3, 7), (2, 4), 70, 3),
-    Case((3, 7), (2, 4), 3, 50),
-]
-
 SMALL = Case((4, 6, 5), (2, 3, 3), 5, 4, batch=2)
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

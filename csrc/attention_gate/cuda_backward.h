@@ -1,7 +1,7 @@
-// Backward: one block owns a box of phi's grid and takes every voxel of x that reads it, so that the gradient
-// of phi is a sum that one block makes in one order. Voxels that read two boxes are computed twice; one of
-// the two, the box that holds the lower corner, also owns the voxel: its gradient of x and its part in the
-// gradients of the weights.
+// Backward of float32: one block owns a box of phi's grid and takes every voxel of x that reads it, so that
+// the gradient of phi is a sum that one block makes in one order. Voxels that read two boxes are computed
+// twice; one of the two, the box that holds the lower corner, also owns the voxel: its gradient of x and its
+// part in the gradients of the weights.
 #pragma once
 
 #include "cuda_tile.h"
@@ -11,9 +11,9 @@ namespace lungkit {
 // How the blocks share the work. `interpolates`: the boxes are cut from phi's grid along z, y and x;
 // otherwise (equal grids, or no gradient of phi asked for) they are runs of box[2] voxels.
 struct BoxGrid {
-  bool interpolates;
-  int box[3];
-  int boxes[3];
+  bool interpolates = false;
+  int box[3] = {};
+  int boxes[3] = {};
   __host__ __device__ int per_image() const { return boxes[0] * boxes[1] * boxes[2]; }
 };
 
@@ -78,7 +78,7 @@ struct GateBackwardShared {
   float* planes;       // two open planes of phi's gradient, (2, Ci, box y, box x)
 };
 
-// `size` 1, 2 or 4: at most 32 * size channels and 16 * size inner channels.
+// `size` 1 or 2: at most 32 * size channels and 16 * size inner channels.
 template <class Stored, int size>
 class GateBackward {
  public:
@@ -406,33 +406,13 @@ class GateBackward {
 
 template <class Stored, int size>
 __global__ void __launch_bounds__(gate_threads, 2)
-    gate_backward_kernel(GateInputs<Stored> in, GateGradients<Stored> out, BoxGrid grid) {
+    gate_boxes_backward_kernel(GateInputs<Stored> in, GateGradients<Stored> out, BoxGrid grid) {
   LUNGKIT_DYNAMIC_SHARED(unsigned char, memory);
   GateBackward<Stored, size> backward(in, out, grid, memory);
   const int boxes = grid.per_image() * in.images();
   for (int box = blockIdx.x; box < boxes; box += gridDim.x) backward.add_box(box);
   const int64_t width = static_cast<int64_t>(in.inner()) * in.x_channels() + in.inner() + 1;
   if (out.partial != nullptr) backward.write_partial(out.partial + blockIdx.x * width);
-}
-
-// Adds up the blocks' parts of the gradients of the weights, in the order of the blocks.
-template <class Weight>
-__global__ void gate_weights_kernel(const float* __restrict__ partial, int blocks, int64_t product,
-                                    int64_t inner, Weight* grad_w_x, Weight* grad_w_psi, Weight* grad_b_psi) {
-  const int64_t width = product + inner + 1, k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (k >= width) return;
-  double sum = 0;
-  for (int b = 0; b < blocks; ++b) sum += static_cast<double>(partial[b * width + k]);
-  const auto value = static_cast<Weight>(static_cast<float>(sum));
-  if (k < product) {
-    if (grad_w_x != nullptr) grad_w_x[k] = value;
-  } else if (grad_w_psi != nullptr) {
-    if (k < product + inner) {
-      grad_w_psi[k - product] = value;
-    } else {
-      *grad_b_psi = value;
-    }
-  }
 }
 
 }  // namespace lungkit

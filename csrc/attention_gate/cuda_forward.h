@@ -1,5 +1,5 @@
-// Forward: one block takes tiles of 128 voxels. The features of a tile are read once, into shared memory; the
-// product, up(phi), the map and the gated features come out of there.
+// Forward of float32: one block takes tiles of 128 voxels. The features of a tile are read once, into shared
+// memory; the product, up(phi), the map and the gated features come out of there.
 #pragma once
 
 #include "cuda_tile.h"
@@ -30,7 +30,7 @@ struct GateForwardShared {
 
 template <class Stored>
 __global__ void __launch_bounds__(gate_threads, 8)
-    gate_forward_kernel(GateInputs<Stored> in, Stored* out, VoxelLayout out_layout, Stored* alpha_out) {
+    gate_tiles_forward_kernel(GateInputs<Stored> in, Stored* out, VoxelLayout out_layout, Stored* alpha_out) {
   LUNGKIT_DYNAMIC_SHARED(unsigned char, memory);
   const int channels = in.x_channels(), inner = in.inner();
   const GateForwardShared<Stored> shared(memory, channels, inner);

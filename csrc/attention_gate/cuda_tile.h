@@ -1,11 +1,12 @@
-// Device code of both kernels: a tile of 128 voxels in shared memory, one voxel a row of the block's 128
-// threads, one run of 32 voxels a warp; the product of a warp; and up(phi) of one element.
+// Device code of the kernels for float32: a tile of 128 voxels in shared memory, one voxel a row of the
+// block's 128 threads, one run of 32 voxels a warp; the product of a warp; and up(phi) of one element.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "../support/cuda_tensor_cores.h"
 #include "../support/dispatch.h"
 #include "../support/layout.h"
 #include "interpolation.h"
@@ -76,10 +77,6 @@ template <class Stored>
 __device__ Features<Stored> image_of(Stored* data, const VoxelLayout& layout, int image) {
   return {data + image * layout.batch_stride, layout.channel_stride, layout.voxel_stride};
 }
-
-struct alignas(16) Bytes16 {
-  uint32_t word[4];
-};
 
 inline __device__ bool on_16_bytes(const void* address) {
   return (reinterpret_cast<uintptr_t>(address) & 15) == 0;
@@ -161,31 +158,7 @@ inline __device__ int lane_column(int j) {
 #define LUNGKIT_HAS_MMA 0
 #endif
 
-template <class Stored>
-constexpr bool is_half_type = std::is_same_v<Stored, Half> || std::is_same_v<Stored, BFloat16>;
-
 #if LUNGKIT_HAS_MMA
-
-template <class Stored>
-__device__ uint32_t pair_of(const Stored* first, int step) {
-  return static_cast<uint32_t>(first[0].x) | static_cast<uint32_t>(first[step].x) << 16;
-}
-
-// sum += A B for one 16 x 16 block of A and one 16 x 8 block of B.
-template <class Stored>
-__device__ void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<Stored, Half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
-}
 
 __device__ inline uint32_t rounded_to_tf32(Tf32 x) {
   uint32_t bits;
@@ -195,7 +168,8 @@ __device__ inline uint32_t rounded_to_tf32(Tf32 x) {
 
 // sum += A B for one 16 x 8 block of A and one 8 x 8 block of B.
 __device__ inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -204,29 +178,13 @@ __device__ inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const u
 #endif
 
 // sum[n] += A B_n for the `blocks` 16 x 8 blocks B_n of B, `next` columns apart, over `depth`, a multiple
-// of 16. One call of a whole warp. Half types and Tf32 go through the tensor cores where there are any;
-// everything else, and the emulator, multiplies element by element in float.
+// of 16. One call of a whole warp. Tf32 goes through the tensor cores where there are any; float, and the
+// emulator, multiply element by element in float.
 template <int blocks, class Stored>
 __device__ void multiply_add(float (&sum)[blocks][4], SharedMatrix<Stored> a, SharedMatrix<Stored> b,
                              int next, int depth) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #if LUNGKIT_HAS_MMA
-  if constexpr (is_half_type<Stored>) {
-#pragma unroll 1
-    for (int k = 0; k < depth; k += 16) {
-      const Stored* from = a.data + g * a.row + (k + 2 * t) * a.column;
-      const uint32_t left[4] = {pair_of(from, a.column), pair_of(from + 8 * a.row, a.column),
-                                pair_of(from + 8 * a.column, a.column),
-                                pair_of(from + 8 * a.row + 8 * a.column, a.column)};
-#pragma unroll
-      for (int n = 0; n < blocks; ++n) {
-        const Stored* right = b.data + (k + 2 * t) * b.row + (n * next + g) * b.column;
-        const uint32_t pairs[2] = {pair_of(right, b.row), pair_of(right + 8 * b.row, b.row)};
-        mma<Stored>(sum[n], left, pairs);
-      }
-    }
-    return;
-  }
   if constexpr (std::is_same_v<Stored, Tf32>) {
 #pragma unroll 1
     for (int k = 0; k < depth; k += 8) {

@@ -3,10 +3,11 @@ r"""Additive attention gate: one attention map, applied to the skip features it 
 Which path computes it:
 
 - On the CPU the native kernels, for every shape and dtype.
-- On CUDA the native kernels where a tile of voxels and the sums of the weights' gradients fit on the chip: up to 128
-  channels of x and 64 inner ones for the half types, 64 and 32 for float32. Tensor cores multiply the half types, and
-  float32 where ``torch.backends.cuda.matmul.allow_tf32`` is set (or ``torch.set_float32_matmul_precision("high")``);
-  otherwise its products are full float32.
+- On CUDA the native kernels for up to 64 channels of x and 32 inner ones, where a run of voxels and the sums of the
+  weights' gradients fit on the chip: the half types from compute capability 8.0 on, float32 where the device has the
+  shared memory for its backward pass (compute capability 7.5 has it up to 32 and 16 channels). Tensor cores multiply
+  the half types, and float32 where ``torch.backends.cuda.matmul.fp32_precision`` is "tf32" (or ``allow_tf32`` is set,
+  or ``torch.set_float32_matmul_precision("high")``); otherwise its products are full float32.
 - Wider levels have few voxels, and their product is large enough for the library: there CUDA takes the library's
   product and the fused tail of :mod:`lungkit.ops.gate_tail`, as it does for float64.
 - Everywhere else, and where no native library is built, the twin in plain PyTorch.
@@ -74,27 +75,48 @@ def attention_gate(
         return reference(x, phi, w_x, w_psi, b_psi)
     if x.is_cuda and not _fits_cuda_kernel(x, phi):
         return _product_and_tail(x, phi, w_x, w_psi, b_psi)
-    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if x.is_cuda and x.dtype == torch.float32 and _allows_tf32():
         return torch.ops.lungkit.attention_gate(x, phi, w_x, w_psi, b_psi, allow_tf32=True)
     return torch.ops.lungkit.attention_gate(x, phi, w_x, w_psi, b_psi)
 
 
-# As in csrc/attention_gate/cuda.cu and cuda_tile.h: channels a block of the grid of its sums, blocks for each dtype,
-# the longest axis and the most voxels of an image.
-_CUDA_X_CHANNELS, _CUDA_INNER_CHANNELS = 32, 16
-_CUDA_BLOCKS = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
+# As in csrc/attention_gate/cuda.cu and cuda_tile.h.
+_CUDA_X_CHANNELS, _CUDA_INNER_CHANNELS = 64, 32
 _CUDA_LONGEST_AXIS = 0x7FFF
 _CUDA_MOST_VOXELS = 0x7FFFFFFF - 128
 
 
 def _fits_cuda_kernel(x: Tensor, phi: Tensor) -> bool:
-    blocks = _CUDA_BLOCKS.get(x.dtype, 0)
+    device = torch.cuda.get_device_properties(x.device)
+    shared_bytes = device.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
+    return _fits_device(x, phi, 10 * device.major + device.minor, shared_bytes)
+
+
+def _fits_device(x: Tensor, phi: Tensor, capability: int, shared_bytes: int) -> bool:
+    """Whether a device with this compute capability (86: 8.6) and shared memory a block runs the native kernels."""
+    if x.dtype == torch.float32:
+        fits = shared_bytes >= _float_shared_bytes(x.shape[1], phi.shape[1])
+    else:
+        fits = x.dtype in (torch.bfloat16, torch.float16) and capability >= 80
     return (
-        x.shape[1] <= blocks * _CUDA_X_CHANNELS
-        and phi.shape[1] <= blocks * _CUDA_INNER_CHANNELS
+        fits
+        and x.shape[1] <= _CUDA_X_CHANNELS
+        and phi.shape[1] <= _CUDA_INNER_CHANNELS
         and max(x.shape[2:]) <= _CUDA_LONGEST_AXIS
         and math.prod(x.shape[2:]) <= _CUDA_MOST_VOXELS
     )
+
+
+def _float_shared_bytes(x_channels: int, inner: int) -> int:
+    """The least that a block of the backward pass in float32 works with: GateBackwardShared, and 8 cells of planes."""
+    rows, depth = -(-x_channels // 16) * 16, -(-inner // 16) * 16
+    tiles = 4 * (depth * (rows + 4) + (2 * rows + depth) * 132)
+    return tiles + 128 * 32 + 4 * depth + 16 + 8 * (8 * inner + 4) + 32
+
+
+def _allows_tf32() -> bool:
+    # It knows whatever was set by any of torch's three settings; `allow_tf32` raises once a newer one was used.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _product_and_tail(
