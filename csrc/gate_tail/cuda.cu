@@ -1,14 +1,17 @@
-// One thread a voxel, walking its channels: neighbouring threads read neighbouring voxels of a channels-first
-// tensor; of a channels-last one each thread walks a run of memory. The weights' gradient is summed within
-// warps, then over warps in their order: the same bits on every run, no atomics.
+// By pieces of 16 bytes (cuda_pieces.h) where the features allow it. Elsewhere one thread a voxel, walking
+// its channels: neighbouring threads read neighbouring voxels of a channels-first tensor; of a channels-last
+// one each thread walks a run of memory. The weights' gradient is summed within warps, then over warps in
+// their order: the same bits on every run, no atomics.
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 
 #include "../support/cuda_launch.h"
 #include "../support/parallel.h"
 #include "arguments.h"
+#include "cuda_pieces.h"
 
 namespace lungkit {
 namespace {
@@ -186,6 +189,46 @@ T* write(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// Calls launch(layout, by_voxel, blocks) where all of `features` and `maps` can be read in pieces of 16
+// bytes.
+template <class Stored, class Launch>
+bool launch_by_pieces(const std::vector<Tensor>& features, const std::vector<Tensor>& maps,
+                      const Launch& launch) {
+  constexpr int64_t width = Piece<Stored>::width;
+  const VoxelLayout first = readable_layout(features[0]);
+  const bool by_voxel = first.voxel_stride != 1;
+  const PieceLayout layout{first.batch, first.channels, first.voxels, first.batch_stride,
+                           by_voxel ? first.voxel_stride : first.channel_stride};
+  const auto is_aligned = [](const Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  };
+  for (const Tensor& tensor : features) {
+    const VoxelLayout other = readable_layout(tensor);
+    const bool same = other.batch_stride == first.batch_stride && other.voxel_stride == first.voxel_stride &&
+                      other.channel_stride == first.channel_stride;
+    if (!same || !is_aligned(tensor)) return false;
+  }
+  if (!by_voxel && !std::all_of(maps.begin(), maps.end(), is_aligned)) return false;
+  const int64_t columns = by_voxel ? layout.channels : layout.voxels;
+  if (columns % width != 0 || layout.row_stride % width != 0 || layout.image_stride % width != 0)
+    return false;
+  const int64_t tile = by_voxel ? piece_tile<Stored, true> : piece_tile<Stored, false>;
+  const int64_t blocks = layout.images * ceil_div(layout.voxels, tile);
+  if (blocks > 0x7fffffff) return false;
+  if (by_voxel) {
+    launch(layout, std::true_type{}, static_cast<unsigned>(blocks));
+  } else {
+    launch(layout, std::false_type{}, static_cast<unsigned>(blocks));
+  }
+  return true;
+}
+
+// What was asked for of `features`.
+std::vector<Tensor> and_if(std::vector<Tensor> features, bool needed, const Tensor& tensor) {
+  if (needed) features.push_back(tensor);
+  return features;
+}
+
 std::tuple<Tensor, Tensor> gate_psi_cuda(const Tensor& a, const Tensor& b, const Tensor& weight) {
   check_gate_psi(a, b, weight);
   LUNGKIT_CHECK(on_device(a), "gate_psi: a must be on the GPU");
@@ -195,7 +238,14 @@ std::tuple<Tensor, Tensor> gate_psi_cuda(const Tensor& a, const Tensor& b, const
   if (psi.numel() == 0) return {psi, q};
   dispatch_floating(a.scalar_type(), "gate_psi", [&](auto zero) {
     using Stored = decltype(zero);
+    using Sum = accumulate_t<Stored>;
     const Tensor weights = weight_as_sum<Stored>(weight);
+    const auto by_pieces = [&](const PieceLayout& layout, auto by_voxel, unsigned blocks) {
+      LUNGKIT_LAUNCH((gate_psi_pieces_kernel<Stored, decltype(by_voxel)::value>), blocks, piece_threads, 0,
+                     current_stream(a), layout, read<Stored>(left), read<Stored>(right), read<Sum>(weights),
+                     write<Stored>(psi), write<Stored>(q));
+    };
+    if (launch_by_pieces<Stored>({left, right, q}, {}, by_pieces)) return;
     const auto from = features_of<Stored>(left);
     LUNGKIT_LAUNCH((gate_psi_kernel<Stored>), blocks_for(from.layout), block_threads, 0, current_stream(a),
                    from, features_of<Stored>(right), read<accumulate_t<Stored>>(weights), write<Stored>(psi),
@@ -219,12 +269,22 @@ std::tuple<Tensor, Tensor> gate_psi_backward_cuda(const Tensor& grad_psi, const 
     using Sum = accumulate_t<Stored>;
     const Tensor weights = weight_as_sum<Stored>(weight);
     const auto from = features_of<Stored>(values);
-    const int64_t runs = from.layout.batch * ceil_div(from.layout.voxels, run_voxels);
-    const Tensor partial = torch::stable::new_empty(weights, {needs_weight ? q.size(1) * runs : 0});
-    LUNGKIT_LAUNCH((gate_psi_backward_kernel<Stored>),
-                   static_cast<unsigned>(ceil_div(runs, block_threads / 32)), block_threads, 0,
-                   current_stream(q), read<Stored>(slopes), from, read<Sum>(weights),
-                   gradient_of<Stored>(grad, values), write<Sum>(partial), runs);
+    int64_t runs = from.layout.batch * ceil_div(from.layout.voxels, run_voxels);
+    Tensor partial;
+    const auto by_pieces = [&](const PieceLayout& layout, auto by_voxel, unsigned blocks) {
+      runs = blocks;
+      partial = torch::stable::new_empty(weights, {needs_weight ? q.size(1) * runs : 0});
+      LUNGKIT_LAUNCH((gate_psi_backward_pieces_kernel<Stored, decltype(by_voxel)::value>), blocks,
+                     piece_threads, 0, current_stream(q), layout, read<Stored>(slopes), read<Stored>(values),
+                     read<Sum>(weights), write<Stored>(grad), write<Sum>(partial));
+    };
+    if (!launch_by_pieces<Stored>(and_if({values}, needs_features, grad), {slopes}, by_pieces)) {
+      partial = torch::stable::new_empty(weights, {needs_weight ? q.size(1) * runs : 0});
+      LUNGKIT_LAUNCH((gate_psi_backward_kernel<Stored>),
+                     static_cast<unsigned>(ceil_div(runs, block_threads / 32)), block_threads, 0,
+                     current_stream(q), read<Stored>(slopes), from, read<Sum>(weights),
+                     gradient_of<Stored>(grad, values), write<Sum>(partial), runs);
+    }
     if (!needs_weight) return;
     dispatch_floating(weight.scalar_type(), "gate_psi_backward", [&](auto weight_zero) {
       using Weight = decltype(weight_zero);
@@ -244,6 +304,11 @@ Tensor gate_scale_cuda(const Tensor& x, const Tensor& alpha) {
   if (out.numel() == 0) return out;
   dispatch_floating(x.scalar_type(), "gate_scale", [&](auto zero) {
     using Stored = decltype(zero);
+    const auto by_pieces = [&](const PieceLayout& layout, auto by_voxel, unsigned blocks) {
+      LUNGKIT_LAUNCH((gate_scale_pieces_kernel<Stored, decltype(by_voxel)::value>), blocks, piece_threads, 0,
+                     current_stream(x), layout, read<Stored>(values), read<Stored>(map), write<Stored>(out));
+    };
+    if (launch_by_pieces<Stored>({values, out}, {map}, by_pieces)) return;
     const auto from = features_of<Stored>(values);
     LUNGKIT_LAUNCH((gate_scale_kernel<Stored>), blocks_for(from.layout), block_threads, 0, current_stream(x),
                    from, read<Stored>(map), gradient_of<Stored>(out, out));
@@ -256,12 +321,18 @@ std::tuple<Tensor, Tensor> gate_scale_backward_cuda(const Tensor& grad_out, cons
   check_gate_scale_backward(grad_out, x, alpha);
   LUNGKIT_CHECK(on_device(x), "gate_scale_backward: x must be on the GPU");
   const DeviceGuard guard(x);
-  const Tensor values = with_unit_stride(x), slopes = with_unit_stride(grad_out),
+  const Tensor values = with_unit_stride(x), slopes = in_order_of(x, grad_out),
                map = torch::stable::contiguous(alpha);
   Tensor grad_x = new_features_if(needs_x, values), grad_alpha = new_map_if(needs_alpha, values);
   if (map.numel() == 0) return {grad_x, grad_alpha};
   dispatch_floating(x.scalar_type(), "gate_scale_backward", [&](auto zero) {
     using Stored = decltype(zero);
+    const auto by_pieces = [&](const PieceLayout& layout, auto by_voxel, unsigned blocks) {
+      LUNGKIT_LAUNCH((gate_scale_backward_pieces_kernel<Stored, decltype(by_voxel)::value>), blocks,
+                     piece_threads, 0, current_stream(x), layout, read<Stored>(slopes), read<Stored>(values),
+                     read<Stored>(map), write<Stored>(grad_x), write<Stored>(grad_alpha));
+    };
+    if (launch_by_pieces<Stored>(and_if({slopes, values}, needs_x, grad_x), {map}, by_pieces)) return;
     const auto from = features_of<Stored>(values);
     LUNGKIT_LAUNCH((gate_scale_backward_kernel<Stored>), blocks_for(from.layout), block_threads, 0,
                    current_stream(x), features_of<Stored>(slopes), from, read<Stored>(map),
