@@ -32,6 +32,7 @@ options of the configuration, those that are used most:
   --device cuda:1            or cpu, cuda (default: the GPU where there is one)
   --data.fold K              which fold validates (default: 0), of --data.folds N (default: 5)
   --seed N                   of weights, patches, augmentation and dropout (default: 0)
+  --logger NAME              also log to tensorboard, mlflow or wandb (pip install 'lungkit[NAME]')
   --runs DIR, --name NAME    the run is kept in DIR/NAME (default: runs, and a name from data and model)
   --config FILE              a YAML file of options; options after it change what it says
 All of them: --help-options says what they are and do, --print-config shows them as a YAML file for --config.

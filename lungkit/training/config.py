@@ -189,6 +189,8 @@ class TrainConfig:
         seed: of weights, patches, augmentation and dropout.
         runs: folder of the runs.
         name: of the run folder; None is the dataset's name and the model's.
+        logger: also log scalars, pictures, configuration and model to "tensorboard", "mlflow" or "wandb"; None to the
+            run's folder alone.
 
     Raises:
         UsageError: a value out of its range.
@@ -215,6 +217,7 @@ class TrainConfig:
     seed: int = 0
     runs: str = "runs"
     name: str | None = None
+    logger: Literal["tensorboard", "mlflow", "wandb"] | None = None
 
     def validate(self) -> None:
         """Check what the types do not say.

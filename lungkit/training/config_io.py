@@ -26,7 +26,7 @@ from lungkit.training.config import TrainConfig
 
 # Where things lie does not change the weights, nor does what follows the last epoch: these may differ when a run is
 # continued.
-MOVABLE = ("data.root", "data.cache", "data.max_voxels", "choose_postprocessing", "save_validation")
+MOVABLE = ("data.root", "data.cache", "data.max_voxels", "choose_postprocessing", "save_validation", "logger")
 # Short forms of options that are typed most.
 _SHORTHANDS = {
     "data": "data.root",
@@ -120,10 +120,20 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
+def flat_options(config: TrainConfig) -> dict[str, Any]:
+    """Every option by its dotted name.
+
+    Example:
+        >>> flat_options(TrainConfig(epochs=3))["epochs"]
+        3
+    """
+    return _flat(config_to_dict(config))
+
+
 def config_to_yaml(config: TrainConfig) -> str:
     """The configuration as ``config.yaml`` holds it: every option below a comment that says what it means."""
     text, group = "", ""
-    values = _flat(config_to_dict(config))
+    values = flat_options(config)
     for name in sorted(
         values, key=lambda name: "." in name
     ):  # after a group, the top level would be its part
@@ -143,7 +153,7 @@ def config_differences(saved: TrainConfig, asked: TrainConfig) -> dict[str, str]
         >>> config_differences(TrainConfig(), TrainConfig(epochs=3))
         {'epochs': 'epochs is None in the run, 3 asked for'}
     """
-    before, after = _flat(config_to_dict(saved)), _flat(config_to_dict(asked))
+    before, after = flat_options(saved), flat_options(asked)
     return {
         name: f"{name} is {value} in the run, {after[name]} asked for"
         for name, value in before.items()

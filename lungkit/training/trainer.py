@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from lungkit.data import CachedCase
 from lungkit.errors import Interrupted, LungkitError
 from lungkit.metrics import CaseTable
 from lungkit.training.config import TrainConfig
-from lungkit.training.config_io import config_to_yaml, load_config
+from lungkit.training.config_io import config_to_yaml, flat_options, load_config
 from lungkit.training.engine import (
     describe_engine,
     memory_errors,
@@ -26,6 +26,7 @@ from lungkit.training.engine import (
     start_engine,
 )
 from lungkit.training.finishing import finish
+from lungkit.training.loggers import RunLogger, check_logger, open_logger
 from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
 from lungkit.training.progress import Display
 from lungkit.training.run import Run, has_foreground
@@ -91,6 +92,7 @@ class Trainer:
         on_epoch_end: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         config.validate()
+        check_logger(config.logger)
         self.config = replace(config, engine=resolve_engine(config.engine))
         self.resume = None if resume is None else RunFolder.open(resume)
         self.checkpoint = checkpoint
@@ -166,11 +168,16 @@ class Trainer:
         prepared, train, val = self._prepare(fabric, display)
         session = Session(self.config, prepared, fabric, [*train, *val])
         folder = on_first_process(fabric, lambda: self._open_folder(prepared, log))
-        run = Run(session, folder, train, val, display, stop=self._stop, on_epoch_end=self.on_epoch_end)
         if self.resume is None:
             _LOG.info("%s", prepared.fingerprint.summary())
         else:
             self._restore(session, folder)  # what cannot be restored leaves the run's status as it is
+        logger = RunLogger(None)
+        if fabric.is_global_zero:
+            logger = open_logger(self.config.logger, folder, next_step=session.position.step)
+        logger.begin(flat_options(self.config))
+        reports = [report for report in (logger.epoch, self.on_epoch_end) if report is not None]
+        run = Run(session, folder, train, val, display, stop=self._stop, on_epoch_end=_all_of(reports))
         try:
             _LOG.info("run folder %s\n%s", folder.path, prepared.plan.summary())
             _LOG.info(
@@ -181,12 +188,15 @@ class Trainer:
                 run.epochs()
                 table = finish(run)
             on_first_process(fabric, lambda: run.write_status("finished"))
+            logger.measured({name: table.mean(name) for name in table.metrics}, folder, session.position.step)
+            logger.end("finished")
         except BaseException as error:
             if fabric.is_global_zero:
                 state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
                 message = str(error) or type(error).__name__
                 with contextlib.suppress(LungkitError, OSError):  # a full disk: the first error says more
                     run.write_status(state, message=message)
+                logger.end(state)
             raise
         best = math.nan if session.position.best_dice is None else session.position.best_dice
         result = TrainResult(folder.path, table, best, session.best_epoch, session.epoch)
@@ -217,6 +227,14 @@ class Trainer:
         if not session.fabric.is_global_zero:
             session.restore(checkpoint)
         _LOG.info("continuing after step %d of %d", session.position.step, session.plan.total_steps)
+
+
+def _all_of(reports: Sequence[Callable[[dict[str, Any]], None]]) -> Callable[[dict[str, Any]], None]:
+    def report(row: dict[str, Any]) -> None:
+        for one in reports:
+            one(row)
+
+    return report
 
 
 def _describe_data(config: TrainConfig) -> str:
