@@ -8,19 +8,28 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lungkit
 from lungkit.cli._common import run_command
 from lungkit.errors import DataError, UsageError, shorten
 
+if TYPE_CHECKING:
+    from lungkit.data import Dataset
+    from lungkit.report.evaluation import LabelScheme
+    from lungkit.report.readers import ReaderMeasurements
+
 _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
 Written to the output folder: metrics.csv (cases), metrics_summary.csv, metrics.json (with the definition of every
-metric), metrics.md, metrics.txt and distribution.png.
+metric), metrics.md, metrics.txt and distribution.png. Of a dataset with several readers (votesTr or readersTr beside
+labelsTr) also readers.* (each level of agreement, and the readers' own Dice) and, with --probabilities,
+calibration.json and reliability.png.
 Examples:
   lungkit-evaluate predictions/ labelsTr/                every metric of every case in both folders
   lungkit-evaluate predictions/ DATASET/                 labels and their names from a dataset's folder
+  lungkit-evaluate predictions/ DATASET/ --readers 4     beside the votes of four readers
   lungkit-evaluate a.nii.gz b.nii.gz --label tumour=2    two files, and which value is the tumour
   lungkit-evaluate mask.nii.gz RS.dcm --roi 'GTV.*=tumour'    a DICOM RTSTRUCT or SEG, on the grid of the other file
   lungkit-evaluate seg.dcm RS.dcm --scans DIR            two of them, on that of the series they were made on
@@ -81,6 +90,19 @@ def _parser() -> argparse.ArgumentParser:
         help="where the CT series of DICOM masks are, at any depth (default: the other mask's grid is taken)",
     )
     parser.add_argument(
+        "--readers",
+        type=int,
+        metavar="N",
+        help="how many readers the votes in votesTr are of (default: as dataset.json says)",
+    )
+    parser.add_argument(
+        "--probabilities",
+        type=Path,
+        metavar="DIR",
+        help="with CASE_CLASS.nii.gz, as lungkit-predict --probabilities writes them; calibration is measured against "
+        "the share of readers (default: PREDICTIONS/probabilities, where there is one)",
+    )
+    parser.add_argument(
         "--metrics",
         nargs="+",
         choices=[group.value for group in MetricGroup],
@@ -129,6 +151,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from lungkit.metrics.surface import available_cpus
     from lungkit.report import evaluation as evaluating
     from lungkit.report.mask_files import MaskReader, find_pairs
+    from lungkit.report.readers import measure_pairs
 
     options = MetricOptions(
         groups=tuple(MetricGroup(name) for name in arguments.metrics),
@@ -160,6 +183,8 @@ def _run(arguments: argparse.Namespace) -> int:
     jobs = min(available_cpus() if arguments.jobs is None else arguments.jobs, len(found.pairs))
     if jobs > 1:
         torch.set_num_threads(1)  # each job has a core of its own
+    reader = MaskReader(scheme.values, rules, archive, arguments.max_voxels)
+    beside = _readers_of(arguments, scheme)
     folder = _new_folder(arguments.output)
     try:
         with _Bar(len(found.pairs)) as bar:
@@ -168,7 +193,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 scheme,
                 options=options,
                 jobs=jobs,
-                reader=MaskReader(scheme.values, rules, archive, arguments.max_voxels),
+                reader=reader,
                 progress=bar.update,
             )
         if not evaluation.table.rows and len(found.pairs) == 1:  # of many, the files say which failed and why
@@ -177,10 +202,49 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.output is None:
             folder.rmdir()  # still empty, and made here
         raise
-    text = evaluating.write_evaluation(folder, evaluation, found, options, scheme)
+    notes: list[str] = []
+    if beside is not None:
+        dataset, readers = beside
+        folder_of_maps = arguments.predictions / "probabilities"
+        measure_pairs(
+            readers,
+            {name: pair for name, pair in found.pairs.items() if name not in evaluation.failed},
+            dataset,
+            scheme,
+            reader,
+            probabilities=arguments.probabilities or (folder_of_maps if folder_of_maps.is_dir() else None),
+        )
+        notes = readers.ceiling_notes()
+    text = evaluating.write_evaluation(folder, evaluation, found, options, scheme, notes=notes)
+    if beside is not None and readers.table.rows:
+        text += "\n\n" + readers.write(folder)
     sys.stdout.write(text + "\n")
     _LOG.info("everything is in %s", folder)
     return _exit_code(evaluation.failed, found.without_prediction, found.without_label, arguments.common_only)
+
+
+def _readers_of(
+    arguments: argparse.Namespace, scheme: LabelScheme
+) -> tuple[Dataset, ReaderMeasurements] | None:
+    """The labels' dataset and what measures beside its readers; None where it has one, or nobody knows how many."""
+    from lungkit.data.readers import reader_codes
+    from lungkit.report.readers import ReaderMeasurements, dataset_of_readers
+
+    dataset = dataset_of_readers(arguments.labels)
+    for option in ("readers", "probabilities"):
+        if dataset is None and getattr(arguments, option) is not None:
+            raise UsageError(
+                f"--{option}: {arguments.labels} has labels of one reader; expected a dataset with votesTr or readersTr"
+            )
+    if dataset is None or dataset.readers is None:
+        return None
+    if dataset.readers.count is None and arguments.readers is None:
+        _LOG.warning(
+            "%s: has votes of several readers; give --readers N to measure beside them", dataset.root
+        )
+        return None
+    codes = reader_codes(dataset, readers=arguments.readers)
+    return dataset, ReaderMeasurements(codes, scheme.class_indices)
 
 
 def _exit_code(

@@ -35,9 +35,9 @@ class ReaderCodes:
         UsageError: there are more ways than 8 bits hold.
 
     Example:
-        >>> codes = ReaderCodes(readers=3, classes=2)
-        >>> codes.shares[:4, 1].round(2).tolist()
-        [0.0, 0.33, 0.67, 1.0]
+        >>> codes = ReaderCodes(readers=4, classes=2)
+        >>> codes.shares[:5, 1].tolist()
+        [0.0, 0.25, 0.5, 0.75, 1.0]
         >>> codes.votes(np.array([0, 2, 3, 255]), 1).tolist()
         [0, 2, 3, 0]
     """

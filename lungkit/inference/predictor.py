@@ -30,7 +30,7 @@ from lungkit.inference.postprocessing import (
 )
 from lungkit.inference.precision import Precision, choose_precision
 from lungkit.inference.scan_doubts import scan_doubts
-from lungkit.inference.scan_scores import ensemble_scores
+from lungkit.inference.scan_scores import class_probabilities, ensemble_scores
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel
 
@@ -202,7 +202,7 @@ class Predictor:
         threshold = self.postprocessing.threshold
         # Of one model the largest logit has the largest probability, where nothing else is asked for. Resampled logits
         # are another thing than resampled probabilities.
-        as_logits = len(self.models) == 1 and threshold is None and not probabilities and not attention
+        as_logits = len(self.models) == 1 and threshold is None and not attention
         as_logits = as_logits and self.models[0].geometry_of(volumes[0]).shape == geometry.shape
         classes = len(self.labels)
 
@@ -219,6 +219,8 @@ class Predictor:
                 for first, last, scores in scored:
                     if as_logits:
                         found = classes_from_logits(scores)
+                        # The mask is the same whether probabilities are asked for or not.
+                        scores = class_probabilities(scores) if probabilities else scores
                     else:
                         found = classes_from_probabilities(scores[:classes], threshold)
                     mask_slices[first:last] = found.cpu().numpy()

@@ -83,7 +83,7 @@ def scan_scores(
     if as_logits:
         return StreamedSlices(parts, shape)
     probabilities = (
-        (first, last, _probabilities(logits, attention)) for first, last, logits in _in_pieces(parts)
+        (first, last, class_probabilities(logits, attention)) for first, last, logits in _in_pieces(parts)
     )
     slices = StreamedSlices(probabilities, shape)
     return (
@@ -194,7 +194,7 @@ def _in_pieces(parts: Iterator[tuple[int, int, Tensor]]) -> Iterator[tuple[int, 
             yield first + low, first + high, slices[:, low:high]
 
 
-def _probabilities(logits: Tensor, attention: bool) -> Tensor:
+def class_probabilities(logits: Tensor, attention: bool = False) -> Tensor:
     """Softmax of the logits, of a single one its sigmoid and the rest to 1; an attention map behind them stays."""
     outputs = logits.shape[0] - attention
     if outputs == 1:

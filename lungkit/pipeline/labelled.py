@@ -11,12 +11,14 @@ import numpy as np
 from lungkit.data import DEFAULT_MAX_VOXELS, Dataset, NanPolicy, Volume, read_volume
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.geometry import orient, plan_geometry
+from lungkit.data.readers import ReaderCodes, read_codes
 from lungkit.errors import DataError
 from lungkit.inference import Predictor
 from lungkit.metrics import CaseTable, MetricOptions
 from lungkit.report import choose_slice, save_overlays
 from lungkit.report.evaluation import LabelScheme, class_indices, measure_volumes
 from lungkit.report.pictures import optional_picture
+from lungkit.report.readers import ReaderMeasurements
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,15 @@ class LabelledScans:
         ]
         return channels, read_volume(case.label, max_voxels=self.max_voxels)
 
+    def read_codes(self, case_id: str, codes: ReaderCodes, label: Volume) -> Volume:
+        """What the readers of a case say, on the grid of its mask.
+
+        Raises:
+            DataError: a file cannot be read or lies on another grid.
+        """
+        case = self.dataset.case(case_id)
+        return read_codes(case, codes, self.dataset.label_map, label, max_voxels=self.max_voxels)
+
 
 def measure_scans(
     predictor: Predictor,
@@ -54,6 +65,7 @@ def measure_scans(
     *,
     options: MetricOptions | None = None,
     masks: Path | None = None,
+    readers: ReaderMeasurements | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CaseTable:
     """Predict every scan and measure the mask against the true one, on the grid of their files.
@@ -63,6 +75,7 @@ def measure_scans(
         scans: what to measure.
         options: which metrics, under which definitions.
         masks: an existing folder, in which each mask is kept as CASE.nii.gz.
+        readers: measures the prediction of each case beside what its readers say, where they said something.
         progress: called after each case with the cases done and the cases in all; may raise to give up.
 
     Returns:
@@ -75,12 +88,24 @@ def measure_scans(
     table = CaseTable(empty=options.empty)
     for done, case_id in enumerate(scans.case_ids, start=1):
         channels, label = scans.read(case_id)
-        prediction = predictor(channels)
+        said = None
+        if readers is not None and scans.dataset.case(case_id).readers:
+            said = scans.read_codes(case_id, readers.codes, label)
+        prediction = predictor(channels, probabilities=said is not None)
         if masks is not None:
             prediction.save(masks / f"{case_id}.nii.gz")
         mask = Volume(prediction.mask, prediction.affine, channels[0].path)
         for name, measured in measure_volumes(mask, label, scans.scheme, options=options).items():
             table.add_row(case_id, name, measured.values, measured.decided_by_policy)
+        if readers is not None and said is not None:
+            geometry = plan_geometry(label)
+            readers.add(
+                case_id,
+                class_indices(mask, scans.scheme, geometry),
+                orient(said.array, geometry),
+                class_indices(label, scans.scheme, geometry),
+                {name: orient(array, geometry) for name, array in prediction.probabilities.items()},
+            )
         if progress is not None:
             progress(done, len(scans.case_ids))
     return table

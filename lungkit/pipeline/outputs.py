@@ -21,6 +21,7 @@ from lungkit.errors import DataError, UsageError
 from lungkit.inference import Prediction, Predictor
 from lungkit.pipeline.inputs import LoadedScan, ScanInput
 from lungkit.pipeline.measurements import measure_mask, separate_lesions
+from lungkit.report.mask_files import probability_name
 from lungkit.report.pictures import optional_picture
 
 FORMATS = ("nifti", "dicom-seg", "rtstruct", "dicom-sr", "dicom-sc")
@@ -97,8 +98,7 @@ class OutputFiles:
 
     def probability(self, name: str, class_name: str) -> Path:
         """File of the probabilities of a class."""
-        safe = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in class_name)
-        return self.folder / "probabilities" / f"{self._stem(name)}_{safe}.nii.gz"
+        return self.folder / "probabilities" / probability_name(self._stem(name), class_name)
 
     def attention(self, name: str) -> Path:
         """File of the attention map."""

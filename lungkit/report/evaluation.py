@@ -234,11 +234,14 @@ def write_evaluation(
     found: CasePairs,
     options: MetricOptions,
     scheme: LabelScheme,
+    *,
+    notes: Sequence[str] = (),
 ) -> str:
     """Write the tables and the plot of an evaluation into a folder, made if absent; returns the table to show.
 
     The table returned leaves single cases out where there are more than fit a screen; the files hold them all.
-    ``metrics.json`` holds the definition of every metric, the versions and the cases that were not measured.
+    ``notes`` are lines below the table, before the definitions. ``metrics.json`` holds the definition of every metric,
+    the versions and the cases that were not measured.
     """
     folder = Path(folder)
     make_folder(folder)
@@ -251,7 +254,7 @@ def write_evaluation(
         "without_prediction": list(found.without_prediction),
         "without_label": list(found.without_label),
     }
-    text = write_measured(folder, table, options, extra=extra)
+    text = write_measured(folder, table, options, notes=notes, extra=extra)
     if table.rows:
         shown = [name for name in headline_metrics(options) if name in table.metrics]
         with optional_picture(folder / "distribution.png"):

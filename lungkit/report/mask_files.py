@@ -68,6 +68,17 @@ def find_pairs(predictions: str | os.PathLike[str], labels: str | os.PathLike[st
     )
 
 
+def probability_name(case: str, class_name: str) -> str:
+    """Name of the file with the probabilities of a class, as ``lungkit-predict --probabilities`` gives it.
+
+    Example:
+        >>> probability_name("scan_1", "lymph node")
+        'scan_1_lymph-node.nii.gz'
+    """
+    safe = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in class_name)
+    return f"{case}_{safe}.nii.gz"
+
+
 @dataclass(frozen=True)
 class MaskReader:
     """Reads pairs of masks; a DICOM mask lies on the grid of its series, or on that of the NIfTI file beside it.

@@ -26,6 +26,8 @@ _TITLES = {
     "assd_pooled_mm": "ASSD pooled (mm)",
     "lesion_f1": "Lesion F1",
     "lesion_dice": "Lesion Dice",
+    "readers_dice": "Readers' Dice",
+    "other_readers_dice": "Readers' Dice, own vote out",
 }
 _PATTERNS = (
     (re.compile(r"hd([\d.]+)_(\w+)_mm"), r"HD\1 \2 (mm)"),

@@ -9,10 +9,13 @@ import lungkit
 from lungkit._atomic import write_json_atomic
 from lungkit.checkpoint import BEST, describe_checkpoint
 from lungkit.data import NanPolicy
+from lungkit.data.readers import reader_codes
+from lungkit.errors import UsageError
 from lungkit.inference import Predictor, TrainedModel
 from lungkit.metrics import CaseTable, MetricOptions
 from lungkit.pipeline.labelled import LabelledScans, draw_overlays, measure_scans
-from lungkit.report.evaluation import write_measured
+from lungkit.report.evaluation import LabelScheme, write_measured
+from lungkit.report.readers import ReaderMeasurements
 from lungkit.training.engine import gather_objects, on_first_process
 from lungkit.training.postprocessing_choice import Choice, choose_postprocessing
 from lungkit.training.run import Run
@@ -60,9 +63,22 @@ def finish(run: Run) -> CaseTable:
     masks = folder.path / "validation" if config.save_validation else None
     if masks is not None:
         masks.mkdir(exist_ok=True)
+    readers = _readers_of(run)
     share = measure_scans(
-        predictor, mine, options=options, masks=masks, progress=lambda *_: run.stop_in_final_validation()
+        predictor,
+        mine,
+        options=options,
+        masks=masks,
+        readers=readers,
+        progress=lambda *_: run.stop_in_final_validation(),
     )
+    if readers is not None:
+        first, *others = gather_objects([readers], fabric.world_size)
+        readers = first[0]
+        for part in others:
+            readers.merge(part[0])
+        readers.table.rows.sort(key=lambda row: scans.case_ids.index(row.case_id))
+        notes += readers.ceiling_notes()
     rows = [row for part in gather_objects(share.rows, fabric.world_size) for row in part]
     order = {case_id: index for index, case_id in enumerate(scans.case_ids)}
     table = CaseTable(share.empty, sorted(rows, key=lambda row: order[row.case_id]))
@@ -70,11 +86,26 @@ def finish(run: Run) -> CaseTable:
     def write() -> None:
         run.draw_curves()
         text = write_measured(folder.path, table, options, name="validation", notes=notes, extra=extra)
+        if readers is not None and readers.table.rows:
+            text += "\n\n" + readers.write(folder.path, extra)
         draw_overlays(folder.overlays, {"": predictor}, scans, {"": table})
         _LOG.info("validation with the weights of epoch %d\n%s", session.best_epoch, text)
 
     on_first_process(fabric, write)
     return table
+
+
+def _readers_of(run: Run) -> ReaderMeasurements | None:
+    """For what the readers say, where the dataset has several and it is known how many."""
+    config, dataset = run.session.config, run.session.prepared.dataset
+    if dataset.readers is None:
+        return None
+    try:
+        codes = reader_codes(dataset, readers=config.data.readers)
+    except UsageError as error:
+        _LOG.warning("the validation is not measured against the readers: %s", error)
+        return None
+    return ReaderMeasurements(codes, LabelScheme(dataset.labels, dataset.ignore_label).class_indices)
 
 
 def _keep(choice: Choice, run: Run) -> None:

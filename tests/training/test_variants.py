@@ -124,6 +124,11 @@ def test_votes_train_as_shares_and_a_run_of_them_is_continued_bit_for_bit(
     options: dict[str, Any] = {"data__root": str(root), "data__labels": "readers", "epochs": 2}
     result, whole = train(tiny(name="whole", **options))
     assert set(torch.cat(seen).unique().tolist()) == {0, 1, 3}
+    assert "Readers' own Dice, tumour1: " in (result.run_folder / "validation.md").read_text()
+    with (result.run_folder / "readers.csv").open(newline="") as file:
+        levels = {row["label"]: row for row in csv.DictReader(file)}
+    assert float(levels["tumour1, labels"]["dice"]) == result.table.rows[0].values["dice"]
+    assert len(levels) == 4 and (result.run_folder / "calibration.json").is_file()
     trainer = Trainer(tiny(name="parts", **options), on_epoch_end=lambda row: trainer.stop())
     with pytest.raises(Interrupted):
         trainer.fit()
