@@ -6,8 +6,9 @@ const PAGE_ROWS = 50;
 
 class CaseRows {
   constructor(root) {
-    const { columns, rows, links } = JSON.parse(document.getElementById(root.dataset.rows).textContent);
-    Object.assign(this, { root, columns, rows, links, page: 0, column: null, rising: true });
+    const { columns, rows, prefix, without } = JSON.parse(document.getElementById(root.dataset.rows).textContent);
+    Object.assign(this, { root, columns, rows, prefix, page: 0, column: null, rising: true });
+    this.without = without && new Set(without);
     this.body = root.querySelector("tbody");
     this.filter = root.querySelector("input[type=search]");
     this.filter.addEventListener("input", () => { this.page = 0; this.show(); });
@@ -70,17 +71,24 @@ class CaseRows {
     });
   }
 
+  // Address of a case's page; "" where it has none, or a name that is no Unicode.
+  link(name, index) {
+    if (!this.without || this.without.has(index)) return "";
+    try {
+      return `${this.prefix}${encodeURIComponent(name)}.html`;
+    } catch {
+      return "";
+    }
+  }
+
   line(row, index) {
     const line = document.createElement("tr");
     row.forEach((cell, column) => {
       const box = document.createElement(column === 0 ? "th" : "td");
       if (column === 0) box.scope = "row";
-      const { digits } = this.columns[column];
-      let text = cell;
-      if (cell === null) text = "-";
-      else if (typeof cell === "number") text = digits === undefined ? String(cell) : cell.toFixed(digits);
+      const text = cell === null ? "-" : String(cell);
       if (typeof cell === "number" || cell === null) box.className = "number";
-      const link = column === 0 && this.links[index];
+      const link = column === 0 && this.link(cell, index);
       if (link) {
         const anchor = document.createElement("a");
         anchor.href = link;
