@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "_allocator": set(),
     "_atomic": {"errors"},
+    "_terminal": set(),
     "checkpoint": {"_atomic"},
     "ops": {"errors"},
     "nn": {"ops"},
@@ -27,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"nn", "data", "checkpoint"},
     "report": {"metrics", "data"},
     "pipeline": {"inference", "report"},
-    "training": {"nn", "losses", "pipeline"},
+    "training": {"nn", "losses", "pipeline", "_terminal"},
     "experiments": {"training"},
     "cli": {"experiments", "_allocator"},
 }

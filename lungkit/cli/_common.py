@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from lungkit._allocator import keep_freed_memory
+from lungkit._terminal import coloured, set_quiet
 from lungkit.errors import LungkitError, ResourceError
 
 _LOG = logging.getLogger("lungkit")
@@ -24,6 +25,7 @@ def run_command(command: Callable[[], int]) -> int:
     _encode_what_the_terminal_can()
     # A notebook names its own backend to the commands it starts; pictures here go to files alone.
     os.environ["MPLBACKEND"] = "agg"
+    set_quiet(False)
     _log_to_terminal()
     keep_freed_memory()
     try:
@@ -51,9 +53,18 @@ def _encode_what_the_terminal_can() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def be_quiet() -> None:
+    """Show warnings and errors alone until the command ends; what is logged to files stays the same."""
+    for handler in _LOG.handlers:
+        if isinstance(handler, _TerminalHandler):
+            handler.setLevel(logging.WARNING)
+
+
 def _log_to_terminal() -> None:
-    if any(isinstance(handler, _TerminalHandler) for handler in _LOG.handlers):
-        return
+    for handler in _LOG.handlers:
+        if isinstance(handler, _TerminalHandler):
+            handler.setLevel(logging.NOTSET)
+            return
     handler = _TerminalHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     _LOG.addHandler(handler)
@@ -65,5 +76,8 @@ class _TerminalHandler(logging.Handler):
     """Writes to what sys.stderr is at the moment, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        text = self.format(record)
+        if record.levelno >= logging.WARNING:
+            text = coloured(text, "red" if record.levelno >= logging.ERROR else "yellow")
+        sys.stderr.write(text + "\n")
         sys.stderr.flush()

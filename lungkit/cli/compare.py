@@ -7,10 +7,17 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lungkit
+from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
+from lungkit.cli._parser import CommandParser
 from lungkit.errors import Interrupted, UsageError
+from lungkit.training.config_io import option_choices
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LOG = logging.getLogger("lungkit")
 
@@ -32,13 +39,12 @@ The same command again goes on where it was stopped. Exit codes: 0 ok, 2 usage, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
+        more=option_choices,
         prog="lungkit-compare",
         description="Compare two ways to train a network, by default the paper's: a U-Net with cross-entropy, and an "
         "Attention U-Net with Dice + cross-entropy, with the same data, folds, seeds and budget.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("comparison"), help='(default: "comparison")'
@@ -70,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device",
         help="cpu, cuda, cuda:1 ...: to train and to measure on (default: the GPU where there is one)",
     )
+    parser.add_argument("--json", action="store_true", help="print comparison.json in place of the table")
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return run_command(lambda: _run(*parser.parse_known_args(arguments)))
 
@@ -102,14 +109,17 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         device=options.device,
     )
     if options.runs:
-        rows = compare_runs(experiment, _arms_of(options.runs), options.output, progress=_report)
+        with _Bar() as bar:
+            rows = compare_runs(experiment, _arms_of(options.runs), options.output, progress=bar.update)
     else:
         try:
-            rows = compare(experiment, options.output, progress=_report)
+            with _Bar() as bar:
+                rows = compare(experiment, options.output, progress=bar.update)
         except Interrupted:
             _LOG.info("the same command again goes on with the comparison")
             raise
-    sys.stdout.write(format_comparison(rows) + "\n")
+    text = format_comparison(rows) + "\n"
+    sys.stdout.write((options.output / "comparison.json").read_text() if options.json else text)
     _LOG.info("everything is in %s", options.output)
     return 0
 
@@ -127,6 +137,27 @@ def _arms_of(given: Sequence[Sequence[Path]]) -> dict[str, Sequence[Path]]:
     return named if len(named) == len(arms) else {", ".join(map(str, paths)): paths for paths in arms}
 
 
-def _report(run: str, done: int, total: int) -> None:
-    if done == total:
-        _LOG.info("measured %d cases of %s", total, run)
+class _Bar:
+    """A bar while a run's cases are measured: only then, since training shows its own."""
+
+    def __init__(self) -> None:
+        self._bars: Progress | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def update(self, run: str, done: int, total: int) -> None:
+        """``done`` of ``total`` cases of a run are measured."""
+        if self._bars is None:
+            self._bars = progress_bars()
+            self._bars.add_task(run, total=total)
+            self._bars.start()
+        self._bars.update(self._bars.task_ids[0], completed=done)
+        if done == total:
+            self.__exit__()
+            _LOG.info("measured %d cases of %s", total, run)

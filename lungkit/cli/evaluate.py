@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lungkit
+from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
+from lungkit.cli._parser import CommandParser
 from lungkit.errors import DataError, UsageError, shorten
 
 if TYPE_CHECKING:
@@ -47,12 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     from lungkit.metrics import EmptyPolicy, HausdorffDefinition, MetricGroup, MetricOptions
 
     defaults = MetricOptions()
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lungkit-evaluate",
         description="Measure predicted masks against true ones: overlap, surface distances, lesions, sizes.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "predictions",
@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_VOXELS,
         help="refuse larger files (default: %(default)s)",
     )
+    parser.add_argument("--json", action="store_true", help="print metrics.json in place of the table")
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return parser
 
@@ -218,7 +219,7 @@ def _run(arguments: argparse.Namespace) -> int:
     text = evaluating.write_evaluation(folder, evaluation, found, options, scheme, notes=notes)
     if beside is not None and readers.table.rows:
         text += "\n\n" + readers.write(folder)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write((folder / "metrics.json").read_text() if arguments.json else text + "\n")
     _LOG.info("everything is in %s", folder)
     return _exit_code(evaluation.failed, found.without_prediction, found.without_label, arguments.common_only)
 
@@ -281,10 +282,7 @@ class _Bar:
     """A progress bar on a terminal; nothing where the output goes to a file."""
 
     def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bars = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self._bars = progress_bars()
         self._task = self._bars.add_task("measuring", total=total)
 
     def __enter__(self) -> _Bar:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lungkit
 from lungkit.cli._common import run_command
+from lungkit.cli._parser import CommandParser
 from lungkit.errors import UsageError
 
 _LOG = logging.getLogger("lungkit")
@@ -25,12 +26,10 @@ Exit codes: 0 ok, 1 the file would differ from the network, 2 usage, 4 checkpoin
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lungkit-export",
         description="Write a trained network as a torch.export program or as ONNX, checked and self-describing.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--model",

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lungkit
+from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
+from lungkit.cli._parser import CommandParser
 from lungkit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -34,24 +38,19 @@ used; it is named, and the rest is written.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    return run_command(lambda: _import_dicom(options))
+    return run_command(lambda: _import_dicom(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
     from lungkit.data.volume import DEFAULT_MAX_VOXELS
 
-    parser = argparse.ArgumentParser(
-        prog="lungkit-import", description="Make a dataset to train on.", allow_abbrev=False
-    )
+    parser = CommandParser(prog="lungkit-import", description="Make a dataset to train on.")
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     dicom = parser.add_subparsers(dest="kind", required=True, metavar="KIND").add_parser(
         "dicom",
         help="CT series with RTSTRUCT or SEG",
         description="Make a dataset to train on from DICOM: CT series with RTSTRUCT or SEG.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = dicom.add_argument
     add("source", type=Path, metavar="SRC", help="folder of DICOM files, at any depth, or a .zip")
@@ -84,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="new file that says which folder became which case: it names patients where the folders do",
     )
     add("--max-voxels", type=int, default=DEFAULT_MAX_VOXELS, metavar="N", help="refuse larger series")
+    add("--json", action="store_true", help="print what became of the series as JSON on standard output")
     return parser
 
 
@@ -95,7 +95,8 @@ def _import_dicom(options: argparse.Namespace) -> int:
 
     if options.report is not None and options.report.exists():
         raise UsageError(f"--report {options.report} exists; name a new file")
-    with unpacked(options.source) as source:
+    with unpacked(options.source) as source, progress_bars() as bars:
+        task = bars.add_task("series", total=None)
         result = import_dicom(
             source,
             options.output,
@@ -104,6 +105,7 @@ def _import_dicom(options: argparse.Namespace) -> int:
             unite=options.unite,
             name_patients=options.patient_ids,
             max_voxels=options.max_voxels,
+            progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     for what, count in sorted(result.others.items()):
         _LOG.info("passed over: %d %s", count, what)
@@ -119,6 +121,15 @@ def _import_dicom(options: argparse.Namespace) -> int:
         options.output,
         options.output,
     )
+    if options.json:
+        content = {
+            "dataset": str(options.output),
+            "cases": {case.case_id: case.volume_ml for case in result.cases},
+            "unlabelled": {str(path): reason for path, reason in result.unlabelled.items()},
+            "failed": {str(path): reason for path, reason in result.failed.items()},
+            "others": dict(result.others),
+        }
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
     return DataError.exit_code if result.failed else 0
 
 

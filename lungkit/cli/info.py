@@ -15,6 +15,7 @@ import torch
 
 import lungkit
 from lungkit.cli._common import run_command
+from lungkit.cli._parser import CommandParser
 from lungkit.errors import UsageError
 from lungkit.ops import _library
 
@@ -116,7 +117,7 @@ def _text(value: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lungkit-info",
         description="Versions, devices, and which of lungkit's ops run on native kernels.",
     )

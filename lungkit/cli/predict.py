@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -14,7 +15,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import lungkit
+from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
+from lungkit.cli._parser import CommandParser
 from lungkit.cli._shares import launcher_around, parse_shard
 from lungkit.errors import DataError, UsageError, readable, shorten
 
@@ -47,12 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lungkit-predict",
         description="Segment CT scans with a trained model. `lungkit-predict merge FOLDER` puts shares together.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -147,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("refuse", "minimum"),
         default="refuse",
         help="scans with voxels that are NaN or infinite: refuse them (default), or take the smallest value there",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what became of the scans as JSON on standard output"
     )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return parser
@@ -246,16 +250,25 @@ def _run(options: argparse.Namespace) -> int:
         _LOG.error("failed: %s: %s", name, message)
     for path in found.passed_over:
         _LOG.error("passed over: %s", readable(path))
+    if options.json:
+        outcomes = {
+            "output": str(files.path),
+            "predicted": outcome.predicted,
+            "done_before": outcome.skipped,
+            "failed": outcome.failed,
+            "passed_over": {readable(path): reason for path, reason in found.passed_over.items()},
+            "seconds": round(outcome.seconds, 3),
+        }
+        sys.stdout.write(json.dumps(outcomes, indent=2) + "\n")
     return max(outcome.exit_code, DataError.exit_code if found.passed_over else 0)
 
 
 def _merge(arguments: Sequence[str]) -> int:
     from lungkit.pipeline import merge
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lungkit-predict merge",
         description="Put the records of all shares together.",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="output folder of the shares")
     folder = parser.parse_args(arguments).folder
@@ -317,19 +330,9 @@ class _Bars:
     """Bars for the scans and for the patches of one; nothing where the output goes to a file."""
 
     def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TextColumn
 
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[rate]}"),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
+        self._bars = progress_bars(TextColumn("{task.fields[rate]}"))
         self._scans = self._bars.add_task("scans", total=total, rate="")
         self._patches = self._bars.add_task("patches", total=None, rate="")
         self._started = time.monotonic()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import lungkit
 from lungkit.cli._common import run_command
+from lungkit.cli._parser import CommandParser
 from lungkit.errors import UsageError
 from lungkit.training.config import TrainConfig
+from lungkit.training.config_io import option_choices
 
 if TYPE_CHECKING:
     from lungkit.training.trainer import Trainer
@@ -48,12 +52,11 @@ Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
+        more=option_choices,
         prog="lungkit-train",
         description="Train a U-Net or an Attention U-Net on CT scans.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument(
@@ -78,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="?",
         const="augmentation.png",
         help="write a picture of augmented patches and stop",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the run's folder and result as JSON on standard output"
     )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return run_command(lambda: _run(*parser.parse_known_args(arguments)))
@@ -110,7 +116,16 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.dry_run:
         _LOG.info("%s\ndry run: everything was read and built, one step trained", trainer.dry_run().summary())
         return 0
-    trainer.fit()
+    result = trainer.fit()
+    if options.json:
+        means = {name: result.table.mean(name) for name in result.table.metrics}
+        content = {
+            "run": str(result.run_folder),
+            "epochs": result.epochs,
+            "best_epoch": result.best_epoch,
+            "validation": {name: None if math.isnan(value) else value for name, value in means.items()},
+        }
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
     return 0
 
 

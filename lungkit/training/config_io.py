@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from lungkit.errors import UsageError
-from lungkit.training.config import TrainConfig
+from lungkit.training.config import MODEL_NAMES, TrainConfig
 
 # Where things lie does not change the weights, nor does what follows the last epoch: these may differ when a run is
 # continued.
@@ -159,6 +159,25 @@ def config_differences(saved: TrainConfig, asked: TrainConfig) -> dict[str, str]
         for name, value in before.items()
         if value != after[name]
     }
+
+
+def option_choices() -> dict[str, list[str]]:
+    """Every option as it is written on a command line, short forms among them, with the words that it takes.
+
+    Example:
+        >>> option_choices()["--engine.precision"]
+        ['auto', 'fp32', 'bf16', 'fp16']
+    """
+    found: dict[str, list[str]] = {"--config": []}
+    for name, option in options().items():
+        words = [word for kind in (option.type, *typing.get_args(option.type)) for word in _literals(kind)]
+        found[f"--{name}"] = ["true", "false"] if option.takes(bool) else words
+    found["--model.name"] = list(MODEL_NAMES)
+    return found | {f"--{short}": found[f"--{name}"] for short, name in _SHORTHANDS.items()}
+
+
+def _literals(kind: Any) -> list[str]:
+    return [str(word) for word in typing.get_args(kind)] if typing.get_origin(kind) is Literal else []
 
 
 def describe_options() -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from lungkit._terminal import progress_bars, shows_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -28,18 +29,8 @@ class Display:
         self._epochs: list[float] = []  # seconds of each
 
     def __enter__(self) -> Display:
-        if not self._quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
+        if not self._quiet and shows_progress():
+            self._bars = progress_bars()
             self._bars.start()
         return self
 

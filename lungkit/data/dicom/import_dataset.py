@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,7 @@ def import_dicom(
     unite: bool = False,
     name_patients: bool = False,
     max_voxels: int = DEFAULT_MAX_VOXELS,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Import:
     """Write a dataset in the nnU-Net raw layout from the CT series below ``source`` and the masks made on them.
 
@@ -69,6 +70,7 @@ def import_dicom(
         unite: put the masks of a series together where there are several that hold a structure; else it is refused.
         name_patients: call cases after the patient ID.
         max_voxels: refuse larger series.
+        progress: called with the series that are done, and how many there are.
 
     Returns:
         The cases, and what was passed over, with reasons.
@@ -94,7 +96,9 @@ def import_dicom(
     with atomic_folder(output) as temporary:
         for folder in ("imagesTr", "labelsTr"):
             (temporary / folder).mkdir()
-        for found in archive.series:
+        for done, found in enumerate(archive.series):
+            if progress is not None:
+                progress(done, len(archive.series))
             chosen = _choose_masks(found, masks.get(found.info.uid, []), rules, unite, result)
             if chosen:
                 case_id = ids[found.info.uid]
