@@ -88,6 +88,16 @@ def test_one_bad_scan_is_named_and_the_others_are_predicted(tmp_path, scans, mod
     assert (read_volume(out / "b.nii.gz").array == (read_volume(scans / "b.nii.gz").array > 100)).all()
 
 
+def test_json_says_what_became_of_every_scan(tmp_path, scans, model, capsys):
+    (scans / "broken.nii.gz").write_bytes(b"no scan")
+    assert predict("-i", scans, "-o", tmp_path / "out", "--model", model, "--json", "--quiet") == 3
+    content = json.loads(capsys.readouterr().out)
+    assert content["output"] == str(tmp_path / "out") and list(content["failed"]) == ["broken"]
+    assert sorted(content["predicted"]) == sorted(
+        path.name.split(".")[0] for path in (tmp_path / "out").glob("*.nii.gz")
+    )
+
+
 def test_the_same_command_again_does_what_is_missing_or_changed(tmp_path, scans, model, monkeypatch):
     out = tmp_path / "out"
     assert predict("-i", scans, "-o", out, "--model", model) == 0

@@ -55,6 +55,16 @@ def test_a_run_ends_with_0_and_a_table(options: Options, tmp_path: Path, capsys)
     assert status(tmp_path / "runs" / "run")["state"] == "finished"
 
 
+def test_json_is_the_result_on_standard_output(options: Options, tmp_path: Path, capsys):
+    assert main([*options(), "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    content = json.loads(out)
+    run = tmp_path / "runs" / "run"
+    assert content["run"] == str(run) and content["epochs"] == content["best_epoch"] == 1
+    assert 0 <= content["validation"]["dice"] <= 1
+    assert "epoch 1/1" not in err and "epoch 1/1" in (run / "train.log").read_text()
+
+
 def test_a_second_run_gets_a_folder_of_its_own(options: Options, tmp_path: Path):
     assert main(options()) == main(options()) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["run", "run-2"]

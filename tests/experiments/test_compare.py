@@ -72,6 +72,13 @@ def test_same_command_again_trains_nothing(
     assert (finished / "table.csv").read_text() == table
 
 
+def test_json_is_that_of_the_folder(
+    finished: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-o", str(finished), "--json", *options]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((finished / "comparison.json").read_text())
+
+
 def test_other_experiment_does_not_overwrite(
     finished: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

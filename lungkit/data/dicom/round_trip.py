@@ -43,10 +43,11 @@ def check_centroids(
     with decoding(path):
         found = _of_frames(dataset) if "SegmentSequence" in dataset else _of_contours(dataset)
     affine = LPS_TO_RAS @ scan.volume.affine
+    indices = _centroids(mask, max(int(mask.max()), *labels.values()))
     for label, value in labels.items():
-        expected = _centroid(mask, value)
-        if expected is None:
-            continue
+        expected = indices[value]
+        if np.isnan(expected).any():
+            continue  # no voxel has it
         where = found.get(label.strip())
         off = np.inf if where is None else np.abs(np.linalg.solve(affine, [*where, 1.0])[:3] - expected).max()
         if not off <= MAX_OFF_VOXELS:
@@ -61,14 +62,17 @@ def check_centroids(
             )
 
 
-def _centroid(mask: np.ndarray, value: int) -> np.ndarray | None:
-    """Mean voxel index of a class, a slice at a time."""
-    count, total = 0, np.zeros(3)
+def _centroids(mask: np.ndarray, most: int) -> np.ndarray:
+    """Mean voxel index (most + 1, 3) of every value from 0, a slice at a time; NaN where no voxel has it, and for 0."""
+    counts, totals = np.zeros(most + 1), np.zeros((3, most + 1))
     for z in range(mask.shape[2]):
-        x, y = np.nonzero(mask[:, :, z] == value)
-        count += len(x)
-        total += (x.sum(), y.sum(), z * len(x))
-    return total / count if count else None
+        x, y = np.nonzero(mask[:, :, z])
+        values = mask[x, y, z].astype(np.intp)
+        found = np.bincount(values, minlength=most + 1)
+        counts += found
+        totals += (np.bincount(values, x, most + 1), np.bincount(values, y, most + 1), z * found)
+    with np.errstate(invalid="ignore"):
+        return (totals / counts).T
 
 
 def _of_frames(dataset: Any) -> dict[str, np.ndarray]:
