@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -62,11 +62,34 @@ class Dataset:
     ignore_label: int | None
     layout: str
     readers: Readers | None = None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Where classes lie inside each other: region -> the mask values that belong to it, in the order in which a
+    predicted mask is written; ``labels`` holds the value that each is written as. Empty where classes exclude each
+    other."""
 
     @property
     def num_classes(self) -> int:
         """K, background included and the ignore label left out."""
         return len(self.labels)
+
+    @property
+    def outputs(self) -> int:
+        """Channels of a network: one a class with the background, or one a region without it."""
+        return self.num_classes - 1 if self.regions else self.num_classes
+
+    @property
+    def region_classes(self) -> dict[str, tuple[int, ...]]:
+        """Region -> the class indices that belong to it, in the order of writing."""
+        indices = self.label_map
+        return {name: tuple(indices[value] for value in values) for name, values in self.regions.items()}
+
+    @property
+    def region_vectors(self) -> np.ndarray:
+        """Whether a class index lies in the region of a channel, float32 (K, K - 1); channel k - 1 is class k's."""
+        vectors = np.zeros((self.num_classes, self.num_classes - 1), np.float32)
+        for channel, name in enumerate(self.class_names[1:]):
+            vectors[list(self.region_classes[name]), channel] = 1
+        return vectors
 
     @property
     def label_map(self) -> dict[int, int]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lungkit.data.dataset import IGNORE_INDEX, MAX_LABEL_VALUE, Case, Dataset, Readers
+from lungkit.data.dataset import Case, Dataset, Readers
+from lungkit.data.declared_labels import Regions, as_int, parse_labels
 from lungkit.data.nifti_names import SUFFIXES, nifti_by_stem, nifti_files, split_channel, split_suffix
 from lungkit.errors import DataError, UsageError, shorten
 
@@ -67,13 +67,13 @@ def open_dataset(root: str | os.PathLike[str], *, layout: str = "auto") -> Datas
     return dataset
 
 
-def read_declared_labels(path: Path) -> tuple[dict[str, int], int | None]:
-    """Labels by name, and the value to ignore if there is one, that the ``dataset.json`` at ``path`` declares.
+def read_declared_labels(path: Path) -> tuple[dict[str, int], int | None, Regions]:
+    """Labels by name, the value to ignore if there is one, and regions, that the ``dataset.json`` at ``path`` declares.
 
     Raises:
         DataError: the file is malformed, or declares no usable labels.
     """
-    return _parse_labels(_read_json(path), path)
+    return parse_labels(_read_json(path), path)
 
 
 def _detect(root: Path) -> str:
@@ -102,7 +102,7 @@ def _is_numbered(folder: Path) -> bool:
 def _open_nnunet(root: Path) -> Dataset:
     json_path = root / "dataset.json"
     content = _read_json(json_path)
-    labels, ignore_label = _parse_labels(content, json_path)
+    labels, ignore_label, regions = parse_labels(content, json_path)
     channel_names = _parse_channels(content, json_path)
     if isinstance(content.get("dataset"), dict):
         images, masks = _listed_cases(root, content["dataset"], json_path)
@@ -130,7 +130,8 @@ def _open_nnunet(root: Path) -> Dataset:
         )
         for case_id, channels in sorted(images.items())
     )
-    return Dataset(root, _name(content, root), cases, labels, channel_names, ignore_label, "nnunet", readers)
+    name = _name(content, root)
+    return Dataset(root, name, cases, labels, channel_names, ignore_label, "nnunet", readers, regions)
 
 
 _Images = dict[str, dict[int, Path]]
@@ -186,7 +187,7 @@ def _listed_cases(root: Path, listed: dict[str, Any], json_path: Path) -> tuple[
 def _open_decathlon(root: Path) -> Dataset:
     json_path = root / "dataset.json"
     content = _read_json(json_path)
-    labels, ignore_label = _parse_labels(content, json_path)
+    labels, ignore_label, regions = parse_labels(content, json_path)
     channel_names = _parse_channels(content, json_path)
     if len(channel_names) > 1:
         raise DataError(
@@ -215,7 +216,10 @@ def _open_decathlon(root: Path) -> Dataset:
         cases.append(Case(case_id, (image,), label, case_id))
     _warn_of_count(content, json_path, len(cases))
     cases.sort(key=lambda case: case.case_id)
-    return Dataset(root, _name(content, root), tuple(cases), labels, channel_names, ignore_label, "decathlon")
+    name = _name(content, root)
+    return Dataset(
+        root, name, tuple(cases), labels, channel_names, ignore_label, "decathlon", regions=regions
+    )
 
 
 def _open_folders(root: Path) -> Dataset:
@@ -239,49 +243,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def _parse_labels(content: dict[str, Any], path: Path) -> tuple[dict[str, int], int | None]:
-    declared = content.get("labels")
-    if not isinstance(declared, dict) or not declared:
-        raise DataError(f'{path}: \'labels\' must map names to values, e.g. {{"background": 0, "tumour": 1}}')
-    labels: dict[str, int] = {}
-    for key, value in declared.items():
-        if isinstance(value, list):
-            raise DataError(
-                f"{path}: label {key!r} is a region {value}; regions are not supported, list classes"
-            )
-        # nnU-Net 2 writes name: value, Decathlon and nnU-Net 1 write "value": name.
-        name, number = (key, value) if _as_int(value) is not None and not key.isdigit() else (value, key)
-        parsed = _as_int(number)
-        if parsed is None or parsed < 0 or not isinstance(name, str):
-            raise DataError(f"{path}: label {key!r}: {value!r} is not a name with a whole number >= 0")
-        if parsed > MAX_LABEL_VALUE:
-            raise DataError(
-                f"{path}: label {name!r} has the value {parsed}; masks hold values up to {MAX_LABEL_VALUE} (uint16): "
-                "give the classes smaller values"
-            )
-        if name in labels or parsed in labels.values():
-            raise DataError(f"{path}: label {name!r} or its value {parsed} is declared twice")
-        labels[name] = parsed
-    ignore_label = labels.pop("ignore", None)
-    if 0 not in labels.values():
-        raise DataError(f'{path}: no label has the value 0; declare "background": 0')
-    if not 2 <= len(labels) <= IGNORE_INDEX:
-        raise DataError(
-            f"{path}: {len(labels)} labels declared; expected the background and 1 to 254 classes"
-        )
-    return labels, ignore_label
-
-
-def _as_int(value: object) -> int | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value) else None
 
 
 def _parse_channels(content: dict[str, Any], path: Path) -> tuple[str, ...]:
@@ -319,7 +280,7 @@ def _parse_readers(root: Path, content: dict[str, Any], path: Path) -> Readers |
         for name in declared:
             _need_folder(root / "readersTr" / name)
         return Readers(len(declared), tuple(declared))
-    count = _as_int(declared)
+    count = as_int(declared)
     if count is None or count < 2:
         raise DataError(
             f"{path}: 'readers' must be their number, 2 or more, or their names, found {declared!r:.80}"

@@ -111,6 +111,8 @@ def reader_codes(dataset: Dataset, *, readers: int | None = None) -> ReaderCodes
         raise UsageError(
             f"{dataset.root} has no labels of several readers: no folder votesTr, and no 'readers' in dataset.json"
         )
+    if dataset.regions:
+        raise UsageError(f"{dataset.root} declares regions; what several readers say needs classes")
     count = found.count if readers is None else readers
     if count is None:
         raise UsageError(

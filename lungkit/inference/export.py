@@ -126,7 +126,8 @@ def describe_export(model: TrainedModel) -> dict[str, Any]:
     free sizes are multiples of ``multiple_of`` and at least twice that. The channels are those of ``channels``; with
     ``context_slices`` n all of slice z - n come first, up to those of z + n. ``preprocessing`` leads from a scan to the
     image, ``labels`` gives the value of each class in masks, in the order of the logits (one logit alone is that of the
-    second class, by a sigmoid); the other entries are those of :class:`TrainedModel`.
+    second class, by a sigmoid). With ``regions`` logit k is that of label k + 1 by its own sigmoid, and a mask is
+    written region over region in their order. The other entries are those of :class:`TrainedModel`.
     """
     axes = _axes(model)
     extent = [axis.name if axis.is_free else axis.patch for axis in axes]
@@ -145,9 +146,14 @@ def describe_export(model: TrainedModel) -> dict[str, Any]:
             "name": "logits",
             "type": "float32",
             "shape": ["batch", outputs, *extent],
-            "probabilities": "sigmoid" if outputs == 1 else "softmax",
+            "probabilities": "sigmoid" if outputs == 1 or model.regions else "softmax",
         },
         "labels": model.labels,
+        **(
+            {"regions": [[name, list(values)] for name, values in model.regions.items()]}
+            if model.regions
+            else {}
+        ),
         "channels": list(model.channels),
         "patch_size": list(model.patch_size),
         "context_slices": model.context_slices,

@@ -330,6 +330,31 @@ def classes_from_probabilities(probabilities: Tensor, threshold: float | None = 
     return classes * (foreground.sum(0) >= threshold)
 
 
+def classes_from_regions(scores: Tensor, sequence: Sequence[int], threshold: float | None) -> Tensor:
+    r"""Class of every voxel from one score a region: regions that hold the voxel are written one over the other.
+
+    Args:
+        scores: (R, \*S), channel k - 1 of the region that is written as class k.
+        sequence: classes in the order of writing: what lies inside comes last.
+        threshold: a region holds a voxel from this score on; None: above 1/2.
+
+    Returns:
+        uint8 (\*S), on the device of ``scores``.
+
+    Source: nnU-Net's ``regions_class_order`` (Isensee et al., 2021).
+
+    Example:
+        >>> classes_from_regions(torch.tensor([[0.9, 0.9, 0.1], [0.2, 0.8, 0.7]]), (1, 2), None).tolist()
+        [1, 2, 2]
+    """
+    _check_count(len(scores) + 1)
+    classes = torch.zeros(scores.shape[1:], dtype=torch.uint8, device=scores.device)
+    for index in sequence:
+        score = scores[index - 1]
+        classes[score > 0.5 if threshold is None else score >= threshold] = index
+    return classes
+
+
 def _check_count(classes: int) -> None:
     if not 1 <= classes <= 256:
         raise UsageError(f"there are {classes} classes, but label maps are uint8 and hold 1 to 256")

@@ -26,6 +26,7 @@ from lungkit.inference.postprocessing import (
     Postprocessing,
     classes_from_logits,
     classes_from_probabilities,
+    classes_from_regions,
     postprocess,
 )
 from lungkit.inference.precision import Precision, choose_precision
@@ -204,7 +205,7 @@ class Predictor:
         # are another thing than resampled probabilities.
         as_logits = len(self.models) == 1 and threshold is None and not attention
         as_logits = as_logits and self.models[0].geometry_of(volumes[0]).shape == geometry.shape
-        classes = len(self.labels)
+        classes, sequence = len(self.labels), self.models[0].region_sequence
 
         def empty(dtype: type) -> tuple[np.ndarray, np.ndarray]:
             array: np.ndarray = np.zeros(geometry.original_shape, dtype, order="F")
@@ -218,11 +219,18 @@ class Predictor:
                 scored = self._scores(volumes, attempt, progress, as_logits=as_logits, attention=attention)
                 for first, last, scores in scored:
                     if as_logits:
-                        found = classes_from_logits(scores)
+                        found = (
+                            classes_from_logits(scores)
+                            if sequence is None
+                            else classes_from_regions(scores.sigmoid(), sequence, None)
+                        )
                         # The mask is the same whether probabilities are asked for or not.
-                        scores = class_probabilities(scores) if probabilities else scores
-                    else:
+                        if probabilities:
+                            scores = class_probabilities(scores, regions=sequence is not None)
+                    elif sequence is None:
                         found = classes_from_probabilities(scores[:classes], threshold)
+                    else:
+                        found = classes_from_regions(scores[1:classes], sequence, threshold)
                     mask_slices[first:last] = found.cpu().numpy()
                     for index, (_, map_slices) in enumerate(maps.values(), start=1):
                         map_slices[first:last] = scores[index].cpu().numpy()
@@ -418,7 +426,7 @@ def _check_models(models: Sequence[TrainedModel]) -> None:
         raise UsageError("models: at least one trained model is needed")
     first = models[0]
     for other in models[1:]:
-        for what in ("labels", "channels"):
+        for what in ("labels", "channels", "regions"):
             if getattr(other, what) != getattr(first, what):
                 raise UsageError(
                     f"models of one ensemble must share their {what}, but {first.path} has {getattr(first, what)} and "

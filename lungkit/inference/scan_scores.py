@@ -83,7 +83,8 @@ def scan_scores(
     if as_logits:
         return StreamedSlices(parts, shape)
     probabilities = (
-        (first, last, class_probabilities(logits, attention)) for first, last, logits in _in_pieces(parts)
+        (first, last, class_probabilities(logits, attention, regions=model.regions is not None))
+        for first, last, logits in _in_pieces(parts)
     )
     slices = StreamedSlices(probabilities, shape)
     return (
@@ -194,9 +195,15 @@ def _in_pieces(parts: Iterator[tuple[int, int, Tensor]]) -> Iterator[tuple[int, 
             yield first + low, first + high, slices[:, low:high]
 
 
-def class_probabilities(logits: Tensor, attention: bool = False) -> Tensor:
-    """Softmax of the logits, of a single one its sigmoid and the rest to 1; an attention map behind them stays."""
+def class_probabilities(logits: Tensor, attention: bool = False, *, regions: bool = False) -> Tensor:
+    """Softmax of the logits, of a single one its sigmoid and the rest to 1; an attention map behind them stays.
+
+    Of ``regions`` each has its own sigmoid, and the background what the likeliest of them leaves.
+    """
     outputs = logits.shape[0] - attention
+    if regions:
+        inside = logits[:outputs].sigmoid()
+        return torch.cat([1 - inside.amax(0, keepdim=True), inside, logits[outputs:]])
     if outputs == 1:
         foreground = logits[:1].sigmoid()
         return torch.cat([1 - foreground, foreground, logits[1:]])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lungkit.data.slices import ContextSlices, PaddedSlices, Slices, TensorSlices, buffered, move_up
 from lungkit.errors import UsageError
 from lungkit.inference.patches import PatchAxis, Weighting
-from lungkit.inference.postprocessing import classes_from_logits
+from lungkit.inference.postprocessing import classes_from_logits, classes_from_regions
 
 _LOG = logging.getLogger("lungkit")
 
@@ -179,6 +179,7 @@ def predict_label(
     overlap: float = 0.5,
     batch_size: int = 4,
     context_slices: int = 0,
+    region_sequence: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     r"""Class of every voxel of a volume on the grid that the network sees.
@@ -196,6 +197,8 @@ def predict_label(
         batch_size: as for :func:`sliding_window`.
         context_slices: slices on either side that a 2D network takes as channels, see
             :class:`~lungkit.data.slices.ContextSlices`.
+        region_sequence: of a network that gives regions, see
+            :func:`lungkit.inference.postprocessing.classes_from_regions`; a region is where its logit is positive.
         progress: see :data:`Progress`.
 
     Returns:
@@ -220,7 +223,11 @@ def predict_label(
         context_slices=context_slices,
         progress=progress,
     )
-    return torch.cat([classes_from_logits(logits) for _, _, logits in slabs])
+    if region_sequence is None:
+        return torch.cat([classes_from_logits(logits) for _, _, logits in slabs])
+    return torch.cat(
+        [classes_from_regions(logits.sigmoid(), region_sequence, None) for _, _, logits in slabs]
+    )
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ class TrainedModel:
     """What a checkpoint holds: nothing else is needed to predict.
 
     ``labels`` maps each class name to its value in masks, in the order of the class indices, the background first.
+    ``regions`` are those of :attr:`lungkit.data.Dataset.regions`, None where classes exclude each other.
     ``patch_size`` is (Y, X) for a 2D network, which sees ``context_slices`` slices on either side as channels, and
     (Z, Y, X) for a 3D one. ``spacing_range_mm`` holds the "min", "median" and "max" spacing (z, y, x) of the training
     scans, ``intensities`` what each of their channels was like; None where the checkpoint does not say.
@@ -47,6 +48,7 @@ class TrainedModel:
     precision: Precision | None
     digest: str
     description: dict[str, Any]
+    regions: dict[str, tuple[int, ...]] | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainedModel:
@@ -73,6 +75,7 @@ class TrainedModel:
                 precision=_precision(description),
                 digest=str(description["sha256"]["manifest.json"]),
                 description=description,
+                regions=_regions(description),
             )
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(
@@ -101,6 +104,12 @@ class TrainedModel:
             if not 0.99 * least <= own[axis] <= 1.01 * most:
                 spacing[axis] = self.spacing_range_mm["median"][axis]
         return plan_geometry(volume, target_spacing_mm=(spacing[0], spacing[1], spacing[2]))
+
+    @property
+    def region_sequence(self) -> tuple[int, ...] | None:
+        """Classes that regions are written as, in the order of writing; None without regions."""
+        names = list(self.labels)
+        return None if self.regions is None else tuple(names.index(name) for name in self.regions)
 
     @property
     def has_attention(self) -> bool:
@@ -227,6 +236,17 @@ def _precision(description: dict[str, Any]) -> Precision | None:
     if found not in (None, *get_args(Precision)):
         raise DataError(f"precision {found!r} is none of {', '.join(get_args(Precision))}")
     return found
+
+
+def _regions(description: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    found = description.get("regions")
+    if not found:
+        return None
+    regions = {str(name): tuple(int(value) for value in values) for name, values in found}
+    names = [*_labels(description)]
+    if sorted(regions) != sorted(names[1:]) or description["model"]["out_channels"] != len(regions):
+        raise DataError(f"regions {found} do not fit the labels {names}")
+    return regions
 
 
 def _labels(description: dict[str, Any]) -> dict[str, int]:

@@ -33,7 +33,7 @@ class LabelledScans:
     @property
     def scheme(self) -> LabelScheme:
         """What the values of the masks mean."""
-        return LabelScheme(self.dataset.labels, self.dataset.ignore_label)
+        return LabelScheme(self.dataset.labels, self.dataset.ignore_label, self.dataset.regions)
 
     def read(self, case_id: str) -> tuple[list[Volume], Volume]:
         """The channels of a scan and its mask, as their files hold them.

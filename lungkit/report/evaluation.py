@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,14 @@ _CASES_SHOWN = 5  # where there are many
 
 @dataclass(frozen=True)
 class LabelScheme:
-    """What the values of the mask files mean: ``values`` from name to value, and the value to ignore."""
+    """What the values of the mask files mean: ``values`` from name to value, and the value to ignore.
+
+    ``regions`` are measured in place of classes: region -> the values that belong to it.
+    """
 
     values: Mapping[str, int]
     ignore_value: int | None = None
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def class_indices(self) -> dict[str, int]:
@@ -87,7 +91,7 @@ def find_label_scheme(labels: str | os.PathLike[str]) -> LabelScheme:
             return LabelScheme(*read_declared_labels(candidate))
     if Path(labels).is_dir() and not masks_in(folder):
         dataset = open_dataset(folder)
-        return LabelScheme(dataset.labels, dataset.ignore_label)
+        return LabelScheme(dataset.labels, dataset.ignore_label, dataset.regions)
     return FOREGROUND
 
 
@@ -179,15 +183,22 @@ def measure_volumes(
     # A prediction has no voxels to ignore: where it says so nonetheless, it says background.
     if scheme.ignore_value is not None:
         predicted = np.where(predicted == IGNORE_INDEX, 0, predicted)
-    return measure_case(
-        predicted,
-        truth,
-        scheme.class_indices,
-        geometry.spacing_mm,
+    measure = partial(
+        measure_case,
+        spacing_mm=geometry.spacing_mm,
         options=options,
         ignore_index=None if scheme.ignore_value is None else IGNORE_INDEX,
         threads=threads,
     )
+    if not scheme.regions:
+        return measure(predicted, truth, scheme.class_indices)
+    measured: dict[str, Measurement] = {}
+    for name, values in scheme.regions.items():
+        inside = np.zeros(256, np.uint8)
+        inside[[scheme.label_map[value] for value in values]] = 1
+        inside[IGNORE_INDEX] = IGNORE_INDEX
+        measured |= measure(inside[predicted], inside[truth], {"background": 0, name: 1})
+    return measured
 
 
 def class_indices(mask: Volume, scheme: LabelScheme, geometry: Geometry) -> np.ndarray:
@@ -210,7 +221,7 @@ def parse_labels(texts: Sequence[str]) -> LabelScheme:
 
     Example:
         >>> parse_labels(["tumour=1", "ignore=255"])
-        LabelScheme(values={'background': 0, 'tumour': 1}, ignore_value=255)
+        LabelScheme(values={'background': 0, 'tumour': 1}, ignore_value=255, regions={})
     """
     values = {"background": 0}
     for text in texts:
@@ -249,6 +260,11 @@ def write_evaluation(
     extra = {
         "lungkit": lungkit.__version__,
         "labels": dict(scheme.values),
+        **(
+            {"regions": {name: list(values) for name, values in scheme.regions.items()}}
+            if scheme.regions
+            else {}
+        ),
         "ignored_value": scheme.ignore_value,
         "failed": evaluation.failed,
         "without_prediction": list(found.without_prediction),

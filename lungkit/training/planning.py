@@ -200,6 +200,11 @@ def open_folds(config: TrainConfig) -> tuple[Dataset, list[Split]]:
     if not labelled.cases:
         raise DataError(f"{dataset.root}: no case has a label; training needs labelled cases")
     codes_of_labels(config, labelled)  # said before any work
+    if labelled.regions and config.choose_postprocessing:
+        raise UsageError(
+            f"choose_postprocessing tries thresholds of classes that exclude each other, but {labelled.root} declares "
+            "regions; leave it out"
+        )
     splits = make_or_load_splits(
         labelled, folds=config.data.folds, seed=_FOLDS_SEED, patient_pattern=config.data.patient_pattern
     )
@@ -289,7 +294,7 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
         model={
             "dims": dims,
             "in_channels": len(dataset.channel_names) * (2 * context + 1),
-            "out_channels": dataset.num_classes,
+            "out_channels": dataset.outputs,
             **_model_options(config.model, tuple(features), strides),
         },
         epochs=epochs,

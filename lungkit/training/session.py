@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lungkit.checkpoint import Checkpoint, save_checkpoint
-from lungkit.data import Augmenter, CachedCase, PatchSampler
+from lungkit.data import Augmenter, CachedCase, Dataset, PatchSampler
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.readers import CodedCase, ReaderCodes
 from lungkit.errors import CheckpointError, DataError
-from lungkit.losses import CodedLabelsLoss, DeepSupervisionLoss, DiceCELoss, SoftDiceCELoss
+from lungkit.losses import CodedLabelsLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss, SoftDiceCELoss
 from lungkit.metrics import CaseTable
 from lungkit.nn.convolution import CHANNELS_LAST
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
@@ -80,7 +80,7 @@ class Session:
         # fp16 scales the loss; without the scale a resumed run would skip steps to find it again.
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
         self._codes = codes_of_labels(config, prepared.dataset)
-        self.criterion = make_criterion(config.loss, self.plan, self._codes)
+        self.criterion = make_criterion(config.loss, self.plan, self._codes, prepared.dataset)
         self.augment = Augmenter(config.augment, self.plan.dims, **augmenter_geometry(prepared))
 
     @property
@@ -174,6 +174,7 @@ class Session:
                 cases,
                 self.plan,
                 self.prepared.dataset.class_names,
+                regions=self.prepared.dataset.region_classes,
                 rank=self.fabric.global_rank,
                 world_size=self.fabric.world_size,
                 after_case=after_case,
@@ -192,6 +193,8 @@ class Session:
                 "preprocessing": self.prepared.preprocessing.to_dict(),
                 "labels": {name: index for index, name in enumerate(self.prepared.dataset.class_names)},
                 "label_values": dict(self.prepared.dataset.labels),
+                # A list, since the order counts: JSON objects have none.
+                "regions": [[name, list(values)] for name, values in self.prepared.dataset.regions.items()],
                 "channels": list(self.prepared.dataset.channel_names),
                 "patch_size": list(self.plan.patch_size),
                 "context_slices": self.plan.context_slices,
@@ -298,8 +301,13 @@ def make_optimiser(
     return torch.optim.AdamW(groups, lr=learning_rate)
 
 
-def make_criterion(config: LossConfig, plan: Plan, codes: ReaderCodes | None = None) -> nn.Module:
-    """Dice + cross-entropy as configured; of shares of readers with ``codes``, of all outputs with deep supervision."""
+def make_criterion(
+    config: LossConfig, plan: Plan, codes: ReaderCodes | None = None, dataset: Dataset | None = None
+) -> nn.Module:
+    """Dice + cross-entropy as configured; of shares of readers with ``codes``, of all outputs with deep supervision.
+
+    Regions are as many binary problems, as in nnU-Net: sigmoid, Dice of each, binary cross-entropy.
+    """
     criterion: nn.Module = DiceCELoss(
         softmax=True,
         include_background=config.include_background,
@@ -308,6 +316,16 @@ def make_criterion(config: LossConfig, plan: Plan, codes: ReaderCodes | None = N
         lambda_ce=config.ce_weight,
         ignore_index=IGNORE_INDEX,
     )
+    if dataset is not None and dataset.regions:
+        binary = DiceFocalLoss(
+            sigmoid=True,
+            gamma=0.0,
+            batch=config.batch_dice,
+            lambda_dice=config.dice_weight,
+            lambda_focal=config.ce_weight,
+        )
+        vectors = torch.from_numpy(dataset.region_vectors)
+        criterion = CodedLabelsLoss(binary, vectors, ignore_index=IGNORE_INDEX)
     if codes is not None:
         soft = SoftDiceCELoss(
             include_background=config.include_background,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ def validate(
     plan: Plan,
     class_names: Sequence[str],
     *,
+    regions: Mapping[str, Sequence[int]] | None = None,
     rank: int = 0,
     world_size: int = 1,
     after_case: Callable[[], None] | None = None,
@@ -34,9 +35,10 @@ def validate(
 
     It tells one epoch from another, at the price of one pass over the cases as training sees them: on the grid of the
     cache, by the largest logit, without postprocessing. What a model is worth on the scans themselves is measured by
-    :func:`lungkit.training.finishing.finish`. ``after_case`` is called after each case and may raise to give up.
+    :func:`lungkit.training.finishing.finish`. ``regions`` are those of :attr:`lungkit.data.Dataset.region_classes`,
+    measured in place of the classes. ``after_case`` is called after each case and may raise to give up.
     """
-    labels = {name: index for index, name in enumerate(class_names)}
+    sequence = [list(class_names).index(name) for name in regions] if regions else None
     device = device_of(network, torch.device("cpu"))
     mine = []
     for case in cases[rank::world_size]:
@@ -47,20 +49,42 @@ def validate(
             patch,
             batch_size=patches_per_call(device.type, patch),
             context_slices=plan.context_slices,
+            region_sequence=sequence,
         )
-        truth = np.asarray(case.label)
-        overlap = evaluate_case(label.cpu().numpy(), truth, len(labels), ignore_index=IGNORE_INDEX)
-        mine.append((case.case_id, overlap))
+        mine.append(
+            (case.case_id, _overlaps(label.cpu().numpy(), np.asarray(case.label), class_names, regions))
+        )
         if after_case is not None:
             after_case()
     order = {case.case_id: index for index, case in enumerate(cases)}
     table = CaseTable()
     gathered = [entry for part in gather_objects(mine, world_size) for entry in part]
-    for case_id, overlap in sorted(gathered, key=lambda entry: order[entry[0]]):
-        for name, index in labels.items():
-            if index == 0:
-                continue
-            values = overlap.of_class(index)
-            decided = overlap.decided_in_class(index) & set(METRICS)
-            table.add_row(case_id, name, {metric: values[metric] for metric in METRICS}, decided)
+    for case_id, overlaps in sorted(gathered, key=lambda entry: order[entry[0]]):
+        for name, (values, decided) in overlaps.items():
+            table.add_row(
+                case_id, name, {metric: values[metric] for metric in METRICS}, decided & set(METRICS)
+            )
     return table
+
+
+def _overlaps(
+    label: np.ndarray,
+    truth: np.ndarray,
+    class_names: Sequence[str],
+    regions: Mapping[str, Sequence[int]] | None,
+) -> dict[str, tuple[dict[str, float], frozenset[str]]]:
+    """Metrics of each class, or of each region, and which of them the empty policy decided."""
+    if not regions:
+        overlap = evaluate_case(label, truth, len(class_names), ignore_index=IGNORE_INDEX)
+        return {
+            name: (overlap.of_class(index), overlap.decided_in_class(index))
+            for index, name in enumerate(class_names)
+            if index
+        }
+    found = {}
+    for name, classes in regions.items():
+        inside = np.zeros(256, np.uint8)
+        inside[list(classes)], inside[IGNORE_INDEX] = 1, IGNORE_INDEX
+        overlap = evaluate_case(inside[label], inside[truth], 2, ignore_index=IGNORE_INDEX)
+        found[name] = overlap.of_class(1), overlap.decided_in_class(1)
+    return found

@@ -230,7 +230,10 @@ def test_linked_dataset_folder_is_fine(decathlon: Builder, tmp_path: Path) -> No
         ({"labels": None}, "'labels' must map names to values"),
         ({"labels": {"background": 0}}, "1 labels declared"),
         ({"labels": {"tumour": 1, "vessel": 2}}, "no label has the value 0"),
-        ({"labels": {"background": 0, "tumour": [1, 2]}}, "regions are not supported"),
+        (
+            {"labels": {"background": 0, "tumour": [1, 2]}},
+            "'regions_class_order' must give each of the 1 regions",
+        ),
         ({"labels": {"background": 0, "tumour": 1, "nodule": 1}}, "declared twice"),
         ({"labels": {"background": 0, "tumour": 1.5}}, "not a name with a whole number"),
         ({"labels": {"background": 0, "tumour": -1}}, "not a name with a whole number"),

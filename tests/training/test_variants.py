@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lungkit.data import AugmentConfig, read_volume, write_nifti
 from lungkit.errors import Interrupted, UsageError
+from lungkit.inference import Predictor
+from lungkit.inference.export import export_model
 from lungkit.nn import build_model
 from lungkit.training import Checkpoint, TrainConfig, Trainer, TrainResult, load_checkpoint
 from lungkit.training.session import Session
@@ -94,6 +96,56 @@ def test_several_classes_are_told_apart_in_the_table(
     assert result.table.labels == ("tumour1", "tumour2")
     assert len(result.table.rows) == 4
     assert checkpoint.description["labels"] == {"background": 0, "tumour1": 1, "tumour2": 2}
+
+
+def test_regions_train_are_measured_predicted_and_exported(make_dataset: MakeDataset, tiny: Tiny) -> None:
+    """Class 3 lies in class 2, and both in class 1, as nnU-Net declares it."""
+    root = make_dataset(classes=4, validation=1)
+    content = json.loads((root / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "rim": 2}
+    content["regions_class_order"] = [1, 3, 2]
+    (root / "dataset.json").write_text(json.dumps(content))
+    config = tiny(
+        data__root=str(root),
+        model__deep_supervision=True,
+        model__features=(4, 8, 8),
+        epochs=3,
+        optimiser__learning_rate=0.02,
+        save_validation=True,
+    )
+    result, checkpoint = train(config)
+    model = checkpoint.description["model"]
+    assert isinstance(model, dict) and model["out_channels"] == 3
+    assert sorted(result.table.labels) == ["core", "rim", "whole"]
+    folder = result.run_folder
+    predicted, truth = (
+        read_volume(path).array
+        for path in (folder / "validation" / "case_0.nii.gz", root / "labelsTr" / "case_0.nii.gz")
+    )
+    values = {row.label: row.values for row in result.table.rows}
+    for name, inside in (("whole", [1, 2, 3]), ("core", [2, 3]), ("rim", [2])):
+        mine, true = np.isin(predicted, inside), np.isin(truth, inside)
+        assert values[name]["tp"] == (mine & true).sum()
+        assert values[name]["fp"] == (mine & ~true).sum()
+    predictor = Predictor.from_run(folder, device="cpu")
+    prediction = predictor(root / "imagesTr" / "case_0_0000.nii.gz", probabilities=True)
+    np.testing.assert_array_equal(prediction.mask, predicted)
+    expected = np.zeros_like(predicted)
+    for name, value in (("whole", 1), ("core", 3), ("rim", 2)):
+        expected[prediction.probabilities[name] > 0.5] = value
+    np.testing.assert_array_equal(predicted, expected)
+    exported = export_model(predictor.models[0], folder / "model.pt2")
+    assert exported.metadata["output"]["probabilities"] == "sigmoid"
+    assert exported.metadata["regions"] == [["whole", [1, 2, 3]], ["core", [2, 3]], ["rim", [2]]]
+
+
+def test_regions_have_no_postprocessing_to_choose(make_dataset: MakeDataset, tiny: Tiny) -> None:
+    root = make_dataset()
+    content = json.loads((root / "dataset.json").read_text())
+    content |= {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
+    (root / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"choose_postprocessing .* declares regions"):
+        train(tiny(data__root=str(root), choose_postprocessing=True))
 
 
 def add_votes(root: Path, readers: int | None = 3) -> None:
