@@ -30,6 +30,7 @@ options of the configuration, those that are used most:
   --data DIR                 dataset: nnU-Net raw, Decathlon, or images/ and masks/ (default: the built-in phantom)
   --model NAME               unet or attention-unet (default: attention-unet)
   --epochs N                 (default: by the dataset), likewise --steps_per_epoch N and --batch_size N
+  --max_minutes M            train for M minutes; the learning rate reaches its end when the time does
   --data.patch_size Y X      in voxels, or Z Y X; --data.spacing_mm, --data.window (default: by the dataset)
   --model.features 32 64 ..  channels per level (default: by the dataset)
   --optimiser.learning_rate, --loss.dice_weight, --loss.ce_weight, --augment.enabled false, --engine.precision ...

@@ -177,7 +177,11 @@ class TrainConfig:
 
     Args:
         data, model, loss, optimiser, augment, engine: the parts.
-        epochs: None is decided by the dataset.
+        epochs: None is decided by the dataset, with ``max_minutes`` as many as there is time for.
+        max_minutes: minutes from the first step to the last validation, after which the run ends; the schedule is then
+            planned from the measured time of a step, so that the learning rate reaches its end when the time does. Each
+            epoch's validation and checkpoint count; reading and preprocessing scans before, and measuring the final
+            model after, come on top. A resumed run has what is left. None sets no limit.
         steps_per_epoch: optimiser steps; None is decided by the dataset.
         batch_size: patches per process and step; None is decided by the dataset.
         validate_every: epochs between validations; the last epoch is always validated.
@@ -208,6 +212,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     epochs: int | None = None
+    max_minutes: float | None = None
     steps_per_epoch: int | None = None
     batch_size: int | None = None
     validate_every: int = 1
@@ -257,6 +262,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None:
                 _at_least(name, value, 1)
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            raise UsageError(f"max_minutes is {self.max_minutes}; give a number above 0")
         for name in ("devices", "nodes"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)
         accelerator, colon, number = self.engine.accelerator.partition(":")

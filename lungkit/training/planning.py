@@ -51,22 +51,33 @@ class Plan:
     """Slices on either side that a 2D network sees as channels."""
     model: dict[str, Any]
     """Arguments of :func:`lungkit.nn.build_model`."""
-    epochs: int
+    epochs: int | None
+    """None: as many as there is time for."""
     steps_per_epoch: int
     batch_size: int
     learning_rate: float
+    max_minutes: float | None = None
 
     @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
+    def total_steps(self) -> int | None:
+        """Optimiser steps of the whole run; None where time alone ends it."""
+        return None if self.epochs is None else self.epochs * self.steps_per_epoch
+
+    @property
+    def budget(self) -> str:
+        """How long the run trains, for people."""
+        epochs = f"epochs of {self.steps_per_epoch} steps"
+        if self.max_minutes is None:
+            return f"{self.epochs} {epochs}"
+        most = "" if self.epochs is None else f"at most {self.epochs} "
+        return f"{self.max_minutes:g} minutes, {most}{epochs}"
 
     def summary(self) -> str:
         """Some lines for people."""
         return (
             f"{self.dims}D{f' with {self.context_slices} slices on either side' if self.context_slices else ''}, "
             f"patch {' x '.join(map(str, self.patch_size))}, batch {self.batch_size}, "
-            f"{self.epochs} epochs of {self.steps_per_epoch} steps, learning rate {self.learning_rate:g}\n"
+            f"{self.budget}, learning rate {self.learning_rate:g}\n"
             f"{self.model['name']}, features {self.model['features']}, strides {self.model['strides']}"
         )
 
@@ -297,10 +308,11 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
             "out_channels": dataset.outputs,
             **_model_options(config.model, tuple(features), strides),
         },
-        epochs=epochs,
+        epochs=None if config.max_minutes is not None and config.epochs is None else epochs,
         steps_per_epoch=steps,
         batch_size=batch,
         learning_rate=learning_rate,
+        max_minutes=config.max_minutes,
     )
 
 

@@ -53,11 +53,11 @@ class Display:
         """The cases are ready."""
         self._remove()
 
-    def start_epoch(self, epoch: int, epochs: int, steps: int, step: int) -> None:
+    def start_epoch(self, epoch: int, epochs: int | None, steps: int, step: int) -> None:
         """An epoch of ``steps`` steps begins, or goes on after a resume, at global step ``step``."""
-        if epoch <= epochs:
+        if epochs is None or epoch <= epochs:
             self._remove()
-            self._show(f"epoch {epoch}/{epochs}", steps)
+            self._show(f"epoch {_of(epoch, epochs)}", steps)
             self._update(completed=step % steps, force=True)
 
     def step(self, loss: Callable[[], float]) -> None:
@@ -74,8 +74,11 @@ class Display:
         if self._bars is not None and self._task is not None:
             self._update(description=f"{self._bars.tasks[-1].description}  validating", force=True)
 
-    def end_epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """Log one line with the epoch's numbers, and the time that those to come will take like the last few."""
+    def end_epoch(self, row: dict[str, Any], epochs: int | None, seconds_left: float | None = None) -> None:
+        """Log one line with the epoch's numbers, and the time that those to come will take like the last few.
+
+        ``seconds_left`` is what a run of limited time has left.
+        """
         if self._quiet:
             return
         dice = row.get("val_dice")
@@ -84,18 +87,20 @@ class Display:
         )
         self._epochs.append(seconds)
         few = self._epochs[-_EPOCHS_AVERAGED:]
-        left = (epochs - row["epoch"]) * sum(few) / len(few)
+        left = seconds_left or 0.0
+        if epochs is not None:
+            to_come = (epochs - row["epoch"]) * sum(few) / len(few)
+            left = to_come if seconds_left is None else min(left, to_come)
         _LOG.info(
-            "epoch %d/%d  loss %.4f  %s  lr %.2e  %.1f s (%.1f waiting for data, %.1f validating)%s",
-            row["epoch"],
-            epochs,
+            "epoch %s  loss %.4f  %s  lr %.2e  %.1f s (%.1f waiting for data, %.1f validating)%s",
+            _of(row["epoch"], epochs),
             row["train_loss"],
             "not validated" if dice is None else f"val Dice {dice:.4f}",
             row["learning_rate"],
             seconds,
             row["seconds_waiting_for_data"],
             row.get("seconds_validating", 0.0),
-            f"  {_duration(left)} left" if row["epoch"] < epochs else "",
+            f"  {_duration(left)} left" if left > 0 else "",
         )
 
     def _show(self, description: str, total: int) -> None:
@@ -117,6 +122,10 @@ class Display:
         if self._bars is not None and self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
+
+
+def _of(epoch: int, epochs: int | None) -> str:
+    return str(epoch) if epochs is None else f"{epoch}/{epochs}"
 
 
 def _duration(seconds: float) -> str:

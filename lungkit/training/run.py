@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from lungkit.training.engine import on_first_process
 from lungkit.training.progress import Display
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.session import Session
+from lungkit.training.time_budget import STEPS_BETWEEN_LOOKS, TimeBudget
 from lungkit.training.validation import METRICS
 
 _LOG = logging.getLogger("lungkit")
@@ -40,6 +42,7 @@ class Run:
         display: what a person sees.
         stop: set where the run is to save itself and end.
         on_epoch_end: called after every epoch with its row of ``metrics.csv``.
+        clock: by which a limited time is counted.
     """
 
     def __init__(
@@ -52,11 +55,15 @@ class Run:
         *,
         stop: threading.Event,
         on_epoch_end: Callable[[dict[str, Any]], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.session, self.folder, self.display = session, folder, display
         self.train, self.val = train, val
         self.fabric, self.plan = session.fabric, session.plan
         self._stop, self._on_epoch_end = stop, on_epoch_end
+        self._clock = clock
+        self._budget: TimeBudget | None = None
+        self._steps_since_look = 0
         self._drawn = -math.inf
 
     def epochs(self) -> None:
@@ -67,13 +74,14 @@ class Run:
             LungkitError: the loss is not finite.
         """
         session, steps, position = self.session, self.plan.steps_per_epoch, self.session.position
-        if position.loss_count and position.step % steps == 0:
+        self._budget = self._start_clock()
+        if position.loss_count and (position.step % steps == 0 or session.is_over):
             # The run was stopped between the last step of an epoch and the end of its validation.
             self._end_epoch()
         if self._is_over():
             return
         with session.batches(
-            self.train, first_step=position.step, last_step=self.plan.total_steps
+            self.train, first_step=position.step, last_step=self.plan.total_steps or sys.maxsize
         ) as batches:
             self.display.start_epoch(session.epoch + 1, self.plan.epochs, steps, position.step)
             for step, images, labels in batches:
@@ -82,9 +90,10 @@ class Run:
                 position.computed += time.perf_counter() - started
                 position.waited, batches.waited = position.waited + batches.waited, 0.0
                 self.display.step(lambda: session.mean_loss)
+                self._look_at_clock()
                 if self._must_stop():
                     on_first_process(self.fabric, self._save_and_stop)
-                if position.step % steps == 0:
+                if position.step % steps == 0 or session.is_over:
                     self._end_epoch()
                     if self._is_over():
                         return
@@ -117,6 +126,39 @@ class Run:
                 f"stopped after all epochs, which are saved; --resume {self.folder.path} measures the validation cases"
             )
 
+    def _start_clock(self) -> TimeBudget | None:
+        plan, every = self.plan, self.session.config.validate_every
+        if plan.max_minutes is None:
+            return None
+        return TimeBudget(
+            60 * plan.max_minutes,
+            self.session.position.pace,
+            validate_every=plan.steps_per_epoch * every,
+            total_steps=plan.total_steps,
+            clock=self._clock,
+        )
+
+    def _look_at_clock(self) -> None:
+        """Measure the last few steps, at steps that are the same for every process."""
+        step = self.session.position.step
+        self._steps_since_look += 1
+        if (
+            step % STEPS_BETWEEN_LOOKS == 0
+            or step <= STEPS_BETWEEN_LOOKS
+            or step % self.plan.steps_per_epoch == 0
+        ):
+            steps, self._steps_since_look = self._steps_since_look, 0
+            self._count_time(lambda budget, done: budget.after_steps(done, steps))
+
+    def _count_time(self, count: Callable[[TimeBudget, int], None]) -> None:
+        """Bring the pace up to date; all processes go by the clock of the first."""
+        budget, position = self._budget, self.session.position
+        if budget is None:
+            return
+        count(budget, position.step)
+        if self.fabric.world_size > 1:
+            position.pace = budget.pace = self.fabric.broadcast(budget.pace)
+
     def _must_stop(self) -> bool:
         if self.fabric.world_size == 1:
             return self._stop.is_set()
@@ -134,7 +176,7 @@ class Run:
     def _is_over(self) -> bool:
         """Whether all epochs are done, or patience is at its end."""
         session = self.session
-        if session.epoch >= self.plan.epochs:
+        if session.is_over:
             return True
         validated = [row["val_dice"] for row in session.position.rows if row.get("val_dice") is not None]
         patience = session.config.patience
@@ -160,9 +202,12 @@ class Run:
             "seconds_waiting_for_data": round(position.waited, 3),
             "seconds_computing": round(position.computed, 3),
         }
-        last_epoch = session.epoch == self.plan.epochs
-        improved = False
-        if session.epoch % session.config.validate_every == 0 or last_epoch:
+        improved, validated = False, session.epoch % session.config.validate_every == 0 or session.is_over
+        if validated:
+            improved = self._validate(row)
+            self._count_time(TimeBudget.after_validation)
+        last_epoch = session.is_over
+        if last_epoch and not validated:
             improved = self._validate(row)
         session.begin_epoch(row)
 
@@ -175,7 +220,11 @@ class Run:
             self.write_status("running")
 
         on_first_process(self.fabric, save)
-        self.display.end_epoch(row, self.plan.epochs)
+        seconds_left = None
+        if self._budget is not None:
+            self._budget.spend()  # of the checkpoints; a validation or a step is measured without them
+            seconds_left = 0.0 if last_epoch else self._budget.seconds_left
+        self.display.end_epoch(row, self.plan.epochs, seconds_left)
         if self._on_epoch_end is not None:
             self._on_epoch_end(row)
         if not last_epoch and self._must_stop():
@@ -203,14 +252,17 @@ class Run:
             self._save_and_stop()
 
     def _save_and_stop(self) -> NoReturn:
+        if self._budget is not None:
+            self._budget.spend()
         self.session.save(self.folder, LAST)
         self._raise_stopped()
 
     def _raise_stopped(self) -> NoReturn:
         position = self.session.position
-        where = f"step {position.step} of {self.plan.total_steps}"
+        where, total = f"step {position.step}", self.plan.total_steps
         if not position.loss_count:
-            where = f"epoch {self.session.epoch} of {self.plan.epochs}"
+            where, total = f"epoch {self.session.epoch}", self.plan.epochs
+        where += "" if total is None else f" of {total}"
         raise Interrupted(f"stopped after {where} and saved; continue with --resume {self.folder.path}")
 
     def _raise_divergence(self, loss: float) -> NoReturn:

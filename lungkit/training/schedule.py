@@ -12,20 +12,30 @@ from torch import Tensor, nn
 from lungkit.errors import UsageError
 
 
-def learning_rate_factor(step: int, total_steps: int, *, schedule: str, warmup_steps: int = 0) -> float:
+def learning_rate_factor(
+    step: int,
+    total_steps: int | None,
+    *,
+    schedule: str,
+    warmup_steps: int = 0,
+    share: float | None = None,
+) -> float:
     r"""Factor on the peak learning rate at ``step`` of ``total_steps``.
 
-    With :math:`t` = step / total: polynomial :math:`(1 - t)^{0.9}` (Isensee et al. 2021), cosine
+    With :math:`t` = step / total, or ``share`` where the run is given a time and not steps
+    (:class:`lungkit.training.time_budget.Pace`): polynomial :math:`(1 - t)^{0.9}` (Isensee et al. 2021), cosine
     :math:`(1 + \cos \pi t)/2` (Loshchilov and Hutter 2017), or 1; times (step + 1) / (warmup + 1) during warm-up.
 
     Raises:
-        UsageError: an unknown schedule.
+        UsageError: an unknown schedule, or neither ``total_steps`` nor ``share``.
 
     Example:
         >>> [round(learning_rate_factor(s, 10, schedule="polynomial", warmup_steps=1), 2) for s in (0, 1, 5, 9)]
         [0.5, 0.91, 0.54, 0.13]
     """
-    t = step / total_steps
+    if share is None and total_steps is None:
+        raise UsageError("give total_steps or share; there is no schedule without an end")
+    t = step / total_steps if share is None and total_steps is not None else share or 0.0
     factors = {"polynomial": (1 - t) ** 0.9, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}
     if schedule not in factors:
         raise UsageError(f"schedule is {schedule!r}; choose one of {', '.join(factors)}")

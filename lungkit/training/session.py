@@ -25,6 +25,7 @@ from lungkit.training.config_io import MOVABLE, config_to_dict
 from lungkit.training.planning import Plan, Prepared, build_network, codes_of_labels
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
+from lungkit.training.time_budget import Pace
 from lungkit.training.validation import validate
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Position:
     """Seconds of the current epoch that were spent waiting for patches."""
     computed: float = 0.0
     """Seconds of the current epoch that were spent in training steps."""
+    pace: Pace = field(default_factory=Pace)
+    """Of a run of limited time."""
 
 
 class Session:
@@ -85,8 +88,17 @@ class Session:
 
     @property
     def epoch(self) -> int:
-        """Whole epochs done."""
-        return self.position.step // self.plan.steps_per_epoch
+        """Whole epochs done; the last one counts though the time cut it short."""
+        step, steps = self.position.step, self.plan.steps_per_epoch
+        return -(-step // steps) if self.is_over else step // steps
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done, or the time is up."""
+        step, total = self.position.step, self.plan.total_steps
+        if self.plan.max_minutes is not None and self.position.pace.is_over(step):
+            return True
+        return total is not None and step >= total
 
     @property
     def best_epoch(self) -> int:
@@ -149,6 +161,7 @@ class Session:
             self.plan.total_steps,
             schedule=config.optimiser.schedule,
             warmup_steps=config.optimiser.warmup_steps,
+            share=None if self.plan.max_minutes is None else self.position.pace.share(step),
         )
         for group in self.optimiser.param_groups:
             group["lr"] = factor * self.plan.learning_rate
@@ -240,7 +253,8 @@ class Session:
             self.average.network.load_state_dict(checkpoint.weights)
             if self._scaler is not None:
                 self._scaler.load_state_dict(state["scaler"])
-            self.position = Position(**state["position"])
+            position = state["position"]
+            self.position = Position(**{**position, "pace": Pace(**position.get("pace", {}))})
             self.loss_sum.fill_(state["loss_sum"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: does not fit the network of this run ({error})") from error

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class Trainer:
         resume: folder of a run to continue; ``config`` must be the run's own (:func:`load_config`).
         checkpoint: which checkpoint to continue from, "last" or "previous".
         on_epoch_end: called after every epoch with its row of ``metrics.csv``; may call :meth:`stop`.
+        clock: seconds that only grow, by which ``max_minutes`` are counted.
 
     Example:
         Train a small U-Net on the phantom for one epoch::
@@ -90,6 +92,7 @@ class Trainer:
         resume: str | Path | None = None,
         checkpoint: str = LAST,
         on_epoch_end: Callable[[dict[str, Any]], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config.validate()
         check_logger(config.logger)
@@ -97,12 +100,16 @@ class Trainer:
         self.resume = None if resume is None else RunFolder.open(resume)
         self.checkpoint = checkpoint
         self.on_epoch_end = on_epoch_end
+        self.clock = clock
         self._stop = threading.Event()
 
     @classmethod
-    def from_run(cls, run: str | Path, *, checkpoint: str = LAST) -> Trainer:
+    def from_run(
+        cls, run: str | Path, *, checkpoint: str = LAST, clock: Callable[[], float] = time.monotonic
+    ) -> Trainer:
         """A trainer that continues the run in folder ``run``."""
-        return cls(load_config(RunFolder.open(run).path / "config.yaml"), resume=run, checkpoint=checkpoint)
+        config = load_config(RunFolder.open(run).path / "config.yaml")
+        return cls(config, resume=run, checkpoint=checkpoint, clock=clock)
 
     def stop(self) -> None:
         """Ask the run to save itself and end with :class:`~lungkit.errors.Interrupted` after the current step."""
@@ -177,7 +184,10 @@ class Trainer:
             logger = open_logger(self.config.logger, folder, next_step=session.position.step)
         logger.begin(flat_options(self.config))
         reports = [report for report in (logger.epoch, self.on_epoch_end) if report is not None]
-        run = Run(session, folder, train, val, display, stop=self._stop, on_epoch_end=_all_of(reports))
+        report = _all_of(reports)
+        run = Run(
+            session, folder, train, val, display, stop=self._stop, on_epoch_end=report, clock=self.clock
+        )
         try:
             _LOG.info("run folder %s\n%s", folder.path, prepared.plan.summary())
             _LOG.info(
@@ -226,7 +236,7 @@ class Trainer:
         checkpoint = on_first_process(session.fabric, load)
         if not session.fabric.is_global_zero:
             session.restore(checkpoint)
-        _LOG.info("continuing after step %d of %d", session.position.step, session.plan.total_steps)
+        _LOG.info("continuing after step %d; the run is of %s", session.position.step, session.plan.budget)
 
 
 def _all_of(reports: Sequence[Callable[[dict[str, Any]], None]]) -> Callable[[dict[str, Any]], None]:
