@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lungkit.errors import LabelError, UsageError
 from lungkit.ops._dice_ce_tensors import accumulate_dtype, empty_gradient, has_class_indices
-from lungkit.ops._dice_ce_twin import backward_twin, loss_twin, statistics_twin
+from lungkit.ops._dice_ce_twin import backward_twin, loss_twin, statistics_in_chunks, statistics_twin
 from lungkit.ops._library import define_op
 from lungkit.ops.dice_ce_arithmetic import DiceCEOptions, Statistics, loss_from_statistics
 
@@ -330,7 +330,9 @@ _OF_LOSS = (
 
 define_op(
     f"dice_ce_statistics({_VOXELS}, {_OF_STATISTICS}) -> Tensor",
-    lambda logits, labels, mask, *scalars: statistics_twin(logits, labels, mask, DiceCEOptions(*scalars)),
+    lambda logits, labels, mask, *scalars: statistics_in_chunks(
+        logits, labels, mask, DiceCEOptions(*scalars)
+    ),
 )
 define_op(
     f"dice_ce_loss({_VOXELS}, Tensor? weight, {_OF_LOSS}) -> (Tensor loss, Tensor slopes)",
