@@ -102,7 +102,7 @@ def check_arms(arms: Sequence[Arm]) -> None:
     if len({arm.slug for arm in arms}) < len(arms):
         raise UsageError(f"arms must have different names, got {', '.join(arm.name for arm in arms)}")
     for arm in arms[1:]:
-        for option in ("root", "layout", "folds", "patient_pattern", "phantom_cases"):
+        for option in ("root", "layout", "folds", "patient_pattern", "phantom_cases", "phantom_labels"):
             first, other = getattr(arms[0].config.data, option), getattr(arm.config.data, option)
             if first != other:
                 raise UsageError(

@@ -348,9 +348,16 @@ def build_network(plan: Plan, seed: int) -> nn.Module:
 
 def _open(config: TrainConfig) -> Dataset:
     if config.data.root is None:
-        root = cache_folder(config) / f"phantom-{config.data.phantom_cases}-{_PHANTOM_SEED}"
+        labels = config.data.phantom_labels
+        kind = "" if labels == "tumour" else f"-{labels}"
+        root = cache_folder(config) / f"phantom-{config.data.phantom_cases}-{_PHANTOM_SEED}{kind}"
         write_phantom_dataset(
-            root, cases=config.data.phantom_cases, shape=_PHANTOM_SHAPE, dims=2, seed=_PHANTOM_SEED
+            root,
+            cases=config.data.phantom_cases,
+            shape=_PHANTOM_SHAPE,
+            dims=2,
+            seed=_PHANTOM_SEED,
+            labels=labels,
         )
         return open_dataset(root)
     return open_dataset(Path(config.data.root).expanduser(), layout=config.data.layout)

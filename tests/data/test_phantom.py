@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from lungkit.data import open_dataset, read_case
 from lungkit.data.phantom import TUMOUR_FRACTION, Phantom, TumourKind, make_phantom, write_phantom_dataset
 from lungkit.data.phantom import dataset as phantom_dataset
 from lungkit.data.phantom.grid import Grid, add_capsules, paint_ellipsoid, smooth_noise
@@ -370,6 +371,23 @@ def test_dataset_says_it_is_synthetic(tmp_path: Path) -> None:
     assert "synthetic" in json.loads((root / "dataset.json").read_text())["description"]
 
 
+def test_organs_exclude_each_other_and_regions_hold_them(tmp_path: Path) -> None:
+    shape = (1, 64, 64)
+    for labels in ("organs", "regions"):
+        write_phantom_dataset(tmp_path / labels, cases=3, shape=shape, dims=2, labels=labels)
+    organs, regions = open_dataset(tmp_path / "organs"), open_dataset(tmp_path / "regions")
+    assert organs.class_names == regions.class_names == ("background", "lung", "heart", "tumour")
+    assert organs.regions == {} and regions.regions == {"lung": (1, 3), "heart": (2,), "tumour": (3,)}
+    seen = set()
+    for case in organs.cases:
+        (image,), mask = read_case(case, organs.label_map)
+        assert mask is not None
+        seen |= set(np.unique(mask.array))
+        if (mask.array == 2).any():
+            assert np.median(image.array[mask.array == 2]) > 0 > np.median(image.array[mask.array == 1])
+    assert seen == {0, 1, 2, 3}
+
+
 def test_folder_with_other_phantoms_is_refused(tmp_path: Path) -> None:
     write_phantom_dataset(tmp_path, cases=2, shape=(32, 32), dims=2)
     with pytest.raises(UsageError, match="holds phantoms made with other"):
@@ -390,6 +408,7 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
         ({"shape": (64, 64), "dims": 3}, "shape"),
         ({"shape": (8, 64, 64), "dims": 2}, "shape"),
         ({"seed": -2}, "seed"),
+        ({"labels": "ribs"}, "labels is 'ribs'"),
     ],
 )
 def test_bad_dataset_option_is_named(tmp_path: Path, options: dict, named: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lungkit._atomic import claim_folder, make_folder, write_json_atomic
-from lungkit.data.phantom.generate import make_phantom
+from lungkit.data.phantom.generate import Phantom, make_phantom
 from lungkit.data.splits import Split, write_splits
 from lungkit.data.volume import write_nifti
 from lungkit.errors import UsageError
@@ -18,6 +18,16 @@ from lungkit.errors import UsageError
 _RECORD = "phantom.json"
 _FORMAT = 1
 _FOLDS = 5
+_DECLARED: dict[str, dict[str, object]] = {
+    "tumour": {"labels": {"background": 0, "tumour": 1}},
+    "organs": {"labels": {"background": 0, "lung": 1, "heart": 2, "tumour": 3}},
+    "regions": {
+        "labels": {"background": 0, "lung": [1, 3], "heart": 2, "tumour": 3},
+        "regions_class_order": [1, 2, 3],
+    },
+}
+PHANTOM_LABELS = tuple(_DECLARED)
+"""What masks of phantoms may hold."""
 
 
 def write_phantom_dataset(
@@ -27,6 +37,7 @@ def write_phantom_dataset(
     shape: Sequence[int],
     dims: int = 3,
     seed: int = 0,
+    labels: str = "tumour",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write ``cases`` phantoms to ``root`` as a dataset that :func:`lungkit.data.open_dataset` reads.
@@ -45,6 +56,8 @@ def write_phantom_dataset(
         shape: voxels, (Y, X) or (1, Y, X) with ``dims`` 2, (Z, Y, X) with ``dims`` 3.
         dims: 2 writes single slices, 3 volumes.
         seed: non-negative integer.
+        labels: "tumour" alone; "organs": lung, heart and tumour, which exclude each other; or "regions": the same masks,
+            declared so that the lung is the lung with its tumours.
         progress: called with (cases done, cases in all).
 
     Returns:
@@ -68,7 +81,11 @@ def write_phantom_dataset(
         raise UsageError(f"cases is {cases}; training and validation need at least 2")
     if operator.index(seed) < 0:
         raise UsageError(f"seed is {seed}; give a non-negative integer")
+    if labels not in _DECLARED:
+        raise UsageError(f"labels is {labels!r}; there are {', '.join(PHANTOM_LABELS)}")
     record = {"format": _FORMAT, "cases": int(cases), "shape": list(size), "dims": dims, "seed": int(seed)}
+    if labels != "tumour":
+        record["labels"] = labels
     claim_folder(root, _RECORD, record, holds="phantoms")
     for folder in ("imagesTr", "labelsTr"):
         make_folder(root / folder)
@@ -81,7 +98,7 @@ def write_phantom_dataset(
         if not (image.is_file() and label.is_file()):
             phantom = make_phantom(case_seed, shape=size)
             write_nifti(image, phantom.image.transpose(2, 1, 0), phantom.affine)
-            write_nifti(label, phantom.label.transpose(2, 1, 0), phantom.affine)
+            write_nifti(label, _mask(phantom, labels).transpose(2, 1, 0), phantom.affine)
         if progress is not None:
             progress(done, cases)
     write_splits(root, _folds(names))
@@ -91,12 +108,21 @@ def write_phantom_dataset(
             "name": "lungkit chest phantoms",
             "description": "synthetic chest CT in HU with tumours; no patient data",
             "channel_names": {"0": "CT"},
-            "labels": {"background": 0, "tumour": 1},
+            **_DECLARED[labels],
             "numTraining": int(cases),
             "file_ending": ".nii.gz",
         },
     )
     return root
+
+
+def _mask(phantom: Phantom, labels: str) -> np.ndarray:
+    if labels == "tumour":
+        return phantom.label
+    mask = phantom.lungs.copy()
+    mask[phantom.heart == 1] = 2
+    mask[phantom.label == 1] = 3
+    return mask
 
 
 def _folds(names: list[str]) -> list[Split]:

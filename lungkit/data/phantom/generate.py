@@ -45,6 +45,8 @@ class Phantom:
     """uint8, 1 in tumours"""
     lungs: np.ndarray
     """uint8, 1 inside the pleura: air, vessels and tumours"""
+    heart: np.ndarray
+    """uint8, 1 in the heart"""
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float]
     """zyx position of the first voxel"""
@@ -119,10 +121,14 @@ def make_phantom(
         z, y, x = grid.nearest(tumour.centre_mm)[0].tolist()
         tumours.append(Tumour(tumour.kind, (z, y, x), 2.0 * tumour.radius_mm))
     body = patient.body(grid.z, grid.y, grid.x)
+    cage = patient.cage(grid.z, grid.y, grid.x)
+    # As it is painted: 4 mm within its surface, and not where lung covers it.
+    heart = (patient.heart(grid.z, grid.y, grid.x) < -4.0) & (cage < 0) & (pleura >= 0)
     return Phantom(
         image=scan(image, grid, body, for_scan),
         label=label,
         lungs=(pleura < 0).astype(np.uint8),
+        heart=heart.astype(np.uint8),
         spacing_mm=grid.spacing_mm,
         origin_mm=grid.origin_mm,
         tumours=tuple(tumours),
