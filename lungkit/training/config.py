@@ -41,8 +41,8 @@ class DataConfig:
         max_voxels: refuse larger scans.
         nan: voxels that are NaN or infinite: "refuse" the scan, or replace them by its "minimum".
         phantom_cases: cases of the built-in phantom.
-        phantom_labels: what its masks hold: the "tumour", the "organs" lung and heart too, or the organs as "regions", the
-            tumours being a part of the lung.
+        phantom_labels: what its masks hold: the "tumour", the "organs" lung and heart too, or the organs as "regions",
+            the tumours being a part of the lung.
     """
 
     root: str | None = None

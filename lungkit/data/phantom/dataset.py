@@ -56,8 +56,8 @@ def write_phantom_dataset(
         shape: voxels, (Y, X) or (1, Y, X) with ``dims`` 2, (Z, Y, X) with ``dims`` 3.
         dims: 2 writes single slices, 3 volumes.
         seed: non-negative integer.
-        labels: "tumour" alone; "organs": lung, heart and tumour, which exclude each other; or "regions": the same masks,
-            declared so that the lung is the lung with its tumours.
+        labels: "tumour" alone; "organs": lung, heart and tumour, which exclude each other; or "regions": the same
+            masks, declared so that the lung is the lung with its tumours.
         progress: called with (cases done, cases in all).
 
     Returns:
