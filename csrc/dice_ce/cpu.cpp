@@ -138,7 +138,7 @@ std::vector<double> doubles_of(const Tensor& tensor) {
 struct Alone {
   int64_t rank() const { return 0; }
   int64_t size() const { return 1; }
-  double sum(double value) const { return value; }
+  void add_up(double&, double&, double&) const {}
 };
 
 struct Cpu {

@@ -132,8 +132,7 @@ __global__ void __launch_bounds__(most_warps * 32, any_blocks<T>)
   for (int64_t k = threadIdx.x; k < width; k += blockDim.x) {
     double total = 0;
     for (int w = 0; w < warps; ++w) total += of_block[w * width + k];
-    partial[(image * width + k) * view.chunks + blockIdx.x % view.chunks] =
-        static_cast<A>(all_valid ? total : NAN);
+    partial[(image * width + k) * view.chunks + view.chunk()] = static_cast<A>(all_valid ? total : NAN);
   }
 }
 

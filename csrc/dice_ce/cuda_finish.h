@@ -9,6 +9,7 @@ namespace lungkit::LUNGKIT_ISA {
 namespace {
 
 constexpr int finish_threads = 1024;
+constexpr int finish_warps = finish_threads / 32;
 
 // What the first launch left: the sums of image b are partial[(b * width + k) * chunks + chunk], k = row *
 // classes + c and, for k = width - 1, the voxels.
@@ -16,17 +17,18 @@ template <class A>
 struct Partial {
   const A* sums;
   int64_t images;
-  int64_t classes;
-  int64_t chunks;
+  int classes;
+  int chunks;
 
-  LUNGKIT_HD int64_t width() const { return partial_width(classes); }
+  LUNGKIT_HD int width() const { return partial_width(classes); }
 
   // One sum over all chunks, by a whole warp; valid in lane 0.
   __device__ double total(int64_t output) const {
+    const A* const of_output = sums + output * chunks;
     double sum = 0;
-#pragma unroll 8
-    for (int64_t chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) {
-      sum += static_cast<double>(sums[output * chunks + chunk]);
+#pragma unroll 16
+    for (int chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) {
+      sum += static_cast<double>(of_output[chunk]);
     }
     return warp_sum(sum);
   }
@@ -36,57 +38,62 @@ struct Partial {
 template <class A>
 __global__ void __launch_bounds__(finish_threads)
     collect_statistics(Partial<A> partial, A* __restrict__ statistics) {
-  const int64_t width = partial.width(), classes = partial.classes, warps = finish_threads / 32;
-  const int64_t first = blockIdx.x * warps + threadIdx.x / 32;
-  for (int64_t output = first; output < partial.images * width; output += gridDim.x * warps) {
+  const int width = partial.width(), classes = partial.classes;
+  const int64_t first = blockIdx.x * finish_warps + threadIdx.x / 32;
+  for (int64_t output = first; output < partial.images * width; output += gridDim.x * finish_warps) {
     const double total = partial.total(output);
     if (threadIdx.x % 32 != 0) continue;
-    const int64_t image = output / width, k = output % width;
-    const auto at = [&](int64_t row, int64_t c) { return (row * partial.images + image) * classes + c; };
+    const int64_t image = output / width;
+    const int k = static_cast<int>(output - image * width);
+    const auto at = [&](int row, int c) { return (row * partial.images + image) * classes + c; };
     if (k < width - 1) {
       statistics[at(k / classes, k % classes)] = static_cast<A>(total);
     } else {
-      for (int64_t c = 0; c < classes; ++c) statistics[at(row_voxels, c)] = static_cast<A>(total);
+      for (int c = 0; c < classes; ++c) statistics[at(row_voxels, c)] = static_cast<A>(total);
     }
   }
 }
 
-// The threads of one block, for finish().
+// The threads of one block, for finish(). Each must call add_up(), once.
 struct Block {
-  __device__ int64_t rank() const { return threadIdx.x; }
-  __device__ int64_t size() const { return finish_threads; }
+  __device__ int rank() const { return threadIdx.x; }
+  __device__ int size() const { return finish_threads; }
 
-  // Each thread must call it.
-  __device__ double sum(double value) const {
-    __shared__ double of_warp[finish_threads / 32];
-    value = warp_sum(value);
+  template <class... Number>
+  __device__ void add_up(Number&... numbers) const {
+    __shared__ double of_warp[sizeof...(numbers)][finish_warps];
+    int k = 0;
+    ((numbers = warp_sum(numbers)), ...);
+    if (threadIdx.x % 32 == 0) ((of_warp[k++][threadIdx.x / 32] = numbers), ...);
     __syncthreads();
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-    __syncthreads();
-    double total = 0;
-    for (int warp = 0; warp < finish_threads / 32; ++warp) total += of_warp[warp];
-    return total;
+    k = 0;
+    ((numbers = of_warp[k++][threadIdx.x % 32]), ...);
+    ((numbers = __shfl_sync(0xffffffffu, warp_sum(numbers), 0)), ...);
   }
 };
 
-// One block. `sums` has room for images * width numbers; weight may be null.
+// One block. `memory` has room for images * width numbers; weight may be null.
 template <class A>
 __global__ void __launch_bounds__(finish_threads)
     finish_loss(Partial<A> partial, const A* __restrict__ weight, bool class_indices, DiceCeOptions options,
-                double* __restrict__ sums, A* __restrict__ loss, A* __restrict__ slopes) {
-  const int64_t images = partial.images, classes = partial.classes, width = partial.width();
-  for (int64_t output = threadIdx.x / 32; output < images * width; output += finish_threads / 32) {
+                double* __restrict__ memory, A* __restrict__ loss, A* __restrict__ slopes) {
+  constexpr int most_shared = 1024;
+  __shared__ double shared[most_shared];
+  const int images = static_cast<int>(partial.images), classes = partial.classes, width = partial.width();
+  const int outputs = images * width;
+  double* const sums = outputs <= most_shared ? shared : memory;
+  for (int output = threadIdx.x / 32; output < outputs; output += finish_warps) {
     const double total = partial.total(output);
     if (threadIdx.x % 32 == 0) sums[output] = total;
   }
   __syncthreads();
   const double value = finish(
       Block{}, images, classes, class_indices, options,
-      [&](Row row, int64_t b, int64_t c) {
+      [&](Row row, int b, int c) {
         return sums[b * width + (row == row_voxels ? width - 1 : row * classes + c)];
       },
-      [&](int64_t c) { return weight == nullptr ? 1.0 : static_cast<double>(weight[c]); },
-      [&](Row row, int64_t b, int64_t c, double slope) {
+      [&](int c) { return weight == nullptr ? 1.0 : static_cast<double>(weight[c]); },
+      [&](Row row, int b, int c, double slope) {
         slopes[(row * images + b) * classes + c] = static_cast<A>(slope);
       });
   if (threadIdx.x == 0) *loss = static_cast<A>(value);

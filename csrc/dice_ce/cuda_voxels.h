@@ -35,10 +35,11 @@ struct View {
   bool class_indices;
   DiceCeOptions options;
   int64_t chunk_voxels;
-  int64_t chunks;
+  unsigned chunks;
 
   __device__ int64_t image() const { return blockIdx.x / chunks; }
-  __device__ int64_t first_voxel() const { return blockIdx.x % chunks * chunk_voxels; }
+  __device__ unsigned chunk() const { return blockIdx.x % chunks; }
+  __device__ int64_t first_voxel() const { return chunk() * chunk_voxels; }
   __device__ int64_t last_voxel() const {
     const int64_t last = first_voxel() + chunk_voxels;
     return last < logits_layout.voxels ? last : logits_layout.voxels;
@@ -86,24 +87,6 @@ __device__ __forceinline__ void with_label_type(ScalarType type, const Body& bod
     case ScalarType::Long: return body(int64_t{});
     default: return body(uint8_t{});
   }
-}
-
-// Codes of `count` voxels that lie side by side, labels aligned for one access.
-template <int count>
-__device__ __forceinline__ void load_codes(const View& view, int64_t image, int64_t v, int (&codes)[count]) {
-  with_label_type(view.labels_type, [&](auto zero) {
-    using Label = decltype(zero);
-    const auto labels = load_pack<Label, count>(view.labels, image * view.labels_layout.batch_stride + v);
-    if (view.options.has_ignore_index) {
-#pragma unroll
-      for (int k = 0; k < count; ++k) codes[k] = encode<true>(view, labels.of[k]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < count; ++k) codes[k] = encode<false>(view, labels.of[k]);
-    }
-  });
-  if (view.mask == nullptr) return;
-  for (int k = 0; k < count; ++k) codes[k] = view.is_masked(image, v + k) ? left_out : codes[k];
 }
 
 // Element of a label vector, or a class index, of any dtype.

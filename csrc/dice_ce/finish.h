@@ -28,20 +28,20 @@ LUNGKIT_HD DiceTerm dice_term(double intersection, double total, const DiceCeOpt
 
 // The loss of statistics sum(row, b, c), with class weights weight(c); slope(row, b, c, value) receives its
 // gradient. Members of a team share the work: member `rank` of `size` takes every size-th term, and each must
-// call team.sum(value), which gives the sum over the team to all of them.
-template <class Team, class Sum, class Weight, class Slope>
-LUNGKIT_HD double finish(const Team& team, int64_t images, int64_t classes, bool class_indices,
+// call team.add_up(numbers...), which makes each number its sum over the team. Index holds images * classes.
+template <class Index, class Team, class Sum, class Weight, class Slope>
+LUNGKIT_HD double finish(const Team& team, Index images, Index classes, bool class_indices,
                          const DiceCeOptions& options, const Sum& sum, const Weight& weight,
                          const Slope& slope) {
-  const int64_t first = options.include_background || classes == 1 ? 0 : 1, counted = classes - first;
-  const int64_t groups = !options.batch ? images : images > 0 ? 1 : 0;
-  const int64_t images_a_group = options.batch ? images : 1;
+  const Index first = options.include_background || classes == 1 ? 0 : 1, counted = classes - first;
+  const Index groups = !options.batch ? images : images > 0 ? 1 : 0;
+  const Index images_a_group = options.batch ? images : 1;
   const double terms = options.mean ? static_cast<double>(groups * counted) : 1.0;
   double dice = 0;
-  for (int64_t i = team.rank(); i < groups * classes; i += team.size()) {
-    const int64_t group = i / classes, c = i % classes;
+  for (Index i = team.rank(); i < groups * classes; i += team.size()) {
+    const Index group = i / classes, c = i % classes;
     double intersection = 0, total = 0;
-    for (int64_t b = group; b < group + images_a_group; ++b) {
+    for (Index b = group; b < group + images_a_group; ++b) {
       intersection += sum(row_intersection, b, c);
       total += sum(row_prediction, b, c) + sum(row_label, b, c);
     }
@@ -49,7 +49,7 @@ LUNGKIT_HD double finish(const Team& team, int64_t images, int64_t classes, bool
     // A class that counts alone is not weighted.
     const double scale = options.lambda_dice * (counted > 1 ? weight(c) : 1.0) / terms;
     dice += scale * term.loss;
-    for (int64_t b = group; b < group + images_a_group; ++b) {
+    for (Index b = group; b < group + images_a_group; ++b) {
       slope(row_intersection, b, c, scale * term.intersection);
       slope(row_prediction, b, c, scale * term.prediction);
       slope(row_label, b, c, 0);
@@ -60,13 +60,13 @@ LUNGKIT_HD double finish(const Team& team, int64_t images, int64_t classes, bool
   // The cross-entropy is sum_bc (a_c L + r_c R) / divisor, L and R being row_cross_entropy and row_rest. Its
   // mean divides by the weights of the voxels for class indices, else by the voxels.
   const bool binary = options.cross_entropy == CrossEntropy::binary;
-  const auto of_label = [&](int64_t c) { return weight(c) * (binary ? 1 : 1 - options.label_smoothing); };
-  const auto of_rest = [&](int64_t c) {
+  const auto of_label = [&](Index c) { return weight(c) * (binary ? 1 : 1 - options.label_smoothing); };
+  const auto of_rest = [&](Index c) {
     return binary ? 1 : weight(c) * options.label_smoothing / static_cast<double>(classes);
   };
   double entropy = 0, divisor = 0;
-  for (int64_t i = team.rank(); i < images * classes; i += team.size()) {
-    const int64_t b = i / classes, c = i % classes;
+  for (Index i = team.rank(); i < images * classes; i += team.size()) {
+    const Index b = i / classes, c = i % classes;
     entropy += of_label(c) * sum(row_cross_entropy, b, c) + of_rest(c) * sum(row_rest, b, c);
     if (class_indices && !binary) {
       divisor += weight(c) * sum(row_label, b, c);
@@ -74,12 +74,10 @@ LUNGKIT_HD double finish(const Team& team, int64_t images, int64_t classes, bool
       divisor += sum(row_voxels, b, c);
     }
   }
-  dice = team.sum(dice);
-  entropy = team.sum(entropy);
-  divisor = team.sum(divisor);
+  team.add_up(dice, entropy, divisor);
   if (!options.mean || divisor == 0) divisor = 1;
-  for (int64_t i = team.rank(); i < images * classes; i += team.size()) {
-    const int64_t b = i / classes, c = i % classes;
+  for (Index i = team.rank(); i < images * classes; i += team.size()) {
+    const Index b = i / classes, c = i % classes;
     slope(row_cross_entropy, b, c, options.lambda_ce * of_label(c) / divisor);
     slope(row_rest, b, c, options.lambda_ce * of_rest(c) / divisor);
   }

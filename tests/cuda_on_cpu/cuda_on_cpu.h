@@ -11,6 +11,7 @@
 // and what it cannot.
 #pragma once
 
+#include "approximations.h"
 #include "collectives.h"
 #include "device_functions.h"
 #include "launch.h"

@@ -10,6 +10,7 @@ from dice_ce_cases import (
     ALL_OPTIONS,
     CASES,
     FORMS,
+    GRADIENT_TOLERANCE,
     INDEX_DTYPES,
     LOGIT_DTYPES,
     NNUNET,
@@ -137,9 +138,10 @@ def test_masked_voxels_count_nowhere(kernels, dtype, vectors):
 @pytest.mark.parametrize("dtype", INDEX_DTYPES)
 @pytest.mark.parametrize("shape", [(2, 4, 8), (2, 7, 9)])
 def test_voxels_may_be_masked_and_ignored(kernels, shape, dtype):
-    labels, mask = random_indices(shape, 2, dtype), random_indices(shape, 4, torch.uint8, seed=5)
-    logits = random_logits(shape, 2, torch.float16)
-    assert_matches_twin(logits, labels, Form(), mask=mask, ignore_index=0)
+    for classes, order in ((2, torch.contiguous_format), (3, torch.channels_last)):
+        labels, mask = random_indices(shape, classes, dtype), random_indices(shape, 4, torch.uint8, seed=5)
+        logits = random_logits(shape, classes, torch.float16).contiguous(memory_format=order)
+        assert_matches_twin(logits, labels, Form(), mask=mask, ignore_index=0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -242,6 +244,24 @@ def test_loss_of_float_logits_equals_the_twin(kernels, classes, options):
     weight = torch.linspace(0.5, 2.0, classes)
     labels = random_indices((3, 4, 8), classes, torch.uint8)
     assert_loss_matches_twin(logits, labels, weight=weight, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 8, 24), (2, 13, 11), (1, 112, 144)])
+def test_the_usual_loss_is_right_to_1e_6(kernels, shape, channels_last, dtype):
+    for classes in (2, 3, 4):
+        logits = random_logits(shape, classes, dtype)
+        if channels_last:
+            logits = logits.contiguous(memory_format=torch.channels_last)
+        labels = random_indices(shape, classes, torch.uint8)
+        exact = reference(logits.double(), labels)
+        assert abs(dice_ce_loss(logits, labels).double() / exact - 1) < 1e-6
+        gradient, expected = (
+            gradient_of(dice_ce_loss, logits, labels),
+            gradient_of(reference, logits.double(), labels),
+        )
+        assert (gradient - expected).abs().max() < GRADIENT_TOLERANCE[dtype] * expected.abs().max()
 
 
 @pytest.mark.parametrize(
