@@ -21,8 +21,9 @@ CASES = [
     ((2, 41, 2000), 3),
     ((2, 33, 9), 300),
 ]
-# more classes than a block's shared memory holds
+# more classes than a block's shared memory holds; in the last more voxels of a thread than a byte counts
 EMULATED_CASES = [((1, 1), 2), ((2, 5, 7), 3), ((1, 65, 67), 2), ((2, 33, 9), 300), ((1, 9, 8), 3000)]
+EMULATED_HARD_CASES = [*EMULATED_CASES, ((2, 8, 9), 4), ((1, 128, 1032), 4)]
 
 
 def hard_case(shape, classes, dtype, seed=0):
@@ -39,7 +40,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
-@on_kernels("shape, classes", CASES, emulated=EMULATED_CASES)
+@on_kernels("shape, classes", CASES, emulated=EMULATED_HARD_CASES)
 def test_hard_labels_equal_the_twin(kernels, shape, classes, dtype):
     pred, labels = hard_case(shape, classes, dtype)
     for ignore_index in (None, 1):
@@ -88,6 +89,21 @@ def test_ignored_voxels_are_not_counted(kernels, ignore_index):
     assert actual[1][0] == (labels[0] != ignore_index).sum()
 
 
+@pytest.mark.parametrize("classes", [2, 4, 7])
+@pytest.mark.parametrize("ignore_index", [0, 1, 255])
+def test_ignored_bytes_are_not_counted(kernels, ignore_index, classes):
+    pred, labels = hard_case((2, 8, 13), classes, torch.uint8)
+    labels[1, 2:4] = ignore_index
+    actual = confusion_counts(pred, labels, classes, ignore_index)
+    assert_same(actual, reference(pred, labels, classes, ignore_index))
+
+
+def test_runs_of_labels_equal_the_twin(kernels):
+    pred, labels = torch.zeros(2, 1, 40, 60, dtype=torch.uint8)
+    labels[:, 3:20, 11:33], pred[:, 5:22, 9:30], labels[:, 30:, 50:] = 4, 4, 5
+    assert_same(confusion_counts(pred, labels, 6), reference(pred, labels, 6))
+
+
 def test_a_prediction_may_be_anything_where_the_label_is_ignored(kernels):
     counts, voxels = confusion_counts(torch.tensor([[9, 1]]), torch.tensor([[255, 1]]), 2, 255)
     assert counts[0, 1].tolist() == [1, 0, 0]
@@ -123,6 +139,17 @@ def test_cuda_leaves_out_a_class_index_out_of_range(kernels):
     counts, voxels = confusion_counts(torch.tensor([[0, 1, 9]]), torch.tensor([[0, -7, 1]]), 2)
     assert counts[0].tolist() == [[1, 0, 0], [0, 0, 0]]
     assert voxels.tolist() == [1]
+
+
+@on_cuda_kernels
+@pytest.mark.parametrize("classes", [2, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_cuda_leaves_out_any_of_many_class_indices_out_of_range(kernels, dtype, classes):
+    pred, labels = hard_case((1, 48), classes, dtype)
+    where = torch.arange(48) % 5 != 0
+    expected = reference(pred[:, where], labels[:, where], classes)
+    pred[:, ::10], labels[:, 5::10] = 77, 200
+    assert_same(confusion_counts(pred, labels, classes), expected)
 
 
 def test_twin_names_a_class_index_out_of_range_alike():
