@@ -19,7 +19,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from dicom_cases import files, make_hu, write_ct
+from dicom_cases import files, make_hu, write_ct, write_enhanced_ct
 from model_cases import random_network, save_model
 
 from lungkit.checkpoint import _digest_of, load_checkpoint, sha256_of
@@ -247,6 +247,18 @@ def test_dicom(tmp_path: Path) -> None:
                 warnings.simplefilter("ignore")
                 after = pydicom.dcmread(path, force=True)
             assert any(before.get(name) != after.get(name) for name in decisive), number
+
+
+def test_enhanced_dicom(tmp_path: Path) -> None:
+    write_enhanced_ct(tmp_path, make_hu((6, 5, 3)))
+    path = tmp_path / "enhanced.dcm"
+    content = path.read_bytes()
+
+    def prepare(number: int) -> None:
+        path.write_bytes(mutate(content, np.random.default_rng(number)))
+
+    for number, scan in outcomes(lambda: read_series(tmp_path), 300, prepare):
+        assert scan.volume.array.shape[2] == len(scan.headers), number
 
 
 @pytest.mark.parametrize("layout", ["nnunet", "decathlon"])

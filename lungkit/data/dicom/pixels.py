@@ -54,8 +54,9 @@ def read_frames(path: Path, headers: Sequence[Any]) -> Iterator[np.ndarray]:
         DataError: as :func:`read_slice`.
     """
     syntax = read_dataset(path, pixels=False).file_meta.get("TransferSyntaxUID")
-    if syntax is not None and syntax.is_encapsulated:
-        _require_decoder(syntax, path)
+    with _decoding_pixels(path, syntax):
+        if syntax is not None and syntax.is_encapsulated:
+            _require_decoder(syntax, path)
     frames = require("pydicom.pixels").iter_pixels(
         path, indices=[int(header.InstanceNumber) - 1 for header in headers]
     )

@@ -106,9 +106,12 @@ def _same(values: np.ndarray, names: Sequence[str], what: str, tolerance: float)
 
 def _thickness(header: Any, name: str) -> float:
     for keyword in ("SpacingBetweenSlices", "SliceThickness"):
-        value = header.get(keyword)
-        if value is not None and math.isfinite(float(value)) and float(value) > 0:
-            return float(value)
+        try:
+            value = float(header.get(keyword))
+        except (TypeError, ValueError):
+            continue  # absent, or no number
+        if math.isfinite(value) and value > 0:
+            return value
     raise DataError(f"{name}: a single slice with neither SliceThickness nor SpacingBetweenSlices; add one")
 
 

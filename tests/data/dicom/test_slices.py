@@ -122,3 +122,13 @@ def test_a_single_slice_takes_its_thickness_as_spacing(tmp_path: Path) -> None:
     volume = read_series(tmp_path / "ct").volume
     assert volume.spacing_mm == pytest.approx((0.9, 0.7, 3.5))
     assert np.linalg.det(volume.affine[:3, :3]) > 0
+
+
+def test_a_single_slice_with_a_thickness_that_is_no_number_says_what_to_add(tmp_path: Path) -> None:
+    write_ct(tmp_path / "ct", make_hu((4, 3, 1)))
+    path = files(tmp_path / "ct")[0]
+    path.write_bytes(
+        path.read_bytes().replace(b"\x18\x00\x50\x00DS\x04\x002.5 ", b"\x18\x00\x50\x00DS\x04\x002x5 ")
+    )
+    with pytest.raises(DataError, match="neither SliceThickness nor SpacingBetweenSlices"):
+        read_series(tmp_path / "ct")
