@@ -121,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="foreground where its probability is at least this (default: most probable)",
     )
+    add(
+        "--lesion-probability",
+        type=float,
+        metavar="P",
+        help="remove lesions of which no voxel has this probability",
+    )
     add("--smallest-lesion-ml", type=float, metavar="ML", help="remove lesions that are smaller")
     add("--fill-holes", action=argparse.BooleanOptionalAction, help="close holes within axial slices")
     add(
@@ -289,7 +295,7 @@ def _postprocessing(options: argparse.Namespace, trained: Postprocessing) -> Pos
     base = Postprocessing() if options.no_postprocessing else trained
     given = {
         name: value
-        for name in ("threshold", "smallest_lesion_ml", "fill_holes", "inside_lungs")
+        for name in ("threshold", "lesion_probability", "smallest_lesion_ml", "fill_holes", "inside_lungs")
         if (value := getattr(options, name)) is not None
     }
     return replace(base, **given)

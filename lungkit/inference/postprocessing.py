@@ -33,6 +33,8 @@ class Postprocessing:
             in a reader's outline; a cavity counts as a hole.
         inside_lungs: remove lesions of which no voxel lies in the lungs or within 5 mm of them. The rest of a lesion is
             kept whole, so that one that grows into the chest wall or the mediastinum is not cut. Needs HU.
+        lesion_probability: remove lesions of which no voxel has this foreground probability: pieces that the network is
+            nowhere sure of. With a lower ``threshold`` it is a hysteresis. 0 removes none.
         smallest_lesion_ml: remove smaller lesions; 0 removes none.
 
     A lesion is a 26-connected component of one class, as in :func:`lungkit.metrics.label_lesions`.
@@ -42,17 +44,23 @@ class Postprocessing:
 
     Example:
         >>> Postprocessing(threshold=0.4, smallest_lesion_ml=0.05).to_dict()
-        {'threshold': 0.4, 'fill_holes': False, 'inside_lungs': False, 'smallest_lesion_ml': 0.05}
+        {'threshold': 0.4, 'fill_holes': False, 'inside_lungs': False,
+         'lesion_probability': 0.0, 'smallest_lesion_ml': 0.05}
     """
 
     threshold: float | None = None
     fill_holes: bool = False
     inside_lungs: bool = False
+    lesion_probability: float = 0.0
     smallest_lesion_ml: float = 0.0
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not (_is_number(self.threshold) and 0 < self.threshold < 1):
             raise UsageError(f"threshold is {self.threshold!r}; give a probability between 0 and 1, or None")
+        if not (_is_number(self.lesion_probability) and 0 <= self.lesion_probability < 1):
+            raise UsageError(
+                f"lesion_probability is {self.lesion_probability!r}; give a probability of at least 0 and below 1"
+            )
         if not (_is_number(self.smallest_lesion_ml) and 0 <= self.smallest_lesion_ml < math.inf):
             raise UsageError(
                 f"smallest_lesion_ml is {self.smallest_lesion_ml!r}; give a volume of at least 0 ml"
@@ -64,7 +72,9 @@ class Postprocessing:
     @property
     def changes_masks(self) -> bool:
         """Whether :func:`postprocess` does anything; the threshold acts before it."""
-        return self.fill_holes or self.inside_lungs or self.smallest_lesion_ml > 0
+        return (
+            self.fill_holes or self.inside_lungs or self.lesion_probability > 0 or self.smallest_lesion_ml > 0
+        )
 
     def summary(self) -> str:
         """What is done, in a few words.
@@ -77,6 +87,8 @@ class Postprocessing:
             f"threshold {self.threshold}": self.threshold is not None,
             "holes filled": self.fill_holes,
             "lesions outside the lungs removed": self.inside_lungs,
+            f"lesions nowhere at probability {self.lesion_probability:g} removed": self.lesion_probability
+            > 0,
             f"lesions below {self.smallest_lesion_ml:g} ml removed": self.smallest_lesion_ml > 0,
         }
         return ", ".join(part for part, done in parts.items() if done) or "none"
@@ -115,6 +127,7 @@ def postprocess(
     *,
     hu: np.ndarray | None = None,
     lungs: np.ndarray | None = None,
+    sure: np.ndarray | None = None,
 ) -> np.ndarray:
     """Apply ``options`` to a predicted mask; their threshold is not for masks and has no effect here.
 
@@ -129,6 +142,7 @@ def postprocess(
         options: what to do.
         hu: the scan in HU on the grid of ``label``, for ``inside_lungs``.
         lungs: their mask where it is known already, instead of ``hu``.
+        sure: bool (Z, Y, X), voxels of at least ``lesion_probability``, where that is asked for.
 
     Returns:
         uint8 (Z, Y, X), a new array.
@@ -146,7 +160,7 @@ def postprocess(
     spacing = _checked_spacing(spacing_mm)
     if label.ndim != 3 or label.dtype != np.uint8:
         raise UsageError(f"label must be uint8 (Z, Y, X), got {label.dtype} {label.shape}")
-    for name, other in (("hu", hu), ("lungs", lungs)):
+    for name, other in (("hu", hu), ("lungs", lungs), ("sure", sure)):
         if other is not None and other.shape != label.shape:
             raise UsageError(
                 f"{name} has shape {other.shape}, label {label.shape}; they must lie on one grid"
@@ -156,6 +170,8 @@ def postprocess(
             "inside_lungs needs the scan in HU, by which lungs are known as air within the body; 8-bit images do not "
             "have it: switch inside_lungs off"
         )
+    if options.lesion_probability and sure is None:
+        raise UsageError("lesion_probability needs the voxels that reach it: pass sure, or switch it off")
     result = label.copy()
     box = foreground_box(result)
     if box is None:
@@ -171,9 +187,12 @@ def postprocess(
             _LOG.warning("inside_lungs: no lungs in this scan, no lesion was removed for lying outside them")
         else:
             region = near_lungs(lungs, spacing, LUNG_MARGIN_MM, box)
-    if region is not None or options.smallest_lesion_ml > 0:
+    likely = sure[box] if sure is not None and options.lesion_probability else None
+    if region is not None or likely is not None or options.smallest_lesion_ml > 0:
         lesions = Lesions.find(part)
         kept = lesions.kept(smallest=voxels_of(options.smallest_lesion_ml, spacing), region=region)
+        if likely is not None:
+            kept &= lesions.kept(region=likely)
         part[lesions.foreground] *= kept[lesions.numbers]
     return result
 
@@ -327,7 +346,18 @@ def classes_from_probabilities(probabilities: Tensor, threshold: float | None = 
     if count == 2:
         return (foreground[0] >= threshold).to(torch.uint8)
     classes = largest(foreground) + 1
-    return classes * (foreground.sum(0) >= threshold)
+    return classes * (foreground_probability(probabilities) >= threshold)
+
+
+def foreground_probability(probabilities: Tensor, *, regions: bool = False) -> Tensor:
+    r"""Of all foreground together (\*S), from probabilities (K, \*S), background first; of regions the largest.
+
+    Example:
+        >>> foreground_probability(torch.tensor([[0.5], [0.25], [0.25]])).tolist()
+        [0.5]
+    """
+    foreground = probabilities[1:]
+    return foreground.amax(0) if regions else foreground[0] if len(foreground) == 1 else foreground.sum(0)
 
 
 def classes_from_regions(scores: Tensor, sequence: Sequence[int], threshold: float | None) -> Tensor:

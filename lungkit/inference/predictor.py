@@ -27,6 +27,7 @@ from lungkit.inference.postprocessing import (
     classes_from_logits,
     classes_from_probabilities,
     classes_from_regions,
+    foreground_probability,
     postprocess,
 )
 from lungkit.inference.precision import Precision, choose_precision
@@ -203,7 +204,8 @@ class Predictor:
         threshold = self.postprocessing.threshold
         # Of one model the largest logit has the largest probability, where nothing else is asked for. Resampled logits
         # are another thing than resampled probabilities.
-        as_logits = len(self.models) == 1 and threshold is None and not attention
+        surest = self.postprocessing.lesion_probability
+        as_logits = len(self.models) == 1 and threshold is None and not surest and not attention
         as_logits = as_logits and self.models[0].geometry_of(volumes[0]).shape == geometry.shape
         classes, sequence = len(self.labels), self.models[0].region_sequence
 
@@ -216,6 +218,7 @@ class Predictor:
                 mask, mask_slices = empty(np.uint8)
                 maps = {name: empty(np.float32) for name in [*self.labels][1:]} if probabilities else {}
                 alpha, alpha_slices = empty(np.float32) if attention else (None, None)
+                sure, sure_slices = empty(np.bool_) if surest else (None, None)
                 scored = self._scores(volumes, attempt, progress, as_logits=as_logits, attention=attention)
                 for first, last, scores in scored:
                     if as_logits:
@@ -232,12 +235,15 @@ class Predictor:
                     else:
                         found = classes_from_regions(scores[1:classes], sequence, threshold)
                     mask_slices[first:last] = found.cpu().numpy()
+                    if sure_slices is not None:
+                        foreground = foreground_probability(scores[:classes], regions=sequence is not None)
+                        sure_slices[first:last] = (foreground >= surest).cpu().numpy()
                     for index, (_, map_slices) in enumerate(maps.values(), start=1):
                         map_slices[first:last] = scores[index].cpu().numpy()
                     if alpha_slices is not None:
                         alpha_slices[first:last] = scores[classes].cpu().numpy()
         return Prediction(
-            mask=self._finish(mask, volumes),
+            mask=self._finish(mask, volumes, sure),
             affine=volumes[0].affine,
             labels=dict(self.labels),
             seconds=time.perf_counter() - started,
@@ -374,14 +380,15 @@ class Predictor:
             **wanted,
         )
 
-    def _finish(self, mask: np.ndarray, volumes: Sequence[Volume]) -> np.ndarray:
+    def _finish(self, mask: np.ndarray, volumes: Sequence[Volume], sure: np.ndarray | None) -> np.ndarray:
         """The class indices in ``mask`` postprocessed, as values of the labels; in place where uint8 holds them."""
         geometry = plan_geometry(volumes[0])
         slices = orient(mask, geometry)
         options = self.postprocessing
         if options.changes_masks:
             hu = orient(volumes[0].array, geometry) if self.in_hu else None
-            slices[...] = postprocess(slices, geometry.spacing_mm, options, hu=hu)
+            likely = None if sure is None else orient(sure, geometry)
+            slices[...] = postprocess(slices, geometry.spacing_mm, options, hu=hu, sure=likely)
         values = np.array(list(self.labels.values()))
         if (values == np.arange(len(values))).all():
             return mask

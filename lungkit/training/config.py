@@ -191,6 +191,8 @@ class TrainConfig:
         patience: validations without a better Dice after which training stops; None never stops early.
         choose_postprocessing: after the last epoch try thresholds, filled holes, lungs (in HU) and smallest lesions on
             the validation cases, keep what raises their mean Dice by over 0.002, and store it with the best weights.
+        choose_postprocessing_by: "dice", or "lesion_f1" against false pieces: keep what raises the mean lesion F1 by
+            over 0.002 and costs no more Dice than that.
         save_validation: keep the masks that the run's best weights predict for the validation cases, in validation/ of
             the run's folder.
         seed: of weights, patches, augmentation and dropout.
@@ -221,6 +223,7 @@ class TrainConfig:
     validate_every: int = 1
     patience: int | None = None
     choose_postprocessing: bool = False
+    choose_postprocessing_by: Literal["dice", "lesion_f1"] = "dice"
     save_validation: bool = False
     seed: int = 0
     runs: str = "runs"

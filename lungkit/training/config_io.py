@@ -26,7 +26,15 @@ from lungkit.training.config import MODEL_NAMES, TrainConfig
 
 # Where things lie does not change the weights, nor does what follows the last epoch: these may differ when a run is
 # continued.
-MOVABLE = ("data.root", "data.cache", "data.max_voxels", "choose_postprocessing", "save_validation", "logger")
+MOVABLE = (
+    "data.root",
+    "data.cache",
+    "data.max_voxels",
+    "choose_postprocessing",
+    "choose_postprocessing_by",
+    "save_validation",
+    "logger",
+)
 # Short forms of options that are typed most.
 _SHORTHANDS = {
     "data": "data.root",

@@ -51,6 +51,7 @@ def finish(run: Run) -> CaseTable:
         choice = choose_postprocessing(
             predictor,
             scans,
+            by=config.choose_postprocessing_by,
             rank=fabric.global_rank,
             world_size=fabric.world_size,
             after_case=run.stop_in_final_validation,

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,48 +22,63 @@ from lungkit.inference.postprocessing import (
     classes_from_probabilities,
     fill_holes,
     foreground_box,
+    foreground_probability,
     largest,
     voxels_of,
 )
-from lungkit.metrics import overlap_metrics
+from lungkit.metrics import label_lesions, overlap_metrics
 from lungkit.pipeline.labelled import LabelledScans
 from lungkit.report.evaluation import class_indices
 from lungkit.training.engine import gather_objects
 
+Criterion = Literal["dice", "lesion_f1"]
+
 MARGIN = 0.002
-"""By how much the mean Dice must rise for an option to be kept."""
+"""By how much the mean Dice (or lesion F1) must rise for an option to be kept."""
 # Nearest to 1/2 first: of equal ones the first is taken.
 _THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8)
+_SURE = (0.6, 0.7, 0.8, 0.9, 0.95)
 _SIZES_ML = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One value of one option, with those kept before it, and the mean Dice that it reached."""
+    """One value of one option, with those kept before it, and the mean Dice and lesion F1 that it reached."""
 
     option: str
     value: float | bool
     dice: float
     kept: bool
+    lesion_f1: float = math.nan
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What :func:`choose_postprocessing` found; ``dice`` is the mean with ``options``, ``dice_without`` without."""
+    """What :func:`choose_postprocessing` found; ``dice`` is the mean with ``options``, ``dice_without`` without.
+
+    ``by`` is what it was chosen by; lesion F1 is given as Dice is.
+    """
 
     options: Postprocessing
     dice: float
     dice_without: float
     trials: tuple[Trial, ...]
+    by: Criterion = "dice"
+    lesion_f1: float = math.nan
+    lesion_f1_without: float = math.nan
 
     @property
     def note(self) -> str:
         """One sentence for the table of results."""
+        measure = {"dice": "mean Dice", "lesion_f1": "mean lesion F1"}[self.by]
         if self.options == Postprocessing():
-            return f"No postprocessing raised the mean Dice by more than {MARGIN:g}: none was used."
+            return f"No postprocessing raised the {measure} by more than {MARGIN:g}: none was used."
+        before, after = (
+            (self.dice_without, self.dice) if self.by == "dice" else (self.lesion_f1_without, self.lesion_f1)
+        )
         return (
-            f"Postprocessing: {self.options.summary()}; chosen on these same cases, where it raised the mean Dice from "
-            f"{self.dice_without:.4f} to {self.dice:.4f}."
+            f"Postprocessing: {self.options.summary()}; chosen on these same cases, where it raised the {measure} from "
+            f"{before:.4f} to {after:.4f}."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,8 +87,14 @@ class Choice:
             "postprocessing": self.options.to_dict(),
             "dice": _or_none(self.dice),
             "dice_without": _or_none(self.dice_without),
+            "chosen_by": self.by,
+            "lesion_f1": _or_none(self.lesion_f1),
+            "lesion_f1_without": _or_none(self.lesion_f1_without),
             "margin": MARGIN,
-            "tried": [{**vars(trial), "dice": _or_none(trial.dice)} for trial in self.trials],
+            "tried": [
+                {**vars(trial), "dice": _or_none(trial.dice), "lesion_f1": _or_none(trial.lesion_f1)}
+                for trial in self.trials
+            ],
         }
 
 
@@ -81,15 +102,18 @@ def choose_postprocessing(
     predictor: Predictor,
     scans: LabelledScans,
     *,
+    by: Criterion = "dice",
     rank: int = 0,
     world_size: int = 1,
     after_case: Callable[[], None] | None = None,
 ) -> Choice:
     """Try the options of :class:`~lungkit.inference.Postprocessing` one after the other on validation cases.
 
-    Threshold, holes, lesions outside the lungs (where scans are in HU), small lesions: of each the value with the
-    highest mean Dice is kept if it beats going without by more than :data:`MARGIN`, together with what was kept before.
-    Dice is that of the final table: on the scans' own grid, mean over the cases of each class, then over the classes.
+    Threshold, holes, lesions outside the lungs (where scans are in HU), lesions nowhere sure, small lesions: of each
+    the value with the highest mean Dice is kept if it beats going without by more than :data:`MARGIN`, together with
+    what was kept before. Dice is that of the final table: on the scans' own grid, mean over the cases of each class,
+    then over the classes. By "lesion_f1" it is the lesion F1, a lesion being found where one voxel is shared, and the
+    mean Dice may not fall by more than the margin: for false pieces, which Dice hardly sees.
 
     Every case is predicted once, and all that is tried is counted before the next: 3 bytes a voxel, and no
     probabilities. With several processes each takes its share of the cases; all return the same.
@@ -97,6 +121,7 @@ def choose_postprocessing(
     Args:
         predictor: with the weights to choose for; its own postprocessing is left out.
         scans: validation cases; truth that is to be ignored is left out.
+        by: "dice" or "lesion_f1".
         rank: of this process.
         world_size: processes.
         after_case: called after each case; may raise to give up.
@@ -119,27 +144,59 @@ def choose_postprocessing(
         "threshold": (None, *thresholds),
         "fill_holes": (False, True),
         "inside_lungs": (False, True) if predictor.in_hu else (False,),
+        "lesion_probability": (0.0, *_SURE),
         "smallest_lesion_ml": (0.0, *_SIZES_ML),
     }
     if not counts:
         return Choice(Postprocessing(), math.nan, math.nan, ())
-    dice = overlap_metrics(np.stack([counts[case_id] for case_id in scans.case_ids]))["dice"]
-    return _greedy(dice.nanmean(0).nanmean(-1).numpy(), values)
+    stacked = np.stack([counts[case_id] for case_id in scans.case_ids])
+    dice = overlap_metrics(stacked[..., :3])["dice"]
+    f1 = torch.from_numpy(_lesion_f1(stacked[..., 3:]))
+    mean_dice, mean_f1 = (metric.nanmean(0).nanmean(-1).numpy() for metric in (dice, f1))
+    return _greedy(mean_dice, mean_f1, values, by)
 
 
-def _greedy(dice: np.ndarray, values: dict[str, tuple[Any, ...]]) -> Choice:
-    """Choose along one axis of ``dice`` after the other; index 0 is off."""
+def _lesion_f1(counts: np.ndarray) -> np.ndarray:
+    """Lesion F1 of counts (..., 4): true lesions, those found, predicted ones, those that are real; NaN of none."""
+    true, found, predicted, real = np.moveaxis(counts.astype(np.float64), -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        sensitivity, precision = found / true, real / predicted
+        f1 = 2 * sensitivity * precision / (sensitivity + precision)
+    f1 = np.where((found == 0) | (real == 0), 0.0, f1)
+    return np.where(true + predicted == 0, math.nan, f1)
+
+
+def _greedy(
+    dice: np.ndarray, lesion_f1: np.ndarray, values: dict[str, tuple[Any, ...]], by: Criterion
+) -> Choice:
+    """Choose along one axis after the other; index 0 is off."""
     index = [0] * dice.ndim
     options = Postprocessing()
     trials = []
     for axis, (name, choices) in enumerate(values.items()):
-        along = dice[tuple(slice(None) if at == axis else i for at, i in enumerate(index))]
+        here = tuple(slice(None) if at == axis else i for at, i in enumerate(index))
+        dice_along, f1_along = dice[here], lesion_f1[here]
+        along = dice_along
+        if by == "lesion_f1":
+            along = np.where(dice_along >= dice_along[0] - MARGIN, f1_along, -math.inf)
         best = int(np.argmax(along))  # of NaN: the first, which is off
         if along[best] - along[0] > MARGIN:
             index[axis] = best
             options = replace(options, **{name: choices[best]})
-        trials += [Trial(name, choices[i], float(along[i]), i == index[axis]) for i in range(1, len(choices))]
-    return Choice(options, float(dice[tuple(index)]), float(dice[(0,) * dice.ndim]), tuple(trials))
+        trials += [
+            Trial(name, choices[i], float(dice_along[i]), i == index[axis], float(f1_along[i]))
+            for i in range(1, len(choices))
+        ]
+    chosen, off = tuple(index), (0,) * dice.ndim
+    return Choice(
+        options,
+        float(dice[chosen]),
+        float(dice[off]),
+        tuple(trials),
+        by,
+        float(lesion_f1[chosen]),
+        float(lesion_f1[off]),
+    )
 
 
 def _count(
@@ -150,14 +207,14 @@ def _count(
     num_classes: int,
     hu: np.ndarray | None,
 ) -> np.ndarray:
-    """TP, FP and FN of every foreground class for all that is tried.
+    """TP, FP and FN of every foreground class for all that is tried, and its lesions: true, found, predicted, real.
 
-    int64 (1 + thresholds, 2, 2 or 1, 1 + sizes, classes - 1, 3); the axes are those of the options.
+    int64 (1 + thresholds, 2, 2 or 1, 1 + sure, 1 + sizes, classes - 1, 7); the axes are those of the options.
     """
-    ascending = sorted(thresholds)
+    ascending = sorted({*thresholds, *_SURE})
     plain, likely, reached = (np.zeros(truth.shape, np.uint8) for _ in range(3))
     for first, last, probabilities in stream:
-        foreground = probabilities[1] if num_classes == 2 else probabilities[1:].sum(0)
+        foreground = foreground_probability(probabilities)
         plain[first:last] = classes_from_probabilities(probabilities).cpu().numpy()
         likely[first:last] = (largest(probabilities[1:]) + 1).cpu().numpy()
         levels = torch.bucketize(foreground.contiguous(), foreground.new_tensor(ascending), right=True)
@@ -165,10 +222,16 @@ def _count(
     sizes = [voxels_of(volume, spacing_mm) for volume in (0.0, *_SIZES_ML)]
     box = foreground_box(np.maximum(plain, reached))
     counts = np.zeros(
-        (1 + len(thresholds), 2, 1 if hu is None else 2, len(sizes), num_classes - 1, 3), np.int64
+        (1 + len(thresholds), 2, 1 if hu is None else 2, 1 + len(_SURE), len(sizes), num_classes - 1, 7),
+        np.int64,
     )
+    true_lesions = np.zeros(truth.shape, np.int64)
     for index in range(1, num_classes):
         counts[..., index - 1, 2] = np.count_nonzero(truth == index)
+        numbered, count = label_lesions(truth == index)
+        counts[..., index - 1, 3] = count
+        inside = numbered != 0
+        true_lesions[inside] = numbered[inside] + true_lesions.max(initial=0)
     if box is None:
         return counts
     regions: list[np.ndarray | None] = [None]
@@ -185,18 +248,30 @@ def _count(
             # A lesion is of one class: what is tried on it only keeps or removes it.
             counted, total = true != IGNORE_INDEX, len(lesions.sizes)
             predicted = np.bincount(at[counted], minlength=total)
-            right = np.bincount(at[counted & (true == found)], minlength=total)
+            hit = counted & (true == found)
+            right = np.bincount(at[hit], minlength=total)
+            touching = np.unique(np.stack([at[hit], true_lesions[box][lesions.foreground][hit]]), axis=1)
             class_of = np.zeros(total, np.int64)
             class_of[at] = found
-            for (r, region), (s, smallest) in itertools.product(enumerate(regions), enumerate(sizes)):
+            peaks = np.zeros(total, np.uint8)
+            np.maximum.at(peaks, at, reached[box][lesions.foreground])
+            tried = itertools.product(enumerate(regions), enumerate((None, *_SURE)), enumerate(sizes))
+            for (r, region), (p, sure), (s, smallest) in tried:
                 kept = lesions.kept(smallest=smallest, region=region)
+                if sure is not None:
+                    kept &= peaks > ascending.index(sure)
                 for index in range(1, num_classes):
                     chosen = kept & (class_of == index)
                     positives = int(right[chosen].sum())
-                    counts[t, filled, r, s, index - 1] += (
+                    seen = chosen & (predicted > 0)  # a lesion in voxels to ignore alone is none
+                    counts[t, filled, r, p, s, index - 1] += (
                         positives,
                         int(predicted[chosen].sum()) - positives,
                         -positives,
+                        0,
+                        len(np.unique(touching[1][chosen[touching[0]]])),
+                        int(seen.sum()),
+                        int((seen & (right > 0)).sum()),
                     )
     return counts
 

@@ -70,6 +70,8 @@ def test_a_dict_that_is_not_understood_is_refused(content):
         {"threshold": float("nan")},
         {"threshold": True},
         {"smallest_lesion_ml": -0.1},
+        {"lesion_probability": 1.0},
+        {"lesion_probability": -0.1},
         {"smallest_lesion_ml": float("inf")},
         {"fill_holes": "yes"},
         {"inside_lungs": None},
@@ -320,3 +322,14 @@ def test_a_number_of_classes_that_no_mask_holds_is_refused(classes):
     for function in (classes_from_logits, classes_from_probabilities):
         with pytest.raises(UsageError, match=f"{classes} classes"):
             function(torch.zeros(classes, 1, 1, 1))
+
+
+def test_lesions_that_are_nowhere_sure_are_removed_whole():
+    label = np.zeros((1, 4, 9), np.uint8)
+    label[0, 1:3, 1:4], label[0, 1:3, 6:8] = 1, 2
+    sure = np.zeros(label.shape, bool)
+    sure[0, 1, 1] = True
+    result = postprocess(label, MM, Postprocessing(lesion_probability=0.8), sure=sure)
+    assert np.array_equal(result, np.where(label == 1, 1, 0))
+    with pytest.raises(UsageError, match="pass sure"):
+        postprocess(label, MM, Postprocessing(lesion_probability=0.8))

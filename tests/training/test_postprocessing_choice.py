@@ -119,6 +119,50 @@ def noisy_case(name: str, seed: int, *, classes: int = 2, ignored: bool = False)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
+def test_every_lesion_f1_is_that_of_the_final_table_with_the_option(model, choose, classes):
+    network = FromImage(classes)
+    cases = [noisy_case(f"c{seed}", seed, classes=classes) for seed in range(2)]
+    choice = choose(network, cases, by="lesion_f1")
+    kept: dict[str, Any] = {}
+    for number, trial in enumerate(choice.trials):
+        tried = Postprocessing(**{**kept, trial.option: trial.value})
+        table = measure_scans(
+            predictor_of(model, network, EIGHT_BIT, postprocessing=tried), Scans(cases, classes)
+        )
+        assert trial.lesion_f1 == pytest.approx(table.mean("lesion_f1"), abs=1e-12)
+        assert trial.dice == pytest.approx(table.mean("dice"), abs=1e-12)
+        last = number + 1 == len(choice.trials) or choice.trials[number + 1].option != trial.option
+        if last:
+            kept |= {t.option: t.value for t in choice.trials if t.option == trial.option and t.kept}
+    assert Postprocessing(**kept) == choice.options
+    assert choice.lesion_f1 > choice.lesion_f1_without + MARGIN
+    assert "mean lesion F1 from" in choice.note
+
+
+def test_pieces_that_are_nowhere_sure_go_by_lesion_f1_though_dice_hardly_sees_them(choose):
+    label = np.zeros((2, 32, 32), np.uint8)
+    label[:, 2:26, 2:26] = 1
+    logits = np.where(label == 1, 9.0, -9.0)
+    logits[0, 29, 4], logits[1, 29, 20] = (math.log(0.65 / 0.35),) * 2  # two voxels of 1152
+    cases = [case("a", logits, label)]
+    assert choose(FromImage(), cases).options == Postprocessing()
+    chosen = choose(FromImage(), cases, by="lesion_f1")
+    assert chosen.lesion_f1_without == 0.5 and chosen.lesion_f1 == 1.0
+
+
+def test_lesion_f1_is_not_bought_with_dice(choose):
+    """Two pieces of a tumour go or stay together with its false ones: what is sure is a tenth of the truth."""
+    label = np.zeros((2, 12, 12), np.uint8)
+    label[:, 1:5, 1:5], label[:, 8:11, 8:11] = 1, 1
+    logits = np.where(label == 1, math.log(0.58 / 0.42), -9.0)
+    logits[:, 8:11, 8:11] = 9.0
+    logits[0, 0, 8:12], logits[0, 11, 0:3] = (math.log(0.58 / 0.42),) * 2
+    choice = choose(FromImage(), [case("a", logits, label)], by="lesion_f1")
+    assert choice.dice >= choice.dice_without - MARGIN * len(choice.trials)
+    assert choice.options.lesion_probability == 0
+
+
+@pytest.mark.parametrize("classes", [2, 3])
 def test_every_dice_is_that_of_the_final_table_with_the_option(model, choose, classes):
     network = FromImage(classes)
     cases = [noisy_case(f"c{seed}", seed, classes=classes, ignored=seed == 1) for seed in range(3)]
@@ -297,7 +341,9 @@ def test_a_run_keeps_its_choice_with_the_best_weights(tiny, no_pictures, chosen)
     )
     written = json.loads((run / "postprocessing.json").read_text())
     assert written["postprocessing"] == chosen.options.to_dict()
-    assert written["tried"] == [{"option": "threshold", "value": 0.999, "dice": 0.6, "kept": True}]
+    assert written["tried"] == [
+        {"option": "threshold", "value": 0.999, "dice": 0.6, "kept": True, "lesion_f1": None}
+    ]
     assert written["epoch"] == 1
 
 
