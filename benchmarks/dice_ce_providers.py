@@ -99,13 +99,15 @@ class DiceCECase(Case):
     shape: tuple[int, ...]
     logits_dtype: torch.dtype = torch.float32
     labels_dtype: torch.dtype = torch.uint8
+    channels_last: bool = False
 
     op = "dice_ce"
 
     @property
     def label(self) -> str:
         size = "x".join(map(str, self.shape))
-        return f"{size} {_name(self.logits_dtype)} {_name(self.labels_dtype)}"
+        order = " channels-last" if self.channels_last else ""
+        return f"{size} {_name(self.logits_dtype)} {_name(self.labels_dtype)}{order}"
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -127,6 +129,9 @@ class DiceCECase(Case):
     def inputs(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self.device).manual_seed(0)
         logits = torch.randn(self.shape, generator=generator, device=self.device).to(self.logits_dtype)
+        if self.channels_last:
+            order = torch.channels_last if len(self.shape) == 4 else torch.channels_last_3d
+            logits = logits.contiguous(memory_format=order)
         grid = (self.shape[0], *self.shape[2:])
         labels = torch.randint(self.shape[1], grid, generator=generator, device=self.device)
         return logits.requires_grad_(), labels.to(self.labels_dtype)

@@ -19,9 +19,13 @@ def cases(selection: str, device: str, threads: tuple[int, ...]) -> list[DiceCEC
     """ "smoke" runs in seconds, "default" in minutes, "full" in hours."""
 
     def case(
-        count: int, shape: tuple[int, ...], logits: torch.dtype = _F32, labels: torch.dtype = _U8
+        count: int,
+        shape: tuple[int, ...],
+        logits: torch.dtype = _F32,
+        labels: torch.dtype = _U8,
+        channels_last: bool = False,
     ) -> DiceCECase:
-        return DiceCECase(device, count, shape, logits, labels)
+        return DiceCECase(device, count, shape, logits, labels, channels_last)
 
     many = threads[0]
     if selection == "smoke":
@@ -42,7 +46,10 @@ def cases(selection: str, device: str, threads: tuple[int, ...]) -> list[DiceCEC
             case(many, cube, _BF16, _U8),
             case(many, cube, _BF16, _I64),
             case(many, cube, _F16, _U8),
+            case(many, cube, _BF16, _U8, channels_last=True),
+            case(many, (2, 2, 191, 193, 191), _BF16, _U8),
             case(many, (2, 2, 256, 256, 256), _BF16, _U8),
+            case(many, (2, 3, 192, 192, 192), _BF16, _U8),
             case(many, (2, 4, 192, 192, 192), _BF16, _U8),
             case(many, (1, 16, 128, 128, 128), _BF16, _U8),
             case(many, (1, 100, 96, 96, 96), _BF16, _U8),

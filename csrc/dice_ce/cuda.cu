@@ -72,7 +72,8 @@ int64_t few_class_chunk(const DiceCeArguments& a) {
 #ifdef LUNGKIT_EMULATE
   constexpr int64_t chunks = 4;  // small inputs have to reach several runs a thread too
 #else
-  constexpr int64_t chunks = 1024;
+  const int64_t classes = a.logits_layout.channels;
+  const int64_t chunks = classes == 2 ? 1024 : classes == 3 ? 768 : 640;  // an H100 holds as many blocks
 #endif
   constexpr int64_t fewest = few_threads * run_voxels;
   const int64_t step = few_threads * (16 / element_size(a.logits.scalar_type()));
