@@ -69,7 +69,7 @@ struct ByteCodes {
   }
 };
 
-// Codes of any labels: class, left_out or invalid.
+// Codes of any labels: class, left_out or, where a label is none, any other number.
 template <int C, int n>
 struct AnyCodes {
   int of[n];
@@ -77,10 +77,10 @@ struct AnyCodes {
   __device__ __forceinline__ bool is(int k, int c) const { return of[k] == c; }
   __device__ __forceinline__ bool counts(int k) const { return of[k] >= 0; }
   __device__ __forceinline__ unsigned faults() const {
-    int lowest = 0;
+    unsigned highest = 0;
 #pragma unroll
-    for (int code : of) lowest = min(lowest, code);
-    return lowest == invalid;
+    for (int code : of) highest = max(highest, static_cast<unsigned>(code) + 1u);
+    return highest > C;
   }
   __device__ __forceinline__ void count(int (&labels)[C]) const {
 #pragma unroll
@@ -237,9 +237,11 @@ struct FewReader {
   __device__ __forceinline__ int code_of(Label label) const {
     using Wide = std::conditional_t<sizeof(Label) < 8, int, int64_t>;
     const bool has_ignored = view.options.has_ignore_index;
-    const Wide value = label, ignored = has_ignored ? static_cast<Wide>(view.options.ignore_index) : Wide{-1};
-    const int code = value >= 0 && value < C ? static_cast<int>(value) : invalid;
-    return value == ignored ? (has_ignored ? left_out : invalid) : code;
+    const Wide value = label,
+               ignored = has_ignored ? static_cast<Wide>(view.options.ignore_index) : Wide{left_out};
+    const int code = static_cast<int>(value);
+    if (value == ignored) return has_ignored ? left_out : invalid;
+    return value == code ? code : invalid;
   }
 };
 

@@ -152,6 +152,12 @@ void intrinsics() {
   expect(__float_as_int(-0.0f) == std::numeric_limits<int>::min(), "__float_as_int");
   expect(__uint_as_float(__float_as_uint(1.5f)) == 1.5f, "__uint_as_float");
   expect(__fmaf_rn(1 + 0x1p-12f, 1 + 0x1p-12f, -1.0f) == 0x1p-11f + 0x1p-24f, "__fmaf_rn rounds once");
+  using lungkit_emulator::ex2_approx_ftz, lungkit_emulator::rcp_approx_ftz;
+  expect(ex2_approx_ftz(-1.0f) == 0.5f + 0x1p-23f && rcp_approx_ftz(2.0f) == 0.5f + 0x1p-24f,
+         "approximations are off by 2 and 1 units in the last place");
+  expect(ex2_approx_ftz(-0.0f) == 1.0f && ex2_approx_ftz(-127.0f) == 0.0f &&
+             std::isnan(ex2_approx_ftz(std::nanf(""))),
+         "ex2_approx_ftz at 0, of a subnormal result and of NaN");
   expect(min(3, 2u) == 2u && max(-1.0f, std::nanf("")) == -1.0f && min(1.0f, 2.0) == 1.0, "min and max");
   expect(__float2int_rn(2.5f) == 2 && __float2int_rz(-2.5f) == -2, "__float2int");
   expect(__float2int_rn(1e20f) == std::numeric_limits<int>::max(), "__float2int saturates");
