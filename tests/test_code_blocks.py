@@ -213,7 +213,10 @@ def run_command(words: Sequence[str]) -> int:
     trains = name == "lungkit-train" and not {"--resume", "--print-config"} & set(arguments)
     if trains or (name == "lungkit-compare" and "--runs" not in arguments):
         arguments += [f"--{option}={value}" for option, value in _BUDGET.items()]
-    return int(importlib.import_module(_SCRIPTS[name]).main(arguments))
+    try:
+        return int(importlib.import_module(_SCRIPTS[name]).main(arguments))
+    except SystemExit as end:  # of the parser
+        return int(end.code or 0)
 
 
 def installs(arguments: Sequence[str]) -> int:
