@@ -38,12 +38,16 @@ def check_logger(name: str | None) -> None:
     """
     if name is None:
         return
-    try:
-        importlib.import_module(LOGGERS[name])
-    except ImportError as error:
-        raise UsageError(
-            f"logger {name} needs {LOGGERS[name]} ({error}): pip install 'lungkit[{name}]', or leave --logger out"
-        ) from error
+    modules = [LOGGERS[name]]
+    if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        modules += ["sqlalchemy", "alembic"]  # of the local store
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(
+                f"logger {name} needs {module} ({error}): pip install 'lungkit[{name}]', or leave --logger out"
+            ) from error
 
 
 class Client(Protocol):

@@ -43,7 +43,8 @@ class RunFolder:
 
     ``config.yaml``, ``env.json``, ``dataset.json``, ``splits_final.json``, ``metrics.csv``, ``metrics.jsonl``,
     ``train.log``, ``progress.png``, ``overlays/``, ``checkpoints/``, ``status.json`` and, at the end, ``validation.*``,
-    before them ``postprocessing.json`` where one was to be chosen; ``validation/`` holds masks where they are kept.
+    before them ``postprocessing.json`` where one was to be chosen; ``validation/`` holds masks where they are kept,
+    ``tensorboard/`` event files and ``logger.json`` the run's name with MLflow or W&B where it is logged there.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -193,6 +193,18 @@ def test_without_its_package_a_logger_is_refused_before_any_work(
     assert not Path(config.runs).exists()
 
 
+def test_the_local_store_of_mlflow_needs_its_database_and_a_server_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", types.ModuleType("mlflow"))
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:1")
+    check_logger("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(UsageError, match=r"logger mlflow needs sqlalchemy .*lungkit\[mlflow\]"):
+        check_logger("mlflow")
+
+
 def test_no_logger_needs_nothing() -> None:
     check_logger(None)
     logger = RunLogger(None)
