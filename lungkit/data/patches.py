@@ -10,7 +10,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.errors import DataError, UsageError, shorten
+
+_BACKGROUND_ATTEMPTS = 20
 
 
 class PatchSource(Protocol):
@@ -61,6 +64,10 @@ class PatchSampler:
     that voxel. The voxel falls anywhere in the patch, so that its centre tells a network nothing.
     Any other patch draws a case uniformly from all cases and a position uniformly.
 
+    *Background.* Foreground is rarely far in small crops, and a network learns little of what merely looks like it.
+    With ``background_fraction`` so many of the other patches, at random, draw their position again until no foreground
+    lies in them, up to 20 times: a case may have no such place.
+
     *Two dimensions.* With a ``patch_size`` of two entries a patch is part of one axial slice: the slice of
     the chosen voxel, or a uniformly drawn one.
 
@@ -78,6 +85,7 @@ class PatchSampler:
         cases: the cases of one fold.
         patch_size: (Y, X) or (Z, Y, X) in voxels.
         foreground_fraction: share of foreground patches, from 0 to 1.
+        background_fraction: share of the other patches that hold no foreground where the case allows it, from 0 to 1.
         seed: non-negative integer.
         pad_label: label of padding; the ignore label keeps padding out of the loss.
         context_slices: n, slices on either side that a 2D patch carries as channels.
@@ -109,6 +117,7 @@ class PatchSampler:
         patch_size: Sequence[int],
         *,
         foreground_fraction: float = 0.33,
+        background_fraction: float = 0.0,
         seed: int = 0,
         pad_label: int = 0,
         context_slices: int = 0,
@@ -116,6 +125,7 @@ class PatchSampler:
         self.cases = tuple(cases)
         self.patch_size = _checked_patch_size(patch_size)
         self.foreground_fraction = float(foreground_fraction)
+        self.background_fraction = float(background_fraction)
         self.seed = operator.index(seed)
         self.pad_label = operator.index(pad_label)
         self.context_slices = operator.index(context_slices)
@@ -123,8 +133,9 @@ class PatchSampler:
             raise UsageError(
                 f"context_slices is {context_slices} for {self.dims}D patches; give 0 or more, and 0 in 3D"
             )
-        if not 0.0 <= self.foreground_fraction <= 1.0:
-            raise UsageError(f"foreground_fraction is {foreground_fraction}; give a share from 0 to 1")
+        for name in ("foreground_fraction", "background_fraction"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UsageError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
         if self.seed < 0:
             raise UsageError(f"seed is {seed}; give a non-negative integer")
         if not 0 <= self.pad_label <= 255:
@@ -168,13 +179,13 @@ class PatchSampler:
         voxel = case.foreground[random.integers(len(case.foreground))] if on_foreground else None
         # A 2D patch is a 3D patch of one slice.
         size = (1,) * (3 - self.dims) + self.patch_size
-        start = []
-        for axis, (length, extent) in enumerate(zip(size, case.label.shape, strict=True)):
-            first, last = min(0, extent - length), max(0, extent - length)
-            if voxel is not None:
-                first = max(first, int(voxel[axis]) - length + 1)
-                last = min(last, int(voxel[axis]))
-            start.append(int(random.integers(first, last + 1)))
+        start = _position(case.label.shape, size, voxel, random)
+        if voxel is None and self.background_fraction and random.random() < self.background_fraction:
+            for _ in range(_BACKGROUND_ATTEMPTS):
+                inside, _ = _overlap(case.label.shape, start, size)
+                if not _holds_foreground(case.label[inside]):
+                    break
+                start = _position(case.label.shape, size, None, random)
         z, y, x = start
         label = self._crop_label(case, start, size)
         last = case.label.shape[0] - 1
@@ -223,6 +234,24 @@ class PatchSampler:
         if case.case_id not in self._air:
             self._air[case.case_id] = np.asarray(case.image).min(axis=(1, 2, 3)).astype(np.float32)
         return self._air[case.case_id]
+
+
+def _position(
+    shape: Sequence[int], size: Sequence[int], voxel: np.ndarray | None, random: np.random.Generator
+) -> list[int]:
+    """A position of a patch in its case, drawn from all, or from those that hold ``voxel``."""
+    start = []
+    for axis, (length, extent) in enumerate(zip(size, shape, strict=True)):
+        first, last = min(0, extent - length), max(0, extent - length)
+        if voxel is not None:
+            first = max(first, int(voxel[axis]) - length + 1)
+            last = min(last, int(voxel[axis]))
+        start.append(int(random.integers(first, last + 1)))
+    return start
+
+
+def _holds_foreground(label: np.ndarray) -> bool:
+    return bool(((label != 0) & (label != IGNORE_INDEX)).any())
 
 
 def _overlap(

@@ -37,6 +37,8 @@ class DataConfig:
         window: "auto", "lung", "mediastinum", "full", "percentiles", or low and high.
         spacing_mm: "auto", "native", or (z, y, x) to resample to.
         foreground_fraction: share of patches that are sure to hold foreground.
+        background_fraction: share of the other patches that hold no foreground where the case allows it, so that a
+            network learns what merely looks like it.
         cache: folder of preprocessed cases; None is lungkit's folder in the user's cache directory.
         max_voxels: refuse larger scans.
         nan: voxels that are NaN or infinite: "refuse" the scan, or replace them by its "minimum".
@@ -58,6 +60,7 @@ class DataConfig:
     window: str | tuple[float, float] = "auto"
     spacing_mm: str | tuple[float, float, float] = "auto"
     foreground_fraction: float = 0.33
+    background_fraction: float = 0.0
     cache: str | None = None
     max_voxels: int = DEFAULT_MAX_VOXELS
     nan: Literal["refuse", "minimum"] = "refuse"
@@ -251,6 +254,7 @@ class TrainConfig:
         if self.data.readers is not None:
             _at_least("data.readers", self.data.readers, 2)
         _share("data.foreground_fraction", self.data.foreground_fraction)
+        _share("data.background_fraction", self.data.background_fraction)
         _share("model.dropout", self.model.dropout)
         _check_gates(self.model)
         _share("optimiser.ema_decay", self.optimiser.ema_decay)

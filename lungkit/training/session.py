@@ -132,6 +132,7 @@ class Session:
             cases if self._codes is None else [CodedCase(case) for case in cases],
             self.plan.patch_size,
             foreground_fraction=self.config.data.foreground_fraction,
+            background_fraction=self.config.data.background_fraction,
             seed=self.config.seed,
             pad_label=IGNORE_INDEX,
             context_slices=self.plan.context_slices,

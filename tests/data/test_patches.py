@@ -99,6 +99,28 @@ def test_foreground_patches_hold_foreground(patch_size: tuple[int, ...]) -> None
     assert all(sampler.sample(index).label.any() for index in range(100))
 
 
+def test_background_patches_hold_no_foreground_where_the_case_allows_it() -> None:
+    case = numbered_case(shape=(3, 40, 40))
+    case.label[1, 8:32, 8:32] = 1
+    options = {"foreground_fraction": 0.0, "seed": 1}
+    free = PatchSampler([case], (16, 16), **options)
+    clear = PatchSampler([case], (16, 16), background_fraction=1.0, **options)
+    assert any(free.sample(index).label.any() for index in range(40))
+    assert not any(clear.sample(index).label.any() for index in range(40))
+    case.label[:] = 1
+    assert clear.sample(0).label.all()
+
+
+def test_background_patches_leave_the_others_as_they_were() -> None:
+    cases = [numbered_case("a"), numbered_case("b")]
+    plain = PatchSampler(cases, (8, 8), foreground_fraction=0.5)
+    half = PatchSampler(cases, (8, 8), foreground_fraction=0.5, background_fraction=0.5)
+    for index in range(30):
+        first, second = plain.sample(index), half.sample(index)
+        if first.on_foreground or not first.label.any():
+            assert (first.case_id, first.start) == (second.case_id, second.start)
+
+
 def test_chosen_voxel_falls_anywhere_in_the_patch() -> None:
     label = np.zeros((1, 60, 60), np.uint8)
     label[0, 30, 30] = 1
@@ -200,6 +222,7 @@ def test_differing_channels_are_refused() -> None:
     [
         ({"patch_size": (8,)}, "patch_size"),
         ({"patch_size": (8, 0)}, "patch_size"),
+        ({"background_fraction": -0.5}, "background_fraction is -0.5"),
         ({"foreground_fraction": 1.5}, "foreground_fraction"),
         ({"seed": -1}, "seed"),
         ({"pad_label": 300}, "pad_label"),

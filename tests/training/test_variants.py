@@ -342,6 +342,19 @@ def test_parts_of_the_network_train_and_a_run_of_them_is_continued_bit_for_bit(
     assert all(torch.equal(value, whole.weights[name]) for name, value in resumed.weights.items())
 
 
+def test_background_patches_are_what_training_sees(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreground: list[bool] = []
+    step = Session.train_step
+
+    def watched(self: Session, at: int, images: Tensor, labels: Tensor) -> None:
+        foreground.extend(bool(((label > 0) & (label < 255)).any()) for label in labels)
+        step(self, at, images, labels)
+
+    monkeypatch.setattr(Session, "train_step", watched)
+    train(tiny(epochs=2, data__foreground_fraction=0.5, data__background_fraction=1.0))
+    assert sum(foreground) == len(foreground) / 2
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_memory_format_is_a_matter_of_speed(tiny: Tiny, channels_last: bool) -> None:
     result, checkpoint = train(tiny(epochs=1, engine__channels_last=channels_last))
