@@ -23,7 +23,7 @@ from lungkit.experiments.figures import draw_comparison
 from lungkit.experiments.results import ComparisonRow, compare_tables, format_comparison
 from lungkit.experiments.runs import FinishedRun, check_same_labels, epoch_rows, finished_run, train_or_resume
 from lungkit.metrics import CaseTable, MetricOptions
-from lungkit.pipeline.labelled import measure_scans
+from lungkit.pipeline.labelled import measure_scans, readers_ceiling
 from lungkit.report.evaluation import headline_metrics, write_measured
 from lungkit.training.config_io import config_to_dict
 from lungkit.training.planning import open_folds
@@ -170,7 +170,9 @@ def _measure_and_write(
     rows = compare_tables(tables, experiment.metrics, paper=PAPER_FIGURES if experiment.published else None)
     for style, suffix in (("text", "txt"), ("csv", "csv"), ("latex", "tex")):
         write_text_atomic(output / f"table.{suffix}", format_comparison(rows, style=style) + "\n")
-    notes = _notes(experiment, runs, tables)
+    of_first_arm = next(iter(runs.values()))
+    ceiling = readers_ceiling([run.scans for run in of_first_arm], readers=of_first_arm[0].readers)
+    notes = _notes(experiment, runs, tables) + ceiling
     markdown = [format_comparison(rows, style="markdown"), "", *(f"- {note}" for note in notes)]
     write_text_atomic(output / "table.md", "\n".join(markdown) + "\n")
     write_json_atomic(

@@ -96,6 +96,8 @@ class FinishedRun:
     plan: Plan
     predictor: Predictor
     scans: LabelledScans
+    readers: int | None = None
+    """How many readers the run was told of."""
 
     @classmethod
     def open(
@@ -122,6 +124,7 @@ class FinishedRun:
             prepared.plan,
             Predictor.from_run(folder.checkpoints / checkpoint, device=device),
             LabelledScans(dataset, case_ids, config.data.max_voxels, NanPolicy(config.data.nan)),
+            config.data.readers,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from lungkit.data import DEFAULT_MAX_VOXELS, Dataset, NanPolicy, Volume, read_volume
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.geometry import orient, plan_geometry
-from lungkit.data.readers import ReaderCodes, read_codes
+from lungkit.data.readers import ReaderCodes, read_codes, reader_codes
 from lungkit.errors import DataError
 from lungkit.inference import Predictor
 from lungkit.metrics import CaseTable, MetricOptions
@@ -109,6 +109,34 @@ def measure_scans(
         if progress is not None:
             progress(done, len(scans.case_ids))
     return table
+
+
+def readers_ceiling(scans: Sequence[LabelledScans], *, readers: int | None = None) -> list[str]:
+    """For a table of these scans: what their readers reach against the same labels, where they have several.
+
+    Args:
+        scans: of one dataset; a case in several of them counts once.
+        readers: how many there were, where the dataset does not tell; of an unknown number nothing is said.
+
+    Returns:
+        sentences, see :meth:`lungkit.report.readers.ReaderMeasurements.ceiling_notes`.
+
+    Raises:
+        DataError: a file of a reader cannot be read.
+    """
+    dataset = scans[0].dataset
+    count = readers or (None if dataset.readers is None else dataset.readers.count)
+    if dataset.readers is None or count is None:
+        return []
+    measured = ReaderMeasurements(reader_codes(dataset, readers=readers), scans[0].scheme.class_indices)
+    where = {case_id: part for part in scans for case_id in part.case_ids if dataset.case(case_id).readers}
+    for case_id, part in where.items():
+        label = read_volume(dataset.case(case_id).label or Path(), max_voxels=part.max_voxels)
+        geometry = plan_geometry(label)
+        truth = class_indices(label, part.scheme, geometry)
+        said = orient(part.read_codes(case_id, measured.codes, label).array, geometry)
+        measured.add(case_id, truth, said, truth)
+    return measured.ceiling_notes()
 
 
 def draw_overlays(

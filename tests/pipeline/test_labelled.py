@@ -17,7 +17,13 @@ from lungkit.errors import DataError
 from lungkit.inference import Postprocessing, Predictor
 from lungkit.metrics import CaseTable, MetricOptions
 from lungkit.pipeline import labelled
-from lungkit.pipeline.labelled import LabelledScans, draw_overlays, measure_scans, representative_cases
+from lungkit.pipeline.labelled import (
+    LabelledScans,
+    draw_overlays,
+    measure_scans,
+    readers_ceiling,
+    representative_cases,
+)
 from lungkit.report.evaluation import evaluate_pairs
 
 FLIPPED = np.diag([-0.5, -0.5, 2.0, 1.0])  # x runs to the left, y to the front
@@ -57,6 +63,28 @@ def predictor_of(
     values = {"background": 0, "tumour": 2}
     path = save_model(folder / "model", network, preprocessing=preprocessing, label_values=values)
     return Predictor.from_run(path, device="cpu", precision="fp32", **options)
+
+
+def test_what_readers_reach_is_known_without_a_model(root: Path) -> None:
+    assert readers_ceiling([scans_of(root)]) == []
+    (root / "votesTr").mkdir()
+    votes = {}
+    for name in ("a", "b"):
+        label = read_volume(root / "labelsTr" / f"{name}.nii.gz")
+        inside = label.array == 2
+        votes[name] = inside + (inside & np.roll(inside, 1, axis=0)).astype(np.uint8)
+        write_nifti(root / "votesTr" / f"{name}.nii.gz", votes[name], label.affine)
+    assert readers_ceiling([scans_of(root)]) == []  # nobody knows how many there were
+    (note,) = readers_ceiling([scans_of(root, "a"), scans_of(root)], readers=2)
+    one, two = (
+        np.mean([dice(votes[name]) for name in votes])
+        for dice in (
+            lambda v: 2 * v.sum() / (v.sum() + 2 * (v > 0).sum()),
+            lambda v: 2 * (v > 1).sum() / v.sum(),
+        )
+    )
+    assert f"{one:.4f} for one of 2 against these labels, {two:.4f} for two readers" in note
+    assert "means of 2 and 2 cases" in note
 
 
 def test_a_prediction_is_measured_against_the_mask_of_the_file(root: Path) -> None:
