@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,12 @@ _DIGITS = {"ml": 4, "mm": 2}
 
 
 def measure_mask(
-    mask: np.ndarray, affine: np.ndarray, labels: Mapping[str, int], *, image: np.ndarray | None = None
+    mask: np.ndarray,
+    affine: np.ndarray,
+    labels: Mapping[str, int],
+    *,
+    image: np.ndarray | None = None,
+    regions: Mapping[str, Collection[int]] | None = None,
 ) -> dict[str, Any]:
     """Volume in ml, longest in-plane diameter in mm and lesions of every class of a mask.
 
@@ -30,6 +35,7 @@ def measure_mask(
         affine: (4, 4), voxel to RAS+ mm.
         labels: class name -> value in ``mask``; 0 is the background.
         image: the scan (X, Y, Z), HU for CT.
+        regions: all values that belong to a class, where classes lie inside each other.
 
     Example:
         >>> mask = np.zeros((10, 10, 4), np.uint8)
@@ -46,7 +52,10 @@ def measure_mask(
     for name, value in labels.items():
         if value == 0:
             continue
-        lesions = [lesion.measures for lesion in _lesions(slices, value, geometry, scan)]
+        inside = slices
+        if regions is not None:
+            inside = np.where(np.isin(slices, list(regions[name])), value, 0).astype(slices.dtype)
+        lesions = [lesion.measures for lesion in _lesions(inside, value, geometry, scan)]
         found[name] = {
             "volume_ml": round(sum(lesion["voxels"] for lesion in lesions) * ml, _DIGITS["ml"]),
             "longest_diameter_mm": max((lesion["longest_diameter_mm"] for lesion in lesions), default=0.0),

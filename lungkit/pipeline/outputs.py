@@ -213,7 +213,13 @@ def _report(name: str, scan: LoadedScan, prediction: Prediction, predictor: Pred
     first = scan.volumes[0]
     return {
         "scan": name,
-        "classes": measure_mask(prediction.mask, prediction.affine, prediction.labels, image=first.array),
+        "classes": measure_mask(
+            prediction.mask,
+            prediction.affine,
+            prediction.labels,
+            image=first.array,
+            regions=predictor.models[0].regions,
+        ),
         "shape_xyz": list(first.array.shape),
         "spacing_xyz_mm": [round(size, 6) for size in first.spacing_mm],
         "labels": prediction.labels,

@@ -68,3 +68,12 @@ def test_the_centroid_is_where_simpleitk_has_the_voxel(tmp_path, axes, signs):
     point = sitk.ReadImage(str(tmp_path / "mask.nii.gz")).TransformIndexToPhysicalPoint((5, 2, 7))
     (lesion,) = measure_mask(mask, nibabel.load(tmp_path / "mask.nii.gz").affine, LABELS)["tumour"]["lesions"]
     np.testing.assert_allclose(lesion["centroid_lps_mm"], point, atol=0.01)
+
+
+def test_a_region_is_measured_with_what_lies_inside_it():
+    mask = np.zeros((12, 12, 3), np.uint8)
+    mask[2:8, 2:8, 1], mask[4:6, 4:6, 1] = 1, 2
+    labels, affine = {"background": 0, "whole": 1, "core": 2}, np.diag([1.0, 1.0, 1.0, 1.0])
+    found = measure_mask(mask, affine, labels, regions={"whole": (1, 2), "core": (2,)})
+    assert [found[name]["lesions"][0]["voxels"] for name in ("whole", "core")] == [36, 4]
+    assert measure_mask(mask, affine, labels)["whole"]["lesions"][0]["voxels"] == 32
