@@ -75,11 +75,8 @@ def _described(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _row(action: argparse.Action) -> str:
-    value = (
-        ""
-        if action.nargs == 0
-        else " " + str(action.metavar or "|".join(map(str, action.choices or ())) or action.dest)
-    )
+    choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else ""
+    value = "" if action.nargs == 0 else f" {action.metavar or choices or action.dest}"
     names = (
         ", ".join(f"`{option}{value}`" for option in action.option_strings)
         or f"`{action.metavar or action.dest}`"
