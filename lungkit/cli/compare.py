@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device",
         help="cpu, cuda, cuda:1 ...: to train and to measure on (default: the GPU where there is one)",
     )
+    parser.add_argument(
+        "--no-report", dest="report", action="store_false", help="no report.html and pages for the browser"
+    )
     parser.add_argument("--json", action="store_true", help="print comparison.json in place of the table")
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return run_command(lambda: _run(*parser.parse_known_args(arguments)))
@@ -93,6 +96,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         )
     if options.device is not None and not options.runs:
         rest = [*rest, "--device", options.device]
+    if not options.report and not options.runs:
+        rest = [*rest, "--report", "false"]
     if options.runs:
         arms = []
     elif options.arm:
@@ -107,6 +112,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         checkpoint=options.checkpoint,
         published=not (options.arm or options.runs),
         device=options.device,
+        report=options.report,
     )
     if options.runs:
         with _Bar() as bar:

@@ -25,7 +25,8 @@ _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
 Written to the output folder: metrics.csv (cases), metrics_summary.csv, metrics.json (with the definition of every
-metric), metrics.md, metrics.txt and distribution.png. Of a dataset with several readers (votesTr or readersTr beside
+metric), metrics.md, metrics.txt, distribution.png, and for a browser report.html with pages/ of worst, median and
+best case. Of a dataset with several readers (votesTr or readersTr beside
 labelsTr) also readers.* (each level of agreement, and the readers' own Dice) and, with --probabilities,
 calibration.json and reliability.png.
 Examples:
@@ -131,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--common-only", action="store_true", help="cases on one side only are named, but are no error"
     )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="the scans, of the same names, to show worst, median and best case on (default: those of the dataset)",
+    )
+    parser.add_argument(
+        "--no-report", dest="report", action="store_false", help="no report.html and pages for the browser"
+    )
     parser.add_argument("-j", "--jobs", type=int, help="cases at a time (default: one a core)")
     parser.add_argument(
         "--max-voxels",
@@ -150,8 +160,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from lungkit.data.dicom.read_label import StructureRule
     from lungkit.metrics import EmptyPolicy, HausdorffDefinition, MetricGroup, MetricOptions
     from lungkit.metrics.surface import available_cpus
+    from lungkit.pipeline.evaluation_pages import find_images, write_evaluation_pages
+    from lungkit.pipeline.folder_report import REPORT, write_folder_report
     from lungkit.report import evaluation as evaluating
+    from lungkit.report.html.summary_page import PAGES
     from lungkit.report.mask_files import MaskReader, find_pairs
+    from lungkit.report.pictures import optional_page
     from lungkit.report.readers import measure_pairs
 
     options = MetricOptions(
@@ -220,6 +234,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if beside is not None and readers.table.rows:
         text += "\n\n" + readers.write(folder)
     sys.stdout.write((folder / "metrics.json").read_text() if arguments.json else text + "\n")
+    if arguments.report:
+        with optional_page(folder / REPORT):
+            images = find_images(arguments.labels, arguments.images)
+            write_evaluation_pages(folder / PAGES, found.pairs, scheme, reader, evaluation.table, images)
+            write_folder_report(folder)
     _LOG.info("everything is in %s", folder)
     return _exit_code(evaluation.failed, found.without_prediction, found.without_label, arguments.common_only)
 

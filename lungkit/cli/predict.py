@@ -29,7 +29,8 @@ _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
 Written to the output folder: NAME.nii.gz (uint8, on the scan's own grid), reports/NAME.json (volumes, diameters,
-lesions), previews/NAME.png, results.jsonl and results.csv, a line a scan. The same command again does what is missing.
+lesions), previews/NAME.png, results.jsonl and results.csv, a line a scan, and for a browser report.html with a
+viewer for each scan, pages/NAME.html. The same command again does what is missing.
 One scan that cannot be used does not stop the rest; it is named, and the exit code says so.
 Examples:
   lungkit-predict -i scan.nii.gz -o mask.nii.gz --model runs/NAME     one scan
@@ -112,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--probabilities", action="store_true", help="write the probability of every class, float32")
     add("--attention", action="store_true", help="write the attention map of the finest gate, float32")
     add("--no-preview", dest="preview", action="store_false", help="no pictures")
+    add("--no-report", dest="report", action="store_false", help="no pages for the browser")
+    add(
+        "--with-patient-data",
+        action="store_true",
+        help="show the patient's name, ID, sex, age and study date of a DICOM series on its page",
+    )
     group = parser.add_argument_group(
         "postprocessing", "off unless training chose it (--choose_postprocessing)"
     )
@@ -201,7 +208,13 @@ def _run(options: argparse.Namespace) -> int:
     scans = found.scans
     for path, reason in found.passed_over.items():
         _LOG.warning("passed over: %s: %s", readable(path), reason)
-    files = OutputFiles(options.output, tuple(dict.fromkeys(options.format)), options.preview)
+    files = OutputFiles(
+        options.output,
+        tuple(dict.fromkeys(options.format)),
+        preview=options.preview,
+        page=options.report,
+        patient_data=options.with_patient_data,
+    )
     files.check()
     check_formats(files.formats, scans)
     shard = parse_shard(options.shard, os.environ)
@@ -242,6 +255,8 @@ def _run(options: argparse.Namespace) -> int:
         )
     if records is not None:
         records.write()
+        if options.report and shard[1] == 1:
+            _write_report(files.path)
     rate = 3600 * len(outcome.predicted) / outcome.seconds if outcome.seconds else 0.0
     _LOG.info(
         "%d predicted (%.0f scans per hour), %d done before, %d failed, %d passed over; results in %s",
@@ -271,6 +286,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _merge(arguments: Sequence[str]) -> int:
     from lungkit.pipeline import merge
+    from lungkit.report.html.summary_page import PAGES
 
     parser = CommandParser(
         prog="lungkit-predict merge",
@@ -280,12 +296,23 @@ def _merge(arguments: Sequence[str]) -> int:
     folder = parser.parse_args(arguments).folder
     rows = merge(folder)
     failed = [row["scan"] for row in rows if row.get("status") != "ok"]
+    if (folder / PAGES).is_dir():  # the shares were to have pages
+        _write_report(folder)
     _LOG.info(
         "%d scans, %d failed; %s and results.csv written", len(rows), len(failed), folder / "results.jsonl"
     )
     for name in failed:
         _LOG.error("failed: %s", name)
     return DataError.exit_code if failed else 0
+
+
+def _write_report(folder: Path) -> None:
+    """Write ``report.html``, which lists the scans; where it cannot be, the masks are there nonetheless."""
+    from lungkit.pipeline.folder_report import REPORT, write_folder_report
+    from lungkit.report.pictures import optional_page
+
+    with optional_page(folder / REPORT):
+        write_folder_report(folder)
 
 
 def _postprocessing(options: argparse.Namespace, trained: Postprocessing) -> Postprocessing:

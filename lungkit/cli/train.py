@@ -84,6 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write a picture of augmented patches and stop",
     )
     parser.add_argument(
+        "--no-report",
+        action="store_true",
+        help="no report.html and pages for the browser, as --report false",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the run's folder and result as JSON on standard output"
     )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
@@ -99,6 +104,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if options.checkpoint is not None and options.resume is None:
         raise UsageError("--checkpoint says which checkpoint --resume continues; give --resume RUN too")
+    if options.no_report:
+        rest = [*rest, "--report", "false"]
     if options.resume is not None:
         others = ("print_config", "dry_run", "preview_augmentation")
         given = ["--" + name.replace("_", "-") for name in others if getattr(options, name)]

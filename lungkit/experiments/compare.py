@@ -50,6 +50,7 @@ class Experiment:
             "last" is the fair one: nothing is then chosen on the cases that are measured.
         options: definitions of the metrics.
         published: show the paper's figures beside the results.
+        report: write pages for the browser.
         device: where the models are measured, "cpu", "cuda:1" ...; None is the GPU where there is one.
     """
 
@@ -60,6 +61,7 @@ class Experiment:
     checkpoint: str = LAST
     options: MetricOptions = field(default_factory=MetricOptions)
     published: bool = False
+    report: bool = True
     device: str | None = None
 
     @property
@@ -69,8 +71,11 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """What makes it this experiment and no other."""
+        configs = {arm.name: config_to_dict(arm.config) for arm in self.arms}
+        for config in configs.values():
+            del config["report"]  # pages may be asked for later
         return {
-            "arms": {arm.name: config_to_dict(arm.config) for arm in self.arms},
+            "arms": configs,
             "folds": list(self.folds),
             "seeds": list(self.seeds),
         }
@@ -185,7 +190,7 @@ def _measure_and_write(
             "definitions": experiment.options.definitions(),
         },
     )
-    draw_comparison(output, runs, tables, experiment.metrics)
+    draw_comparison(output, runs, tables, experiment.metrics, report=experiment.report)
     return rows
 
 

@@ -15,9 +15,10 @@ from lungkit.data.readers import ReaderCodes, read_codes, reader_codes
 from lungkit.errors import DataError
 from lungkit.inference import Predictor
 from lungkit.metrics import CaseTable, MetricOptions
+from lungkit.pipeline.scan_pages import write_measured_page
 from lungkit.report import choose_slice, save_overlays
 from lungkit.report.evaluation import LabelScheme, class_indices, measure_volumes
-from lungkit.report.pictures import optional_picture
+from lungkit.report.pictures import optional_page, optional_picture
 from lungkit.report.readers import ReaderMeasurements
 
 
@@ -140,7 +141,12 @@ def readers_ceiling(scans: Sequence[LabelledScans], *, readers: int | None = Non
 
 
 def draw_overlays(
-    folder: Path, predictors: Mapping[str, Predictor], scans: LabelledScans, tables: Mapping[str, CaseTable]
+    folder: Path,
+    predictors: Mapping[str, Predictor],
+    scans: LabelledScans,
+    tables: Mapping[str, CaseTable],
+    *,
+    pages: Path | None = None,
 ) -> None:
     """Draw into ``folder`` what was measured of the worst, the median and the best case.
 
@@ -152,17 +158,20 @@ def draw_overlays(
         predictors: by the name under which they are shown; a single one may be called "".
         scans: what was measured.
         tables: what :func:`measure_scans` gave for every predictor.
+        pages: folder for pages of the same cases for the browser, CASE.html; None writes none.
     """
     for rank, case_id in representative_cases(tables).items():
         channels, label = scans.read(case_id)
         geometry = plan_geometry(label)
         truth = class_indices(label, scans.scheme, geometry)
-        masks, attention = {}, {}
+        masks, attention, predicted, gates = {}, {}, {}, {}
         for name, predictor in predictors.items():
             gated = any(model.has_attention for model in predictor.models)
             prediction = predictor(channels, attention=gated)
             masks[name] = orient(prediction.mask, geometry)
+            predicted[name] = Volume(prediction.mask, prediction.affine)
             if prediction.attention is not None:
+                gates[name] = prediction.attention
                 attention[name] = orient(prediction.attention, geometry)
         z = choose_slice(truth, next(iter(masks.values())), ignore_index=IGNORE_INDEX)
         dice = {name: next(row for row in t.rows if row.case_id == case_id) for name, t in tables.items()}
@@ -180,6 +189,19 @@ def draw_overlays(
                 ignore_index=IGNORE_INDEX,
                 title=f"{rank} held-out case {case_id} (Dice: {shown})",
             )
+        if pages is not None:
+            with optional_page(pages / f"{case_id}.html"):
+                write_measured_page(
+                    pages / f"{case_id}.html",
+                    case_id,
+                    label,
+                    scans.scheme,
+                    predicted,
+                    tables,
+                    image=channels[0],
+                    attention=gates,
+                    index="../report.html",
+                )
 
 
 def representative_cases(tables: Mapping[str, CaseTable]) -> dict[str, str]:

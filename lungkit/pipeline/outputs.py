@@ -21,8 +21,10 @@ from lungkit.errors import DataError, UsageError
 from lungkit.inference import Prediction, Predictor
 from lungkit.pipeline.inputs import LoadedScan, ScanInput
 from lungkit.pipeline.measurements import measure_mask, separate_lesions
+from lungkit.pipeline.scan_pages import write_prediction_page
+from lungkit.report.html.summary_page import PAGES
 from lungkit.report.mask_files import probability_name
-from lungkit.report.pictures import optional_picture
+from lungkit.report.pictures import optional_page, optional_picture
 
 FORMATS = ("nifti", "dicom-seg", "rtstruct", "dicom-sr", "dicom-sc")
 
@@ -60,6 +62,10 @@ class OutputFiles:
     path: Path
     formats: tuple[str, ...] = ("nifti",)
     preview: bool = True
+    page: bool = False
+    """Whether every scan has a page for the browser."""
+    patient_data: bool = False
+    """Whether pages show what a DICOM header says of the patient."""
 
     @property
     def is_file(self) -> bool:
@@ -96,6 +102,10 @@ class OutputFiles:
         """File of the preview."""
         return self._side("previews", name, ".png")
 
+    def page_file(self, name: str) -> Path:
+        """File of the page for the browser."""
+        return self._side(PAGES, name, ".html")
+
     def probability(self, name: str, class_name: str) -> Path:
         """File of the probabilities of a class."""
         return self.folder / "probabilities" / probability_name(self._stem(name), class_name)
@@ -112,6 +122,7 @@ class OutputFiles:
             *(self.probability(name, class_name) for class_name in [*classes][1:]),
             *([self.attention(name)] if attention else []),
             *([self.picture(name)] if self.preview else []),
+            *([self.page_file(name)] if self.page else []),
             self.report(name),
         ]
 
@@ -203,6 +214,17 @@ def write_results(
     if "dicom-sc" in files.formats:
         written.append(files.mask(name, "dicom-sc"))
         _write_capture(written[-1], scan, prediction, report["classes"])
+    if files.page:
+        with optional_page(files.page_file(name)):
+            write_prediction_page(
+                files.page_file(name),
+                name,
+                scan,
+                prediction,
+                predictor,
+                index=None if files.is_file else "../report.html",
+                patient_data=files.patient_data,
+            )
     report["files"] = {str(path.relative_to(files.folder)): sha256_of(path) for path in written}
     make_folder(files.report(name).parent)
     write_json_atomic(files.report(name), report)

@@ -139,14 +139,19 @@ def merge(folder: Path) -> list[dict[str, Any]]:
             raise DataError(
                 f"{folder}: share {missing[0]} of {count} has no records; run it with --shard {missing[0]}/{count}"
             )
-    rows = {row["scan"]: row for path in files for row in _read(path)}
-    ordered = [rows[name] for name in sorted(rows)]
+    ordered = read_records(folder)
     write_text_atomic(folder / RESULTS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered))
     write_text_atomic(folder / _TABLE, _table(ordered))
     for path in files:
         if path.name != RESULTS:
             path.unlink()
     return ordered
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The newest row of every scan, of all processes, sorted by name."""
+    rows = {row["scan"]: row for path in _files(folder) for row in _read(path)}
+    return [rows[name] for name in sorted(rows)]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -181,6 +181,10 @@ class _Run:
     def _name_of_report(self, scan: ScanInput) -> str:
         return str(self.files.report(scan.name).relative_to(self.files.folder))
 
+    def _page(self, scan: ScanInput) -> dict[str, None]:
+        page = self.files.page_file(scan.name)
+        return {str(page.relative_to(self.files.folder)): None} if self.files.page else {}
+
     def _spare_files_of_others(self, scan: ScanInput) -> None:
         if self.records is None or self.overwrite:
             return
@@ -212,8 +216,8 @@ class _Run:
                     },
                     "warnings": report["warnings"],
                     "input": self._fingerprints.get(scan.name),
-                    # No digest of the report, which tells the others'.
-                    "files": {**report["files"], self._name_of_report(scan): None},
+                    # No digest of the report, which tells the others', nor of the page, which may be made anew.
+                    "files": {**report["files"], self._name_of_report(scan): None, **self._page(scan)},
                 }
             )
         self.outcome.predicted.append(scan.name)

@@ -116,6 +116,17 @@ class MaskReader:
         ]
         return on_grids[0], on_grids[1]
 
+    def read_on(self, path: Path, scan: Volume) -> Volume:
+        """One mask; a DICOM one on the grid of ``scan``, which is that of its series.
+
+        Raises:
+            DataError: it cannot be used.
+            UsageError: pydicom is not installed.
+        """
+        if not _is_dicom(path):
+            return read_volume(path, max_voxels=self.max_voxels)
+        return self._read_dicom(path, scan, ())
+
     def _read_dicom(self, path: Path, other: Volume | None, folders: Iterable[Path]) -> Volume:
         from lungkit.data.dicom.archive import find_archive, read_mask_header
         from lungkit.data.dicom.read_label import add_structures

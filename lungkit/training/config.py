@@ -198,6 +198,8 @@ class TrainConfig:
             over 0.002 and costs no more Dice than that.
         save_validation: keep the masks that the run's best weights predict for the validation cases, in validation/ of
             the run's folder.
+        report: at the end write report.html, for a browser, with curves, validation and the worst, median and best case
+            in a viewer.
         seed: of weights, patches, augmentation and dropout.
         runs: folder of the runs.
         name: of the run folder; None is the dataset's name and the model's.
@@ -228,6 +230,7 @@ class TrainConfig:
     choose_postprocessing: bool = False
     choose_postprocessing_by: Literal["dice", "lesion_f1"] = "dice"
     save_validation: bool = False
+    report: bool = True
     seed: int = 0
     runs: str = "runs"
     name: str | None = None

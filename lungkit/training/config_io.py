@@ -33,6 +33,7 @@ MOVABLE = (
     "choose_postprocessing",
     "choose_postprocessing_by",
     "save_validation",
+    "report",
     "logger",
 )
 # Short forms of options that are typed most.

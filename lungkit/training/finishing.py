@@ -8,19 +8,25 @@ from dataclasses import replace
 import lungkit
 from lungkit._atomic import write_json_atomic
 from lungkit.checkpoint import BEST, describe_checkpoint
-from lungkit.data import NanPolicy
+from lungkit.data import NanPolicy, PatchSampler, save_augmentation_preview
 from lungkit.data.readers import reader_codes
 from lungkit.errors import UsageError
 from lungkit.inference import Predictor, TrainedModel
 from lungkit.metrics import CaseTable, MetricOptions
+from lungkit.pipeline.folder_report import REPORT, write_folder_report
 from lungkit.pipeline.labelled import LabelledScans, draw_overlays, measure_scans
 from lungkit.report.evaluation import LabelScheme, write_measured
+from lungkit.report.html.summary_page import PAGES
+from lungkit.report.pictures import optional_page, optional_picture
 from lungkit.report.readers import ReaderMeasurements
 from lungkit.training.engine import gather_objects, on_first_process
 from lungkit.training.postprocessing_choice import Choice, choose_postprocessing
 from lungkit.training.run import Run
+from lungkit.training.session import augmenter_geometry
 
 _LOG = logging.getLogger("lungkit")
+
+_AUGMENTED_PATCHES = 5
 
 GRID_NOTE = (
     "Measured on the scans' own grid against the masks as their files hold them: what lungkit-predict gives with this "
@@ -89,7 +95,12 @@ def finish(run: Run) -> CaseTable:
         text = write_measured(folder.path, table, options, name="validation", notes=notes, extra=extra)
         if readers is not None and readers.table.rows:
             text += "\n\n" + readers.write(folder.path, extra)
-        draw_overlays(folder.overlays, {"": predictor}, scans, {"": table})
+        pages = folder.path / PAGES if config.report else None
+        draw_overlays(folder.overlays, {"": predictor}, scans, {"": table}, pages=pages)
+        if config.report:
+            _draw_augmentation(run)
+            with optional_page(folder.path / REPORT):
+                write_folder_report(folder.path)
         _LOG.info("validation with the weights of epoch %d\n%s", session.best_epoch, text)
 
     on_first_process(fabric, write)
@@ -107,6 +118,20 @@ def _readers_of(run: Run) -> ReaderMeasurements | None:
         _LOG.warning("the validation is not measured against the readers: %s", error)
         return None
     return ReaderMeasurements(codes, LabelScheme(dataset.labels, dataset.ignore_label).class_indices)
+
+
+def _draw_augmentation(run: Run) -> None:
+    """A picture of what augmentation makes of the first training patches."""
+    config, prepared = run.session.config, run.session.prepared
+    if not config.augment.enabled:
+        return
+    path = run.folder.path / "augmentation.png"
+    with optional_picture(path):
+        sampler = PatchSampler(run.train, prepared.plan.patch_size, foreground_fraction=1.0, seed=config.seed)
+        images, labels = sampler.batch(range(_AUGMENTED_PATCHES))
+        save_augmentation_preview(
+            path, images, labels, config.augment, seed=config.seed, **augmenter_geometry(prepared)
+        )
 
 
 def _keep(choice: Choice, run: Run) -> None:

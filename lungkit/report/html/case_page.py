@@ -31,6 +31,7 @@ Role = Literal["prediction", "truth", "reader"]
 _TRUTH_COLOUR = "#56b4e9"
 _COLOURS = ("#e69f00", "#f0e442", "#cc79a7", "#d55e00", "#2fc49a", "#ffffff")
 _SAMPLE = 1_000_000
+_MOST_LESIONS = 200  # listed of a mask
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def write_case_page(path: str | os.PathLike[str], case: Case, *, max_voxels: int
     packed = ([("image", image)] if image else []) + [
         (str(entry["id"]), volume) for entry, volume in [*layers, *maps]
     ]
-    first = next((found[0] for found in lesions.values() if found), None)
+    first = next((found[0] for found, _ in lesions.values() if found), None)
     scan = {
         "shape": [shape[2], shape[1], shape[0]],
         "spacing": [spacing[2], spacing[1], spacing[0]],
@@ -167,13 +168,18 @@ def _shape_of(case: Case) -> tuple[int, int, int]:
     return shape
 
 
-def _lesions(case: Case, layer: MaskLayer) -> list[Lesion]:
+def _lesions(case: Case, layer: MaskLayer) -> tuple[list[Lesion], int]:
     # Of several models nobody says whose the probabilities are.
     predictions = [one.name for one in case.masks if one.role == "prediction"]
     own = [one for one in case.maps if one.label is not None] if predictions == [layer.name] else []
     probabilities = {one.label: one.values for one in own if one.label is not None}
     return find_lesions(
-        layer.mask, case.geometry, layer.labels, image=case.image, probabilities=probabilities
+        layer.mask,
+        case.geometry,
+        layer.labels,
+        image=case.image,
+        probabilities=probabilities,
+        most=_MOST_LESIONS,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -251,11 +252,7 @@ class _Frame:
 def _histogram(frame: _Frame, values: np.ndarray, middle: float) -> Markup:
     counts, edges = np.histogram(values, bins=24)
     half = 0.36 * counts / counts.max()
-    right = [
-        (middle + w, y)
-        for w, pair in zip(half, zip(edges, edges[1:], strict=False), strict=True)
-        for y in pair
-    ]
+    right = [(middle + w, y) for w, pair in zip(half, itertools.pairwise(edges), strict=True) for y in pair]
     left = [(2 * middle - x, y) for x, y in reversed(right)]
     points = " ".join(f"{_n(frame.x(float(x)))},{_n(frame.y(float(y)))}" for x, y in [*right, *left])
     return element("polygon", points=points, class_="soft")

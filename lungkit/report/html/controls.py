@@ -8,7 +8,6 @@ from typing import Any
 from lungkit.report.html.lesions import Lesion
 from lungkit.report.html.markup import Markup, element, join
 
-_MOST_LESIONS = 200
 _KEYS = (
     (("Arrows",), "move the crosshair in the plane, with Shift by ten voxels"),
     (("Page Up", "Page Down"), "next slice, as the wheel"),
@@ -141,14 +140,15 @@ def layers_panel(
     return element("div", at, drawn if masks else None, colours if maps else None, about, keys, class_="side")
 
 
-def findings_panel(lesions: Mapping[str, Sequence[Lesion]], *, unit: str | None) -> Markup:
-    """The table of lesions; the button of a row brings the crosshair there."""
-    if not any(lesions.values()):
+def findings_panel(lesions: Mapping[str, tuple[Sequence[Lesion], int]], *, unit: str | None) -> Markup:
+    """The table of lesions by mask, with how many there are in all; the button of a row brings the crosshair there."""
+    every = [lesion for found, _ in lesions.values() for lesion in found]
+    if not every:
         return join(element("h2", "Lesions"), element("p", "None.")) if lesions else join()
     several = len(lesions) > 1
-    classes = len({lesion.label for found in lesions.values() for lesion in found}) > 1
-    dense = any(lesion.mean_value is not None for found in lesions.values() for lesion in found)
-    sure = any(lesion.confidence is not None for found in lesions.values() for lesion in found)
+    classes = len({lesion.label for lesion in every}) > 1
+    dense = any(lesion.mean_value is not None for lesion in every)
+    sure = any(lesion.confidence is not None for lesion in every)
     titles = [
         "Volume (ml)", "Long (mm)", "Short (mm)", "Centre L, P, H (mm)",
         *([f"Mean {unit or 'value'}"] if dense else []),
@@ -162,9 +162,9 @@ def findings_panel(lesions: Mapping[str, Sequence[Lesion]], *, unit: str | None)
         *(element("th", title, class_="number") for title in titles),
     )
     rows, left_out, number = [], 0, 0
-    for layer, found in lesions.items():
-        left_out += max(len(found) - _MOST_LESIONS, 0)
-        for place, lesion in enumerate(found[:_MOST_LESIONS], start=1):
+    for layer, (found, total) in lesions.items():
+        left_out += total - len(found)
+        for place, lesion in enumerate(found, start=1):
             cells = [
                 f"{lesion.volume_ml:.2f}",
                 f"{lesion.long_mm:.1f}",

@@ -40,8 +40,9 @@ def find_lesions(
     *,
     image: np.ndarray | None = None,
     probabilities: Mapping[str, np.ndarray] | None = None,
-) -> list[Lesion]:
-    """The lesions of every class, the largest first.
+    most: int | None = None,
+) -> tuple[list[Lesion], int]:
+    """The lesions of every class, the largest first, and how many there are.
 
     Args:
         mask: (Z, Y, X) in RAS+.
@@ -49,6 +50,7 @@ def find_lesions(
         labels: class name -> value in ``mask``; 0 is the background.
         image: the scan on the same grid.
         probabilities: of classes, on the same grid.
+        most: that are measured, the largest ones: the mask of a poor model may have thousands.
 
     Example:
         >>> from lungkit.data import Volume
@@ -56,7 +58,7 @@ def find_lesions(
         >>> mask = np.zeros((4, 10, 10), np.uint8)
         >>> mask[1, 3, 2:4] = 1
         >>> scan = Volume(mask.T, np.diag([1.0, 1.0, 5.0, 1.0]))
-        >>> lesion, = find_lesions(mask, plan_geometry(scan), {"tumour": 1})
+        >>> (lesion,), _ = find_lesions(mask, plan_geometry(scan), {"tumour": 1})
         >>> lesion.volume_ml, lesion.long_mm, lesion.short_mm, lesion.centre_lps_mm, lesion.voxel
         (0.01, 2.0, 1.0, (-2.5, -3.0, 5.0), (2, 3, 1))
     """
@@ -65,12 +67,15 @@ def find_lesions(
     ml = math.prod(geometry.spacing_mm) / 1000
     to_lps = lps_matrix(geometry)
     lesions = []
+    total = 0
     for name, value in labels.items():
         if value == 0 or not (inside := mask == value).any():
             continue
         numbered, count = label_lesions(inside)
         statistics = cc3d.statistics(numbered)
-        for number in range(1, count + 1):
+        total += count
+        order = np.argsort(-statistics["voxel_counts"][1 : count + 1], kind="stable") + 1
+        for number in order[:most].tolist():
             box = statistics["bounding_boxes"][number]
             part = numbered[box] == number
             centroid = np.asarray(statistics["centroids"][number], np.float64)
@@ -95,7 +100,8 @@ def find_lesions(
                     else float(probability[box][part].mean(dtype=np.float64)),
                 )
             )
-    return sorted(lesions, key=lambda lesion: (-lesion.voxels, lesion.centre_lps_mm))
+    lesions.sort(key=lambda lesion: (-lesion.voxels, lesion.centre_lps_mm))
+    return lesions[:most], total
 
 
 def lps_matrix(geometry: Geometry) -> np.ndarray:
