@@ -15,7 +15,9 @@ from lungkit.data import write_nifti
 from lungkit.report import evaluation
 
 FILES = {
-    "distribution.png", "report.html", "pages",
+    "distribution.png",
+    "report.html",
+    "pages",
     "metrics.csv",
     "metrics.json",
     "metrics.md",

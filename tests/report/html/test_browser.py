@@ -13,6 +13,7 @@ from browser import browser, opened
 from lungkit.data import Volume
 from lungkit.data.geometry import plan_geometry
 from lungkit.report.html import Case, MapLayer, MaskLayer, write_case_page
+from lungkit.report.html.summary_page import Summary
 
 SHAPE = (20, 48, 64)
 HOSTILE = '"><img src=x onerror="document.title=1">\'</script><script>document.title=2</script>' + "n" * 120
@@ -243,3 +244,57 @@ def test_a_damaged_page_says_so(driver: Any, page: Path, tmp_path: Path) -> None
         lambda one: one.execute_script("return document.querySelector('.viewer').dataset.ready")
     )
     assert "cannot be shown" in driver.find_element("css selector", ".status").text
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four hundred cases, of which the first has a page and the last no value."""
+    summary = Summary(HOSTILE)
+    rows = [[f"{HOSTILE} {case}", "tumour", (case * 37 % 400) / 400] for case in range(399)]
+    rows.append(["last", "tumour", float("nan")])
+    summary.rows("Cases", ["Case", "Class", "Dice"], rows, pages=[case == 0 for case in range(400)])
+    path = tmp_path_factory.mktemp("tables") / "report.html"
+    summary.write(path)
+    return path
+
+
+def column(driver: Any, place: int) -> list[str]:
+    found: list[str] = driver.execute_script(
+        "return [...document.querySelectorAll('tbody tr')].map((row) => row.children[arguments[0]].textContent)",
+        place,
+    )
+    return found
+
+
+def test_a_table_sorts_turns_and_keeps_what_is_undefined_last(driver: Any, table: Path) -> None:
+    opened(driver, table)
+    assert len(column(driver, 2)) == 50
+    for _ in range(2):
+        press(driver, "th:nth-child(3) button")
+    falling = [float(cell) for cell in column(driver, 2)]
+    assert falling[0] == max(falling) == 0.9975
+    assert falling == sorted(falling, reverse=True)
+    for _ in range(7):
+        press(driver, "button[data-turn='1']")
+    assert column(driver, 2)[-1] == "-"
+    assert driver.find_element("css selector", ".count").text == "351 to 400 of 400"
+
+
+def test_a_table_is_filtered_by_name_and_by_value(driver: Any, table: Path) -> None:
+    opened(driver, table)
+    search = driver.find_element("css selector", "input[type=search]")
+    search.send_keys("dice<0.01 tumour")
+    assert sorted(map(float, column(driver, 2))) == [0, 0.0025, 0.005, 0.0075]
+    search.clear()
+    search.send_keys("LAST")
+    assert column(driver, 0) == ["last"]
+    search.clear()
+    search.send_keys("no such case")
+    assert driver.find_element("css selector", ".count").text == "nothing fits"
+
+
+def test_a_case_with_a_page_is_a_link_below_the_folder(driver: Any, table: Path) -> None:
+    opened(driver, table)
+    links = driver.find_elements("css selector", "tbody a")
+    assert [link.text for link in links] == [f"{HOSTILE} 0"]
+    assert links[0].get_attribute("href").startswith(table.parent.as_uri() + "/pages/%22%3E%3Cimg")
