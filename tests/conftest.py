@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real CT (see README, "Real data in the tests"); tests that need it skip where it is absent."""
+    """Folder of real CT (see docs/installation.md, "Tests"); tests that need it skip where it is absent."""
     root = os.environ.get("LUNGKIT_TEST_DATA")
     folder = Path(root) if root else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not (folder / "lidc_nodules").is_dir():
