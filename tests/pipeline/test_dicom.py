@@ -77,23 +77,27 @@ def test_segmentation_and_structure_set_of_a_real_series_hold_the_masks_voxels(
     assert np.count_nonzero(plain.pixel_array) == np.count_nonzero(mask)
 
 
-def test_a_report_a_segment_a_lesion_and_the_preview_for_a_reading_room(tmp_path, model, real_data, series):
+def test_a_report_a_segment_a_lesion_and_the_preview_for_a_reading_room(tmp_path, model):
     import highdicom
 
     from lungkit.data.dicom import read_dicom_label, read_series
 
+    hu = np.full((40, 36, 10), -1000, np.int16)
+    hu[4:14, 5:11, 2:5], hu[25:29, 20:27, 6:9] = 35, -90
+    write_ct(tmp_path / "series", hu)
     out = tmp_path / "out"
-    formats = ("--format", "nifti", "dicom-sr", "dicom-sc", "--smallest-lesion-ml", 20)
-    assert predict("-i", series, "-o", out, "--model", model, *formats) == 0
-    report = json.loads((out / "reports/dicom_pat4.json").read_text())
+    formats = ("--format", "nifti", "dicom-sr", "dicom-sc")
+    assert predict("-i", tmp_path / "series", "-o", out, "--model", model, *formats) == 0
+    report = json.loads((out / "reports/series.json").read_text())
     lesions = report["classes"]["tumour"]["lesions"]
-    scan = read_series(series)
-    mask = read_volume(out / "dicom_pat4.nii.gz").array
-    segments, values = read_dicom_label(out / "measurements/dicom_pat4_lesions.dcm", scan)
+    assert len(lesions) == 2
+    scan = read_series(tmp_path / "series")
+    mask = read_volume(out / "series.nii.gz").array
+    segments, values = read_dicom_label(out / "measurements/series_lesions.dcm", scan)
     assert list(values) == [f"tumour {number}" for number in range(1, len(lesions) + 1)]
     assert ((segments.array > 0) == (mask > 0)).all()
     groups = highdicom.sr.srread(
-        out / "measurements/dicom_pat4_sr.dcm"
+        out / "measurements/series_sr.dcm"
     ).content.get_volumetric_roi_measurement_groups()
     for value, (group, lesion) in enumerate(zip(groups, lesions, strict=True), start=1):
         inside = segments.array == value
@@ -105,10 +109,10 @@ def test_a_report_a_segment_a_lesion_and_the_preview_for_a_reading_room(tmp_path
             "Short axis": lesion["short_diameter_mm"],
             "Attenuation Coefficient": round(float(scan.volume.array[inside].mean()), 2),
         }
-    picture = pydicom.dcmread(out / "previews/dicom_pat4_preview.dcm").pixel_array
+    picture = pydicom.dcmread(out / "previews/series_preview.dcm").pixel_array
     assert picture.shape[2] == 3 and picture.std() > 10
-    assert set(report["files"]) == {str(path.relative_to(out)) for path in out.rglob("dicom_pat4*")} - {
-        "reports/dicom_pat4.json"
+    assert set(report["files"]) == {str(path.relative_to(out)) for path in out.rglob("series*")} - {
+        "reports/series.json"
     }
 
 
