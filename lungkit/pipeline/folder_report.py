@@ -396,7 +396,8 @@ def _float(cell: str | None) -> float:
 
 
 def _interval(metric: str, value: str, low: str, high: str) -> str:
-    texts = [format_value(metric, _float(cell)) for cell in (value, low, high)]
+    # Adding zero turns the minus zero that rounding leaves into zero.
+    texts = [format_value(metric, round(_float(cell), 4) + 0.0) for cell in (value, low, high)]
     return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 

@@ -199,7 +199,9 @@ def findings_panel(lesions: Mapping[str, tuple[Sequence[Lesion], int]], *, unit:
     )
     table = element("table", element("thead", head), element("tbody", *rows))
     return join(
-        element("h2", "Lesions"), element("div", table, class_="scroll"), element("p", note, class_="note")
+        element("h2", "Lesions"),
+        element("div", table, class_="scroll long", tabindex=0, role="region", aria_label="Lesions"),
+        element("p", note, class_="note"),
     )
 
 
