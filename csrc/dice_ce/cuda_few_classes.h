@@ -13,14 +13,15 @@ namespace {
 constexpr int run_voxels = 32;
 constexpr int most_runs = 8;
 
-// Blocks that a multiprocessor should hold, which bounds the registers of a thread.
-template <int C, Access access>
-constexpr int few_blocks = (C == 2   ? 8
-                            : C == 3 ? 6
-                                     : 5) -
-                           (is_packed(access) ? 0
-                            : C == 2          ? 2
-                                              : 1);
+// Blocks that a multiprocessor should hold, which bounds the registers of a thread. Compute capability 7.5
+// needs some more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int spared_blocks = 1;
+#else
+constexpr int spared_blocks = 0;
+#endif
+template <int C, Access access, bool plain>
+constexpr int few_blocks = (C == 2 ? 6 : 8 - C) + (is_packed(access) ? (C == 2) + plain : 0) - spared_blocks;
 
 // Width of the sums of a chunk: class_rows for each class, then the voxels. The sums of an image are
 // partial[(image * width + k) * chunks + chunk].
@@ -111,7 +112,7 @@ struct FewTerms<2, rest> {
 
 // `plain`: as for FewReader, and nobody asks for row_rest.
 template <class T, int C, Access access, bool plain>
-__global__ void __launch_bounds__(few_threads, few_blocks<C, access>)
+__global__ void __launch_bounds__(few_threads, few_blocks<C, access, plain>)
     few_class_sums(View view, float* __restrict__ partial) {
   using Reader = FewReader<T, C, access, plain>;
   constexpr bool rest = !plain;
@@ -223,7 +224,7 @@ struct FewSlopes<2> {
 
 // `gradient` is laid out as `out` says.
 template <class T, int C, Access access, bool plain>
-__global__ void __launch_bounds__(few_threads, few_blocks<C, access>)
+__global__ void __launch_bounds__(few_threads, few_blocks<C, access, plain>)
     few_class_gradient(View view, const float* __restrict__ slopes, const float* __restrict__ scale,
                        VoxelLayout out, T* __restrict__ gradient) {
   using Reader = FewReader<T, C, access, plain>;
