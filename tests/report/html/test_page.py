@@ -57,3 +57,28 @@ def test_a_page_of_ours_is_replaced_and_a_file_of_others_is_not(tmp_path: Path) 
     with pytest.raises(UsageError, match=r"report\.html was not written by lungkit"):
         write_page(path, "third", [])
     assert path.read_text() == "<html>my thesis</html>"
+
+
+def contrast(one: str, other: str) -> float:
+    """Ratio of WCAG 2.1 between two colours "#rrggbb"."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", range(3), ids=["light", "dark", "print"])
+def test_texts_and_marks_stand_out_as_wcag_aa_asks(theme: int) -> None:
+    style = (resources.files("lungkit.report.html") / "assets" / "report.css").read_text()
+    colours = dict(
+        re.findall(r"--([\w-]+): (#\w{6})", re.findall(r":root \{(.*?)\}", style, re.DOTALL)[theme])
+    )
+    for ground in ("paper", "panel"):
+        for text in ("ink", "faint", "accent"):
+            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        for series in range(1, 7):
+            assert contrast(colours[f"series-{series}"], colours[ground]) >= 3, (series, ground)
