@@ -45,6 +45,7 @@ TESTED_IN = {
     "data/phantom/": "data/test_phantom.py",
     "experiments/arms.py": "experiments/test_compare.py",
     "experiments/figures.py": "experiments/test_compare.py",
+    "experiments/measured.py": "experiments/test_compare.py",
     "experiments/runs.py": "experiments/test_compare.py",
     "losses/_ranks.py": "losses/test_dice_ce_loss.py",
     "losses/dice_ce.py": "losses/test_dice_ce_loss.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,23 +14,30 @@ import lungkit
 from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
 from lungkit.cli._parser import CommandParser
+from lungkit.cli._shares import parse_shard
 from lungkit.errors import Interrupted, UsageError
+from lungkit.experiments.ablations import ABLATIONS
 from lungkit.training.config_io import option_choices
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from lungkit.experiments.results import ComparisonRow
 
 _LOG = logging.getLogger("lungkit")
 
 _EPILOG = """
 Any option of lungkit-train can follow and holds for all arms, e.g. --data DIR --epochs 50 --data.patch_size 96 96.
 Written to the output folder: table.md/.csv/.tex/.txt (each metric with its bootstrap interval, the paired difference,
-p, cases better and worse), cases/ (every metric of every case), distributions.png, curves.png, overlays/ (worst, median
-and best case, chosen by rule), runs/ and comparison.json.
+p, cases better and worse), cases/ (every metric of every case), forest.png, distributions.png, curves.png, overlays/
+(worst, median and best case, chosen by rule), runs/ and comparison.json.
 Examples:
   lungkit-compare                                        the paper's experiment on the CT phantom
   lungkit-compare --data DIR --seeds 0 1 2               on your scans, three seeds
-  lungkit-compare --data DIR --arm A=a.yaml --arm B=b.yaml   any two configurations
+  lungkit-compare --data DIR --ablation paper --seeds 0 1 2   the paper's two changes told apart; likewise recipe
+  lungkit-compare --data DIR --ablation arms.yaml --budget minutes=20 --shard 0/4
+  lungkit-compare --data DIR --arm A=a.yaml --arm B=b.yaml   any configurations, the others against the first
+  lungkit-compare --data DIR --arm plain model=unet --arm residual model=unet model.residual=true
   lungkit-compare --runs runs/unet runs/attention-unet           finished runs, one an arm
   lungkit-compare --runs A0 A1 A2 --runs B0 B1 B2                several of each arm
 The same command again goes on where it was stopped. Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources,
@@ -42,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         more=option_choices,
         prog="lungkit-compare",
-        description="Compare two ways to train a network, by default the paper's: a U-Net with cross-entropy, and an "
+        description="Compare ways to train a network, by default the paper's two: a U-Net with cross-entropy, and an "
         "Attention U-Net with Dice + cross-entropy, with the same data, folds, seeds and budget.",
         epilog=_EPILOG,
     )
@@ -50,7 +58,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-o", "--output", type=Path, default=Path("comparison"), help='(default: "comparison")'
     )
     parser.add_argument(
-        "--arm", action="append", metavar="NAME=FILE.yaml", help="an arm of your own, twice or more"
+        "--arm",
+        action="append",
+        nargs="+",
+        metavar="WORD",
+        help="an arm of your own, twice or more: NAME=FILE.yaml, or NAME KEY=VALUE ... with the options it changes",
+    )
+    parser.add_argument(
+        "--ablation",
+        metavar="NAME|FILE",
+        help=f"many arms, each compared with the first: {', '.join(ABLATIONS)}, or a YAML file of arms",
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="minutes=M|steps=N",
+        help="the same for every arm: minutes of training, or optimiser steps (default: what the options say)",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="train and measure share I (from 0) of the N that go on side by side; auto takes it from torchrun or a "
+        "Slurm array. The last share to end writes the tables",
     )
     parser.add_argument(
         "--runs",
@@ -85,15 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from lungkit.experiments.arms import paper_arms, parse_arm
+    from lungkit.experiments.ablations import ablation_arms
+    from lungkit.experiments.arms import paper_arms, parse_arm, with_budget
     from lungkit.experiments.compare import Experiment, compare, compare_runs
     from lungkit.experiments.results import format_comparison
 
-    given = [f"--{name}" for name in ("arm", "folds", "seeds") if getattr(options, name)] + list(rest)
+    of_training = ("arm", "ablation", "budget", "shard", "folds", "seeds")
+    given = [f"--{name}" for name in of_training if getattr(options, name)] + list(rest)
     if options.runs and given:
         raise UsageError(
             f"--runs compares finished runs and trains nothing, so {given[0]} has no meaning with it"
         )
+    if options.arm and options.ablation:
+        raise UsageError("--arm and --ablation both name the arms; leave one of them out")
     if options.device is not None and not options.runs:
         rest = [*rest, "--device", options.device]
     if not options.report and not options.runs:
@@ -101,29 +133,37 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.runs:
         arms = []
     elif options.arm:
-        arms = [parse_arm(text, rest) for text in options.arm]
+        arms = [parse_arm(words, rest) for words in options.arm]
+    elif options.ablation:
+        arms = ablation_arms(options.ablation, rest)
     else:
         arms = paper_arms(rest)
+    if options.budget:
+        arms = with_budget(arms, options.budget)
     experiment = Experiment(
         arms=tuple(arms),
         folds=tuple(options.folds or (0,)),
         seeds=tuple(options.seeds or (0,)),
         test=options.test,
         checkpoint=options.checkpoint,
-        published=not (options.arm or options.runs),
+        published=not (options.arm or options.ablation or options.runs),
         device=options.device,
         report=options.report,
     )
+    rows: list[ComparisonRow] | None
     if options.runs:
         with _Bar() as bar:
             rows = compare_runs(experiment, _arms_of(options.runs), options.output, progress=bar.update)
     else:
         try:
             with _Bar() as bar:
-                rows = compare(experiment, options.output, progress=bar.update)
+                shard = parse_shard(options.shard, os.environ)
+                rows = compare(experiment, options.output, shard=shard, progress=bar.update)
         except Interrupted:
             _LOG.info("the same command again goes on with the comparison")
             raise
+    if rows is None:
+        return 0
     text = format_comparison(rows) + "\n"
     sys.stdout.write((options.output / "comparison.json").read_text() if options.json else text)
     _LOG.info("everything is in %s", options.output)

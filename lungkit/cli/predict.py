@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         required=True,
         metavar="RUN",
-        help="run folder or checkpoint; several are an ensemble, the mean of their probabilities",
+        help="run folder or checkpoint; several, or the folder of all folds, are an ensemble, the mean of their "
+        "probabilities",
     )
     add(
         "--format",
@@ -179,6 +180,7 @@ def _run_on(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from lungkit.data import DEFAULT_MAX_VOXELS, NanPolicy
     from lungkit.inference import Predictor, TrainedModel
+    from lungkit.inference.trained_model import model_folders
     from lungkit.pipeline import (
         OutputFiles,
         Records,
@@ -190,7 +192,7 @@ def _run(options: argparse.Namespace) -> int:
         share_of,
     )
 
-    models = [TrainedModel.load(path) for path in options.model]
+    models = [TrainedModel.load(path) for given in options.model for path in model_folders(given)]
     predictor = Predictor(
         models,
         device=options.device,

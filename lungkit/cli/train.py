@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import lungkit
 from lungkit.cli._common import run_command
 from lungkit.cli._parser import CommandParser
+from lungkit.cli._shares import parse_shard
 from lungkit.errors import UsageError
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import option_choices
@@ -46,6 +48,7 @@ Examples:
   lungkit-train --data DIR --model unet                 your scans: nnU-Net raw, Decathlon, or images/ and masks/
   lungkit-train --config run.yaml --epochs 100          a YAML file and changes to it
   lungkit-train --data DIR --model.features 32 64 128 256 --data.patch_size 96 96 96
+  lungkit-train --data DIR --fold all --name NAME       every fold; lungkit-predict --model runs/NAME is their ensemble
   lungkit-train --resume runs/NAME                      go on where a run stopped
 Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved.
 """
@@ -64,6 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--checkpoint",
         choices=("last", "previous"),
         help="which checkpoint --resume continues (default: last)",
+    )
+    parser.add_argument(
+        "--fold",
+        metavar="K|all",
+        help="which fold validates, as --data.fold; all trains a run for each in RUNS/NAME/fold-K and measures every "
+        "case by the run that did not see it (needs --name); the same command again goes on",
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="with --fold all: train share I (from 0) of the folds; or auto"
     )
     parser.add_argument(
         "--help-options", action="store_true", help="explain every option of the configuration"
@@ -99,6 +111,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from lungkit.training.config_io import config_to_yaml, describe_options, parse_arguments
     from lungkit.training.trainer import Trainer
 
+    if options.fold is not None and options.fold != "all":
+        rest = [*rest, "--data.fold", options.fold]
+    if options.shard is not None and options.fold != "all":
+        raise UsageError("--shard shares out the folds of --fold all; give that too")
     if options.help_options:
         sys.stdout.write(describe_options())
         return 0
@@ -107,7 +123,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.no_report:
         rest = [*rest, "--report", "false"]
     if options.resume is not None:
-        others = ("print_config", "dry_run", "preview_augmentation")
+        others = ("print_config", "dry_run", "preview_augmentation", "fold")
         given = ["--" + name.replace("_", "-") for name in others if getattr(options, name)]
         if given:
             raise UsageError(f"--resume continues a run; {given[0]} is for a new one, leave one of them out")
@@ -120,6 +136,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             return 0
         if options.preview_augmentation is not None:
             return _preview(config, Path(options.preview_augmentation))
+        if options.fold == "all" and not options.dry_run:
+            return _all_folds(config, options)
         trainer = Trainer(config)
     if options.dry_run:
         _LOG.info("%s\ndry run: everything was read and built, one step trained", trainer.dry_run().summary())
@@ -132,6 +150,20 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
             "validation": {name: None if math.isnan(value) else value for name, value in means.items()},
+        }
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+def _all_folds(config: TrainConfig, options: argparse.Namespace) -> int:
+    from lungkit.experiments.cross_validation import cross_validate
+
+    table = cross_validate(config, shard=parse_shard(options.shard, os.environ))
+    if options.json and table is not None and config.name is not None:
+        means = {name: table.mean(name) for name in table.metrics}
+        content = {
+            "folder": str(Path(config.runs) / config.name),
+            "out_of_fold": {name: None if math.isnan(value) else value for name, value in means.items()},
         }
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     return 0

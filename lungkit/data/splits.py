@@ -61,7 +61,7 @@ def make_or_load_splits(
         >>> [split.val for split in make_or_load_splits(dataset, folds=2, patient_pattern=r"(p\\d+)_")]
         [('p1_a', 'p1_b'), ('p2_a', 'p3_a')]
     """
-    groups = _groups(dataset, patient_pattern)
+    groups = patients(dataset, patient_pattern)
     path = dataset.root / SPLITS_FILE
     if path.is_file():
         splits = _load(path, dataset)
@@ -93,7 +93,12 @@ def write_splits(directory: str | os.PathLike[str], splits: Sequence[Split]) -> 
     return path
 
 
-def _groups(dataset: Dataset, patient_pattern: str | None) -> dict[str, str]:
+def patients(dataset: Dataset, patient_pattern: str | None = None) -> dict[str, str]:
+    """Whose each case is: case id -> patient, as for :func:`make_or_load_splits`.
+
+    Raises:
+        UsageError: the pattern is invalid, has not exactly one group, or does not match a case id.
+    """
     if patient_pattern is None:
         return {case.case_id: case.group for case in dataset.cases}
     try:

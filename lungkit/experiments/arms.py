@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lungkit.errors import UsageError
 from lungkit.training.config import TrainConfig
-from lungkit.training.config_io import parse_arguments
+from lungkit.training.config_io import named_options, parse_arguments
 
 BASELINE, CANDIDATE = "U-Net + CE", "Attention U-Net + Dice + CE"
 
+_STEPS_PER_EPOCH = 100
 _DIFFERENCES = ("model", "model.name", "loss.dice_weight", "loss.ce_weight")
 
 PAPER_FIGURES = {
@@ -79,16 +81,66 @@ def paper_arms(options: Sequence[str] = ()) -> list[Arm]:
     ]
 
 
-def parse_arm(text: str, options: Sequence[str] = ()) -> Arm:
-    """An arm from "NAME=FILE.yaml", with ``options`` of ``lungkit-train`` on top of the file.
+def parse_arm(words: Sequence[str], options: Sequence[str] = ()) -> Arm:
+    """An arm from "NAME=FILE.yaml", or from a name and options "KEY=VALUE" in which it differs.
+
+    ``options`` of ``lungkit-train`` go on top of a file, and below the arm's own options.
 
     Raises:
-        UsageError: a text of another form, or a file that is no configuration.
+        UsageError: words of another form, an option of the arm that the arms share, or a file that is no configuration.
+
+    Example:
+        >>> parse_arm(["small", "model=unet", "model.features=[8, 16]"], ["--epochs", "3"]).config.model.features
+        (8, 16)
     """
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise UsageError(f"arm {text!r} must be NAME=FILE.yaml")
+    first, *changes = words
+    name, _, path = first.partition("=")
+    if changes and "=" not in first and all("=" in change for change in changes):
+        own = [f"--{change}" for change in changes]
+        both = named_options(own) & named_options(options)
+        if both:
+            raise UsageError(f"--{min(both)} is what arm {first!r} changes; leave it out for all arms")
+        return Arm(first, parse_arguments([*options, *own]))
+    if changes or not name or not path:
+        raise UsageError(f"arm {' '.join(words)!r} must be NAME=FILE.yaml, or NAME KEY=VALUE ...")
     return Arm(name, parse_arguments(["--config", path, *options]))
+
+
+def with_budget(arms: Sequence[Arm], budget: str) -> list[Arm]:
+    """The arms under one budget, "minutes=M" or "steps=N", in place of what they say themselves.
+
+    Minutes are those of ``max_minutes``: every arm takes as many steps as it can, and its schedule ends with its time.
+    Steps are N for every arm, in epochs of its ``steps_per_epoch`` (100 where it says nothing).
+
+    Raises:
+        UsageError: another form, or steps that are no whole number of epochs.
+
+    Example:
+        >>> [arm.config.max_minutes for arm in with_budget(paper_arms(), "minutes=20")]
+        [20.0, 20.0]
+        >>> with_budget(paper_arms(), "steps=1500")[0].config.epochs
+        15
+    """
+    kind, _, text = budget.partition("=")
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = math.nan
+    if kind not in ("minutes", "steps") or not 0 < amount < math.inf or (kind == "steps" and amount % 1):
+        raise UsageError(f"budget is {budget!r}; give minutes=M or steps=N, e.g. minutes=20")
+    if kind == "minutes":
+        return [replace(arm, config=replace(arm.config, max_minutes=amount, epochs=None)) for arm in arms]
+    planned = []
+    for arm in arms:
+        steps = arm.config.steps_per_epoch or min(int(amount), _STEPS_PER_EPOCH)
+        if amount % steps:
+            raise UsageError(
+                f"budget is {budget!r}, which is no whole number of epochs of {steps} steps ({arm.name}); "
+                "give a multiple, or --steps_per_epoch"
+            )
+        config = replace(arm.config, max_minutes=None, epochs=int(amount) // steps, steps_per_epoch=steps)
+        planned.append(replace(arm, config=config))
+    return planned
 
 
 def check_arms(arms: Sequence[Arm]) -> None:
@@ -121,7 +173,7 @@ def budget_differences(arms: Sequence[Arm]) -> list[str]:
         ['epochs: None (U-Net + CE), 7 (Attention U-Net + Dice + CE)']
     """
     different = []
-    for option in ("epochs", "steps_per_epoch", "batch_size", "patience"):
+    for option in ("epochs", "max_minutes", "steps_per_epoch", "batch_size", "patience"):
         values = [getattr(arm.config, option) for arm in arms]
         if len(set(values)) > 1:
             shown = ", ".join(f"{value} ({arm.name})" for value, arm in zip(values, arms, strict=True))

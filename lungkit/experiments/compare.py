@@ -1,4 +1,4 @@
-"""The whole experiment: train what is missing, measure the held-out cases, write tables and figures."""
+"""The whole experiment: train and measure what is missing, compare the arms, write tables and figures."""
 
 from __future__ import annotations
 
@@ -20,11 +20,19 @@ from lungkit.data import open_dataset
 from lungkit.errors import UsageError
 from lungkit.experiments.arms import PAPER_FIGURES, Arm, budget_differences, check_arms
 from lungkit.experiments.figures import draw_comparison
+from lungkit.experiments.measured import is_measured, measure_run
 from lungkit.experiments.results import ComparisonRow, compare_tables, format_comparison
-from lungkit.experiments.runs import FinishedRun, check_same_labels, epoch_rows, finished_run, train_or_resume
+from lungkit.experiments.runs import (
+    FinishedRun,
+    check_same_labels,
+    epoch_rows,
+    finished_run,
+    found_finished,
+    train_or_resume,
+)
 from lungkit.metrics import CaseTable, MetricOptions
-from lungkit.pipeline.labelled import measure_scans, readers_ceiling
-from lungkit.report.evaluation import headline_metrics, write_measured
+from lungkit.pipeline.labelled import readers_ceiling
+from lungkit.report.evaluation import headline_metrics
 from lungkit.training.config_io import config_to_dict
 from lungkit.training.planning import open_folds
 
@@ -42,7 +50,7 @@ class Experiment:
     """What is compared, and how.
 
     Args:
-        arms: at least two; the last is compared with the first.
+        arms: at least two; the others are compared with the first.
         folds: folds to train and hold out, the same for every arm.
         seeds: seeds to train with, the same for every arm.
         test: dataset whose labelled cases are measured instead of the held-out folds.
@@ -81,11 +89,18 @@ class Experiment:
         }
 
 
-def compare(experiment: Experiment, output: Path, *, progress: Progress | None = None) -> list[ComparisonRow]:
+def compare(
+    experiment: Experiment,
+    output: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+) -> list[ComparisonRow] | None:
     """Train every arm on every fold with every seed, measure, and write the comparison to ``output``.
 
-    Finished runs in ``output`` are taken as they are and an interrupted one is continued, so that the same call goes
-    on where it was stopped.
+    Finished runs in ``output`` and their measurements are taken as they are and an interrupted run is continued, so
+    that the same call goes on where it was stopped. Share I of N (``shard``) trains and measures every N-th run from
+    the I-th on; the share that finds all runs measured writes the comparison, the others return None.
 
     Raises:
         Interrupted: stopped and saved.
@@ -98,14 +113,33 @@ def compare(experiment: Experiment, output: Path, *, progress: Progress | None =
     for difference in budget_differences(experiment.arms):
         _LOG.warning("the arms have different budgets: %s", difference)
     claim_folder(output, _EXPERIMENT, experiment.to_dict(), holds="comparisons", advice=_ADVICE)
+    jobs = [
+        (arm, fold, seed) for fold in experiment.folds for seed in experiment.seeds for arm in experiment.arms
+    ]
+    runs, cases = output / "runs", output / "cases"
+    cases.mkdir(exist_ok=True)
+    index, count = shard
+    for number, (arm, fold, seed) in list(enumerate(jobs, start=1))[index::count]:
+        _LOG.info("run %d of %d: %s, fold %d, seed %d", number, len(jobs), arm.name, fold, seed)
+        path = train_or_resume(arm, runs, fold, seed)
+        _measure(experiment, _opened(experiment, path), cases, path.name, progress)
+    missing = 0
     paths: dict[str, list[Path]] = {arm.name: [] for arm in experiment.arms}
-    total = len(experiment.arms) * len(experiment.folds) * len(experiment.seeds)
-    for fold in experiment.folds:
-        for seed in experiment.seeds:
-            for arm in experiment.arms:
-                done = sum(map(len, paths.values()))
-                _LOG.info("run %d of %d: %s, fold %d, seed %d", done + 1, total, arm.name, fold, seed)
-                paths[arm.name].append(train_or_resume(arm, output / "runs", fold, seed))
+    for arm, fold, seed in jobs:
+        there = found_finished(runs, arm.run_name(fold, seed))
+        if there is not None and is_measured(
+            _opened(experiment, there), cases, there.name, experiment.options
+        ):
+            paths[arm.name].append(there)
+        else:
+            missing += 1
+    if missing:
+        _LOG.info(
+            "share %d of %d is done; %d runs of others are not, and the last share writes the tables",
+            *shard,
+            missing,
+        )
+        return None
     return _measure_and_write(experiment, paths, output, progress)
 
 
@@ -151,33 +185,23 @@ def _check_runs(experiment: Experiment, output: Path) -> None:
 def _measure_and_write(
     experiment: Experiment, paths: Mapping[str, Sequence[Path]], output: Path, progress: Progress | None
 ) -> list[ComparisonRow]:
-    runs = {
-        name: [
-            FinishedRun.open(
-                path, checkpoint=experiment.checkpoint, test=experiment.test, device=experiment.device
-            )
-            for path in found
-        ]
-        for name, found in paths.items()
-    }
+    runs = {name: [_opened(experiment, path) for path in found] for name, found in paths.items()}
     _check_same_cases(runs)
     cases = output / "cases"
     cases.mkdir(exist_ok=True)
     file_names = _file_names([run.path for loaded in runs.values() for run in loaded])
-    tables: dict[str, list[CaseTable]] = {}
-    for name, loaded in runs.items():
-        tables[name] = []
-        for run in loaded:
-            step = None if progress is None else functools.partial(progress, run.path.name)
-            table = measure_scans(run.predictor, run.scans, options=experiment.options, progress=step)
-            tables[name].append(table)
-            write_measured(cases, table, experiment.options, name=file_names[run.path])
-    rows = compare_tables(tables, experiment.metrics, paper=PAPER_FIGURES if experiment.published else None)
+    tables = {
+        name: [_measure(experiment, run, cases, file_names[run.path], progress) for run in loaded]
+        for name, loaded in runs.items()
+    }
+    patients = {case: patient for run in next(iter(runs.values())) for case, patient in run.patients.items()}
+    paper = PAPER_FIGURES if experiment.published else None
+    rows = compare_tables(tables, experiment.metrics, paper=paper, patients=patients)
     for style, suffix in (("text", "txt"), ("csv", "csv"), ("latex", "tex")):
         write_text_atomic(output / f"table.{suffix}", format_comparison(rows, style=style) + "\n")
     of_first_arm = next(iter(runs.values()))
     ceiling = readers_ceiling([run.scans for run in of_first_arm], readers=of_first_arm[0].readers)
-    notes = _notes(experiment, runs, tables) + ceiling
+    notes = _notes(experiment, runs, tables, patients) + ceiling
     markdown = [format_comparison(rows, style="markdown"), "", *(f"- {note}" for note in notes)]
     write_text_atomic(output / "table.md", "\n".join(markdown) + "\n")
     write_json_atomic(
@@ -190,8 +214,21 @@ def _measure_and_write(
             "definitions": experiment.options.definitions(),
         },
     )
-    draw_comparison(output, runs, tables, experiment.metrics, report=experiment.report)
+    draw_comparison(output, runs, tables, rows, report=experiment.report)
     return rows
+
+
+def _opened(experiment: Experiment, path: Path) -> FinishedRun:
+    return FinishedRun.open(
+        path, checkpoint=experiment.checkpoint, test=experiment.test, device=experiment.device
+    )
+
+
+def _measure(
+    experiment: Experiment, run: FinishedRun, cases: Path, name: str, progress: Progress | None
+) -> CaseTable:
+    step = None if progress is None else functools.partial(progress, run.path.name)
+    return measure_run(run, cases, name, experiment.options, progress=step)
 
 
 def _file_names(runs: Sequence[Path]) -> dict[Path, str]:
@@ -221,28 +258,32 @@ def _notes(
     experiment: Experiment,
     runs: Mapping[str, Sequence[FinishedRun]],
     tables: Mapping[str, Sequence[CaseTable]],
+    patients: Mapping[str, str],
 ) -> list[str]:
     """What a reader must know to judge the table."""
     runs_of_first_arm = next(iter(runs.values()))
     dataset = runs_of_first_arm[0].scans.dataset
     cases = len({case_id for run in runs_of_first_arm for case_id in run.scans.case_ids})
     first, *_, last = runs
+    other = last if len(runs) == 2 else "arm"
     chosen = {
         True: "Weights: those at the end of the budget; nothing was chosen on the held-out cases.",
         False: "Weights: those of the best validation Dice, which was measured on the same held-out cases.",
     }
     notes = [
         f"Cells: mean over {cases} cases of {dataset.name}, with the 95 % BCa bootstrap interval.",
-        f"Difference: {last} minus {first}, paired by case; p: Wilcoxon signed-rank test, two-sided.",
+        f"Difference: {other} minus {first}, paired by case; p: Wilcoxon signed-rank test, two-sided.",
+        *_further_statistics(runs, patients),
         chosen[experiment.checkpoint == LAST],
     ]
     for name, loaded in runs.items():
         plan = loaded[0].plan
         seconds = [_training_seconds(run.path) for run in loaded]
+        count = f"{len(loaded)} run{'s' if len(loaded) > 1 else ''}"
         notes.append(
-            f"{name}: {len(loaded)} run{'s' if len(loaded) > 1 else ''} of {plan.epochs} epochs x "
-            f"{plan.steps_per_epoch} steps, batch {plan.batch_size}, patch {' x '.join(map(str, plan.patch_size))}, "
-            f"{loaded[0].parameters:,} weights, {np.mean(seconds) / 60:.1f} min of training each."
+            f"{name}: {count} of {_trained(loaded)}, batch {plan.batch_size}, "
+            f"patch {' x '.join(map(str, plan.patch_size))}, {loaded[0].parameters:,} weights, "
+            f"{np.mean(seconds) / 60:.1f} min of training each."
         )
     shown = set(experiment.metrics)
     decided = {
@@ -259,6 +300,35 @@ def _notes(
     if experiment.published:
         notes.append("Paper: what the paper reports for its two models on its own data, which are not these.")
     return notes
+
+
+def _further_statistics(runs: Mapping[str, Sequence[FinishedRun]], patients: Mapping[str, str]) -> list[str]:
+    """What is done about several arms, runs and cases of a patient, where there are such."""
+    notes = []
+    people = len(set(patients.values()))
+    if people < len(patients):
+        notes.append(
+            f"The cases are of {people} patients: the bootstrap draws patients with all their cases, and the signs of "
+            "a patient's cases change together in the test (Rosner, Glynn and Lee 2006)."
+        )
+    if len(next(iter(runs.values()))) > 1:
+        notes.append(
+            "A case's value is its mean over the runs that held it out; the spread is that of the means of the runs."
+        )
+    if len(runs) > 2:
+        notes.append(
+            f"p (Holm): adjusted for {len(runs) - 1} comparisons with one arm, for each metric by itself."
+        )
+    return notes
+
+
+def _trained(runs: Sequence[FinishedRun]) -> str:
+    """How long runs were trained; of a limited time the steps that they took."""
+    plan = runs[0].plan
+    if plan.max_minutes is None:
+        return f"{plan.epochs} epochs x {plan.steps_per_epoch} steps"
+    steps = ", ".join(epoch_rows(run.path)[-1]["step"] for run in runs)
+    return f"{plan.max_minutes:g} minutes ({steps} steps)"
 
 
 def _training_seconds(run: Path) -> float:

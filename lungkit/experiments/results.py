@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lungkit.errors import UsageError
-from lungkit.metrics import CaseRow, CaseTable, Interval, PairedComparison, bca_interval, compare_paired
+from lungkit.metrics import (
+    CaseRow,
+    CaseTable,
+    Interval,
+    PairedComparison,
+    bca_interval,
+    compare_paired,
+    holm,
+)
 from lungkit.report import format_rows, format_value, metric_title
 
-_LOWER_IS_BETTER = ("hd", "assd")
+LOWER_IS_BETTER = ("hd", "assd")
+"""How the names of distances begin."""
 _TERMINAL_WIDTH = 100
 _GAP = 2  # between the columns of a text table
 
@@ -37,13 +47,21 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One metric of one class: all arms, and the last one compared with the first."""
+    """One metric of one class: all arms, and each of the others compared with the first."""
 
     metric: str
     label: str
     arms: tuple[ArmSummary, ...]
-    comparison: PairedComparison
+    comparisons: tuple[PairedComparison, ...]
+    """Of the second arm with the first, of the third, ..."""
+    p_adjusted: tuple[float, ...]
+    """Their p after Holm, over the arms."""
     paper: tuple[float, float] | None = None
+
+    @property
+    def comparison(self) -> PairedComparison:
+        """Of the last arm with the first."""
+        return self.comparisons[-1]
 
 
 def compare_tables(
@@ -51,20 +69,23 @@ def compare_tables(
     metrics: Sequence[str],
     *,
     paper: Mapping[str, tuple[float, float]] | None = None,
+    patients: Mapping[str, str] | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> list[ComparisonRow]:
-    """Compare the last arm with the first, case by case.
+    """Compare every arm with the first, case by case.
 
     A case's value is its mean over the runs (folds, seeds) that held it out, so that a case counts once however many
     runs there were; it is undefined where one of these is. Means, differences, intervals and tests are over the cases
-    in which the metric is defined for every arm.
+    in which the metric is defined for every arm. Where patients have several cases, intervals and tests are by patient.
+    The p of the arms are adjusted for their number, for each metric and class by itself.
 
     Args:
         arms: name -> a table a run; run i of every arm must hold the same cases.
         metrics: names of metrics of the tables.
         paper: metric -> published figures of the first and the last arm, to be shown beside.
+        patients: case -> patient; None takes each case for a patient of its own.
         confidence: of the intervals.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -90,6 +111,16 @@ def compare_tables(
                 "the arms were measured on different cases; compare runs of the same folds and seeds"
             )
     merged = {name: merge_runs(runs) for name, runs in arms.items()}
+    case_ids = next(iter(merged.values())).case_ids
+    clusters = None if patients is None else [patients.get(case_id, case_id) for case_id in case_ids]
+    if clusters is not None and len(set(clusters)) == len(clusters):
+        clusters = None
+    bootstrap: dict[str, Any] = {
+        "clusters": clusters,
+        "confidence": confidence,
+        "resamples": resamples,
+        "seed": seed,
+    }
     rows = []
     for label in tables[0][0].labels:
         for metric in metrics:
@@ -98,19 +129,15 @@ def compare_tables(
             shared = np.isfinite(np.stack(list(measured.values()))).all(axis=0)
             values = {name: np.where(shared, column, np.nan) for name, column in measured.items()}
             summaries = tuple(
-                _summarise(name, values[name], arms[name], metric, label, confidence, resamples, seed)
-                for name in arms
+                _summarise(name, values[name], arms[name], metric, label, bootstrap) for name in arms
             )
-            first, *_, last = values.values()
-            comparison = compare_paired(
-                first,
-                last,
-                higher_is_better=not metric.startswith(_LOWER_IS_BETTER),
-                confidence=confidence,
-                resamples=resamples,
-                seed=seed,
+            first, *others = values.values()
+            higher = not metric.startswith(LOWER_IS_BETTER)
+            found = tuple(
+                compare_paired(first, other, higher_is_better=higher, **bootstrap) for other in others
             )
-            rows.append(ComparisonRow(metric, label, summaries, comparison, (paper or {}).get(metric)))
+            adjusted = tuple(holm([comparison.p_value for comparison in found]))
+            rows.append(ComparisonRow(metric, label, summaries, found, adjusted, (paper or {}).get(metric)))
     return rows
 
 
@@ -136,13 +163,20 @@ def merge_runs(tables: Sequence[CaseTable]) -> CaseTable:
 
 
 def format_comparison(rows: Sequence[ComparisonRow], *, style: str = "text") -> str:
-    """The comparison as a table; ``style`` as for :func:`lungkit.report.format_rows`, "csv" with bare numbers."""
+    """The comparison as a table; ``style`` as for :func:`lungkit.report.format_rows`, "csv" with bare numbers.
+
+    Two arms stand side by side, a row a metric; of more arms each has a row for every metric.
+    """
     if not rows:
         raise UsageError("there is nothing to compare")
-    header, cells = (_csv_cells if style == "csv" else _readable_cells)(rows)
+    many = len(rows[0].arms) > 2
+    if style == "csv":
+        header, cells = (_csv_cells_by_arm if many else _csv_cells)(rows)
+    else:
+        header, cells = (_readable_cells_by_arm if many else _readable_cells)(rows)
     if style != "text":
         return format_rows(header, cells, style=style)
-    keys = header.index(rows[0].arms[0].name)
+    keys = header.index("arm") + 1 if many else header.index(rows[0].arms[0].name)
     return "\n\n".join(format_rows(*part) for part in _split_columns(header, cells, keys))
 
 
@@ -190,6 +224,52 @@ def _readable_cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list
     return header, cells
 
 
+def _by_arm(row: ComparisonRow) -> Iterator[tuple[ArmSummary, PairedComparison | None, float]]:
+    """Every arm with its difference to the first and its adjusted p; the first has none."""
+    yield row.arms[0], None, math.nan
+    yield from zip(row.arms[1:], row.comparisons, row.p_adjusted, strict=True)
+
+
+def _readable_cells_by_arm(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
+    several_labels = len({row.label for row in rows}) > 1
+    spread = len(rows[0].arms[0].run_means) > 1
+    header = ["metric", *(["class"] if several_labels else []), "arm", "mean"]
+    header += ["difference", "p", "p (Holm)", "better / worse / equal"]
+    header += ["spread over runs"] if spread else []
+    cells = []
+    for row in rows:
+        for arm, result, adjusted in _by_arm(row):
+            line = [metric_title(row.metric), *([row.label] if several_labels else []), arm.name]
+            line.append(_with_interval(row.metric, arm.mean, arm.interval))
+            if result is None:
+                line += ["-"] * 4
+            else:
+                line.append(_with_interval(row.metric, result.mean_difference, result.interval, sign=True))
+                line += [_format_p(result.p_value), _format_p(adjusted)]
+                line.append(f"{result.better} / {result.worse} / {result.equal}")
+            line += [format_value(row.metric, arm.run_spread)] if spread else []
+            cells.append(line)
+    return header, cells
+
+
+def _csv_cells_by_arm(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
+    header = ["metric", "class", "arm", "mean", "low", "high", "cases", "undefined", "spread over runs"]
+    header += ["difference", "difference: low", "difference: high", "p", "p (Holm)"]
+    header += ["better", "worse", "equal"]
+    cells = []
+    for row in rows:
+        for arm, result, adjusted in _by_arm(row):
+            line: list[object] = [row.metric, row.label, arm.name, arm.mean]
+            line += [arm.interval.low, arm.interval.high, arm.cases, arm.undefined, arm.run_spread]
+            if result is None:
+                line += [""] * 8
+            else:
+                line += [result.mean_difference, result.interval.low, result.interval.high]
+                line += [result.p_value, adjusted, result.better, result.worse, result.equal]
+            cells.append([str(cell) for cell in line])
+    return header, cells
+
+
 def _csv_cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
     header = ["metric", "class"]
     for arm in rows[0].arms:
@@ -219,15 +299,13 @@ def _summarise(
     runs: Sequence[CaseTable],
     metric: str,
     label: str,
-    confidence: float,
-    resamples: int,
-    seed: int,
+    bootstrap: Mapping[str, Any],
 ) -> ArmSummary:
     defined = values[np.isfinite(values)]
     return ArmSummary(
         name=name,
         mean=float(defined.mean()) if len(defined) else math.nan,
-        interval=bca_interval(values, confidence=confidence, resamples=resamples, seed=seed),
+        interval=bca_interval(values, **bootstrap),
         cases=len(defined),
         undefined=len(values) - len(defined),
         run_means=tuple(table.summary(label)[metric].mean for table in runs),

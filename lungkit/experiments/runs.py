@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lungkit.checkpoint import LAST
 from lungkit.data import Dataset, NanPolicy, open_dataset
+from lungkit.data.splits import patients
 from lungkit.errors import CheckpointError, DataError
 from lungkit.experiments.arms import Arm
 from lungkit.inference import Predictor
@@ -24,21 +26,28 @@ from lungkit.training.trainer import Trainer
 _LOG = logging.getLogger("lungkit")
 
 
-def train_or_resume(arm: Arm, runs: Path, fold: int, seed: int) -> Path:
+def train_or_resume(arm: Arm, runs: Path, fold: int, seed: int, *, name: str | None = None) -> Path:
     """Folder of the finished run of an arm: found finished, continued, or trained from the start.
 
-    ``runs`` holds the runs of one experiment only, so that a run is known by its name.
+    ``runs`` holds the runs of one experiment only, so that a run is known by its name, by default that of the arm.
 
     Raises:
         Interrupted: the run was stopped and saved; calling again continues it.
     """
-    found = _latest(runs, arm.run_name(fold, seed))
-    if found is not None and _state(found) == "finished":
-        _LOG.info("%s: finished already", found)
-        return found
+    name = name or arm.run_name(fold, seed)
+    finished, found = found_finished(runs, name), _latest(runs, name)
+    if finished is not None:
+        _LOG.info("%s: finished already", finished)
+        return finished
     if found is not None and (found / "checkpoints" / LAST).is_dir():
         return Trainer.from_run(found).fit().run_folder
-    return Trainer(arm.run_config(runs, fold, seed)).fit().run_folder
+    return Trainer(replace(arm.run_config(runs, fold, seed), name=name)).fit().run_folder
+
+
+def found_finished(runs: Path, name: str) -> Path | None:
+    """Folder of the run of this name, where it is finished."""
+    found = _latest(runs, name)
+    return found if found is not None and _state(found) == "finished" else None
 
 
 def _latest(runs: Path, name: str) -> Path | None:
@@ -94,8 +103,12 @@ class FinishedRun:
 
     path: Path
     plan: Plan
-    predictor: Predictor
     scans: LabelledScans
+    weights: Path
+    """The checkpoint that is measured."""
+    device: str | None
+    patients: Mapping[str, str]
+    """Whose each of the cases is."""
     readers: int | None = None
     """How many readers the run was told of."""
 
@@ -119,13 +132,22 @@ class FinishedRun:
             dataset = open_dataset(test)
             check_same_labels(dataset, prepared.preprocessing.label_map, prepared.dataset.labels)
             case_ids = tuple(case.case_id for case in dataset.cases if case.label is not None)
+        # The pattern is for the ids of the training data.
+        groups = patients(dataset, None if test is not None else config.data.patient_pattern)
         return cls(
             folder.path,
             prepared.plan,
-            Predictor.from_run(folder.checkpoints / checkpoint, device=device),
             LabelledScans(dataset, case_ids, config.data.max_voxels, NanPolicy(config.data.nan)),
+            folder.checkpoints / checkpoint,
+            device,
+            {case_id: groups[case_id] for case_id in case_ids},
             config.data.readers,
         )
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        """Loaded where it is used: of many runs, those that were measured before need none."""
+        return Predictor.from_run(self.weights, device=self.device)
 
     @property
     def parameters(self) -> int:

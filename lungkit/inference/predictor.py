@@ -34,7 +34,7 @@ from lungkit.inference.precision import Precision, choose_precision
 from lungkit.inference.scan_doubts import scan_doubts
 from lungkit.inference.scan_scores import class_probabilities, ensemble_scores
 from lungkit.inference.sliding_window import Progress
-from lungkit.inference.trained_model import TrainedModel
+from lungkit.inference.trained_model import TrainedModel, model_folders
 
 _LOG = logging.getLogger("lungkit")
 
@@ -152,9 +152,12 @@ class Predictor:
         strict: bool = False,
         max_voxels: int = DEFAULT_MAX_VOXELS,
     ) -> Predictor:
-        """A predictor with the models in run or checkpoint folders, see :meth:`TrainedModel.load`."""
+        """A predictor with the models in run or checkpoint folders, see :meth:`TrainedModel.load`.
+
+        A folder of all folds (``lungkit-train --fold all``) stands for its folds.
+        """
         return cls(
-            [TrainedModel.load(path) for path in paths],
+            [TrainedModel.load(path) for given in paths for path in model_folders(given)],
             device=device,
             precision=precision,
             overlap=overlap,

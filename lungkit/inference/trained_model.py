@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,34 @@ class TrainedModel:
             "sha256": self.digest,
             "trained_with_lungkit": self.description.get("lungkit"),
         }
+
+
+FOLDS = "folds.json"
+"""File that makes a folder that of all folds of a dataset, each a run."""
+
+
+def model_folders(path: str | os.PathLike[str]) -> list[Path]:
+    """What ``path`` stands for: itself, or of a folder of all folds the checkpoint of each that was measured.
+
+    Raises:
+        CheckpointError: ``folds.json`` is damaged, or a fold is not trained.
+    """
+    record = Path(path) / FOLDS
+    if not record.is_file():
+        return [Path(path)]
+    try:
+        content = json.loads(record.read_bytes())
+        found = [
+            Path(path) / Path(name).name / "checkpoints" / content["checkpoint"] for name in content["folds"]
+        ]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{record}: does not name the folds of a model ({error!r})") from error
+    for folder in found:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder.parent.parent}: this fold is not trained; finish it with the command that began the folds"
+            )
+    return found
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> Path:

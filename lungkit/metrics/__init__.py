@@ -42,6 +42,7 @@ _LAZY = {
     "axial_diameters_mm": "size",
     "bca_interval": "comparison",
     "compare_paired": "comparison",
+    "holm": "comparison",
     "longest_diameter_mm": "size",
     "volume_ml": "size",
     "wilcoxon_signed_rank": "comparison",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         PairedComparison,
         bca_interval,
         compare_paired,
+        holm,
         wilcoxon_signed_rank,
     )
     from lungkit.metrics.lesions import LesionMatch, label_lesions, lesion_metrics, match_lesions
@@ -86,6 +88,7 @@ __all__ = [
     "decided_by_policy",
     "evaluate_case",
     "hausdorff_mm",
+    "holm",
     "label_lesions",
     "label_surface_distances",
     "lesion_metrics",

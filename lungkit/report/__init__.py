@@ -7,6 +7,7 @@ from lungkit.report.distributions import save_distributions
 from lungkit.report.overlays import choose_slice, save_overlays
 from lungkit.report.previews import save_preview
 from lungkit.report.tables import (
+    case_table_from_dict,
     case_table_to_dict,
     format_case_table,
     format_rows,
@@ -17,6 +18,7 @@ from lungkit.report.tables import (
 )
 
 __all__ = [
+    "case_table_from_dict",
     "case_table_to_dict",
     "choose_slice",
     "format_case_table",

@@ -14,7 +14,7 @@ from typing import Any
 
 from lungkit._atomic import write_json_atomic, write_text_atomic
 from lungkit.errors import UsageError
-from lungkit.metrics import CaseTable, MetricSummary
+from lungkit.metrics import CaseTable, EmptyPolicy, MetricSummary
 
 _TITLES = {
     "dice": "Dice",
@@ -186,6 +186,29 @@ def case_table_to_dict(table: CaseTable) -> dict[str, Any]:
             for label in table.labels
         },
     }
+
+
+def case_table_from_dict(content: Mapping[str, Any]) -> CaseTable:
+    """The table that :func:`case_table_to_dict` gave, digit for digit.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+
+    Example:
+        >>> table = CaseTable()
+        >>> table.add_row("a", "tumour", {"dice": 0.1 + 0.2, "hd95_directed_mm": math.inf})
+        >>> case_table_from_dict(case_table_to_dict(table)) == table
+        True
+    """
+    table = CaseTable(empty=EmptyPolicy(content["empty_policy"]))
+    for row in content["cases"]:
+        values = {
+            name: math.nan if value is None else float(value)
+            for name, value in row.items()
+            if name not in ("case", "label", "decided_by_policy")
+        }
+        table.add_row(row["case"], row["label"], values, frozenset(row["decided_by_policy"]))
+    return table
 
 
 def write_case_table(

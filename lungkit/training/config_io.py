@@ -87,10 +87,11 @@ def options(cls: type = TrainConfig, prefix: str = "") -> Mapping[str, Option]:
 _GROUPS = tuple(dict.fromkeys(name.partition(".")[0] for name in options() if "." in name))
 
 
-def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
+def parse_arguments(arguments: Sequence[str], *, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
     """A configuration from command-line arguments such as ``--config run.yaml --model.features 16 32``.
 
-    Later arguments change what earlier ones and the files of ``--config`` say.
+    Later arguments change what earlier ones and the files of ``--config`` say, and ``overrides``, options and values as
+    YAML gives them, change all of these.
 
     Raises:
         UsageError: an unknown option, a value of the wrong type, or a file that is no configuration.
@@ -106,6 +107,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
     values: dict[str, Any] = {}
     for name, words in _split(arguments):
         values |= _read_file(words[0]) if name == "config" else {name: _from_words(name, words)}
+    values |= {name: _checked(name, value) for name, value in _full_names(overrides or {}).items()}
     config = TrainConfig()
     given: dict[str, dict[str, Any]] = {group: {} for group in ("", *_GROUPS)}
     for name, value in values.items():
@@ -113,6 +115,16 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         given[group][field] = value
     parts = {group: dataclasses.replace(getattr(config, group), **given[group]) for group in _GROUPS}
     return dataclasses.replace(config, **parts, **given[""])
+
+
+def named_options(arguments: Sequence[str], overrides: Mapping[str, Any] | None = None) -> set[str]:
+    """Full names of the options that :func:`parse_arguments` would be told of, those in files left out.
+
+    Example:
+        >>> sorted(named_options(["--model", "unet"], {"loss": {"ce_weight": 0}}))
+        ['loss.ce_weight', 'model.name']
+    """
+    return {name for name, _ in _split(arguments) if name != "config"} | set(_full_names(overrides or {}))
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
@@ -219,6 +231,10 @@ def _split(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         if len(words) > 1 and not option.takes(tuple):
             raise UsageError(f"--{name} takes one value, got {' '.join(words)}")
         yield name, words or ["true"]
+
+
+def _full_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {_SHORTHANDS.get(name, name): value for name, value in _flat(overrides).items()}
 
 
 def _from_words(name: str, words: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from lungkit.cli.compare import main
 from lungkit.errors import Interrupted, UsageError
 from lungkit.experiments import Arm, paper_arms, runs
-from lungkit.experiments.arms import budget_differences, check_arms, parse_arm
+from lungkit.experiments.ablations import ABLATIONS
+from lungkit.experiments.arms import budget_differences, check_arms, parse_arm, with_budget
 from lungkit.experiments.runs import FinishedRun, train_or_resume
 from lungkit.metrics import MetricOptions
 from lungkit.pipeline.labelled import measure_scans
@@ -214,7 +216,7 @@ def test_run_has_its_own_fold_and_seed() -> None:
 
 def test_arm_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("epochs: 3\n")
-    arm = parse_arm(f"mine={tmp_path / 'a.yaml'}", ["--batch_size", "2"])
+    arm = parse_arm([f"mine={tmp_path / 'a.yaml'}"], ["--batch_size", "2"])
     assert (arm.name, arm.config.epochs, arm.config.batch_size) == ("mine", 3, 2)
 
 
@@ -281,3 +283,59 @@ def test_finished_runs_are_measured_on_the_device_that_is_named(
     runs = [str(path) for path in sorted((finished / "runs").iterdir())[:2]]
     assert main(["-o", str(tmp_path / "out"), "--runs", *runs, "--device", "abacus"]) == 2
     assert "device 'abacus' cannot be used" in capsys.readouterr().err
+
+
+def test_four_arms_in_two_shares_are_compared_with_the_first_by_the_last_to_end(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The module, whose name in the package is that of its function.
+    monkeypatch.setattr(sys.modules["lungkit.experiments.compare"], "draw_comparison", lambda *a, **o: None)
+    monkeypatch.setattr("lungkit.training.finishing.draw_overlays", lambda *a, **o: None)
+    output = tmp_path / "out"
+    command = ["-o", str(output), "--ablation", "paper", *options]
+    assert main([*command, "--shard", "1/2"]) == 0
+    assert "2 runs of others are not" in capsys.readouterr().err
+    assert not (output / "table.csv").exists()
+    assert main([*command, "--shard", "0/2"]) == 0
+    lines = (output / "table.csv").read_text().splitlines()
+    assert [line.split(",")[2] for line in lines[1:5]] == [*ABLATIONS["paper"]]
+    assert "adjusted for 3 comparisons" in (output / "table.md").read_text()
+    # Nothing is trained or measured a second time.
+    monkeypatch.setattr(runs.Trainer, "fit", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "lungkit.experiments.measured.measure_scans", lambda *a, **o: pytest.fail("measured again")
+    )
+    assert main(command) == 0
+    assert (output / "table.csv").read_text().splitlines() == lines
+
+
+def test_effects_are_drawn(finished: Path) -> None:
+    assert (finished / "forest.png").stat().st_size > 1000
+
+
+def test_arm_of_options(tmp_path: Path) -> None:
+    arm = parse_arm(["mine", "model=unet", "loss.ce_weight=0"], ["--epochs", "3"])
+    assert (arm.name, arm.config.model.name, arm.config.loss.ce_weight, arm.config.epochs) == (
+        "mine",
+        "unet",
+        0,
+        3,
+    )
+
+
+def test_minutes_are_the_same_for_every_arm_and_leave_the_epochs_open() -> None:
+    arms = with_budget([Arm("A", TrainConfig(epochs=3)), Arm("B", TrainConfig())], "minutes=20")
+    assert [(arm.config.max_minutes, arm.config.epochs) for arm in arms] == [(20, None)] * 2
+
+
+def test_steps_are_whole_epochs() -> None:
+    arms = with_budget([Arm("A", TrainConfig(steps_per_epoch=50)), Arm("B", TrainConfig())], "steps=300")
+    assert [(arm.config.epochs, arm.config.steps_per_epoch) for arm in arms] == [(6, 50), (3, 100)]
+    with pytest.raises(UsageError, match="no whole number of epochs of 100"):
+        with_budget(arms[1:], "steps=250")
+
+
+@pytest.mark.parametrize("budget", ["minutes", "minutes=0", "hours=2", "steps=1.5", "minutes=nan"])
+def test_a_budget_of_another_form_is_refused(budget: str) -> None:
+    with pytest.raises(UsageError, match="minutes=M or steps=N"):
+        with_budget([], budget)

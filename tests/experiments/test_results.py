@@ -136,3 +136,25 @@ def test_a_text_table_fits_on_a_terminal_and_loses_no_column() -> None:
         assert heading in text
     assert text.count("HD95 directed (mm)") == text.count("metric") >= 2
     assert len(format_comparison(rows, style="markdown").splitlines()) == 4  # one table elsewhere
+
+
+def test_several_arms_have_a_row_each_and_adjusted_p() -> None:
+    arms = {
+        name: [table({f"{case:02d}": 0.5 + gain * (1 + case / 20) for case in range(12)})]
+        for name, gain in {"A": 0.0, "B": 0.1, "C": -0.1}.items()
+    }
+    row = compare_tables(arms, ["dice"])[0]
+    assert [result.mean_difference > 0 for result in row.comparisons] == [True, False]
+    assert row.p_adjusted == pytest.approx([2 * result.p_value for result in row.comparisons])
+    lines = format_comparison([row], style="markdown").splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["A", "B", "C"]
+    assert "p (Holm)" in lines[0]
+
+
+def test_cases_of_one_patient_count_as_one_in_the_test() -> None:
+    cases = {f"{case:02d}": 0.5 for case in range(12)}
+    arms = {"A": [table(cases)], "B": [table(dict.fromkeys(cases, 0.6))]}
+    alone = compare_tables(arms, ["dice"])[0].comparison
+    owners = {case: str(int(case) // 4) for case in cases}
+    of_three = compare_tables(arms, ["dice"], patients=owners)[0].comparison
+    assert (alone.p_value, of_three.p_value) == pytest.approx((2 / 2**12, 2 / 2**3))

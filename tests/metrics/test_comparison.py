@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from lungkit.errors import UsageError
-from lungkit.metrics import bca_interval, compare_paired, wilcoxon_signed_rank
+from lungkit.metrics import bca_interval, compare_paired, holm, wilcoxon_signed_rank
 
 
 @pytest.mark.parametrize("count", [5, 20, 200])
@@ -103,3 +103,39 @@ def test_no_common_case_has_no_numbers() -> None:
 def test_lengths_that_differ_are_refused() -> None:
     with pytest.raises(UsageError, match=r"\(2,\) and \(1,\)"):
         compare_paired([0.5, 0.6], [0.5])
+
+
+def test_patients_of_one_case_are_the_cases_themselves() -> None:
+    random = np.random.default_rng(3)
+    values = random.normal(0.1, 1, 60)
+    names = [str(number) for number in random.permutation(60)]
+    assert wilcoxon_signed_rank(values, clusters=names) == pytest.approx(wilcoxon_signed_rank(values))
+    assert bca_interval(values, clusters=[f"{i:02d}" for i in range(60)]) == bca_interval(values)
+
+
+def test_copies_of_a_patients_case_narrow_no_interval() -> None:
+    values = np.random.default_rng(4).normal(0, 1, 20)
+    names = [str(number) for number in range(20)]
+    copied, owners = np.repeat(values, 5), np.repeat(names, 5).tolist()
+    one, several = bca_interval(values), bca_interval(copied, clusters=owners)
+    naive = bca_interval(copied)
+    assert several.high - several.low == pytest.approx(one.high - one.low, rel=0.05)
+    assert naive.high - naive.low < 0.6 * (several.high - several.low)
+
+
+def test_signs_of_a_patients_cases_change_together() -> None:
+    # Three patients: of the 8 ways to give them a sign, 2 are as extreme as all cases being better.
+    values, owners = [1, 2, 3, 4, 5, 6, 7], ["a", "a", "a", "b", "b", "c", "c"]
+    assert wilcoxon_signed_rank(values, clusters=owners) == pytest.approx(2 / 8)
+
+
+def test_clusters_of_another_length_are_refused() -> None:
+    with pytest.raises(UsageError, match="patient of every case, got 1 for 2 cases"):
+        bca_interval([0.1, 0.2], clusters=["a"])
+
+
+def test_holm_orders_multiplies_and_never_falls() -> None:
+    assert holm([0.001, 0.2, 0.015, math.nan, 0.9]) == pytest.approx(
+        [0.004, 0.4, 0.045, math.nan, 0.9], nan_ok=True
+    )
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
