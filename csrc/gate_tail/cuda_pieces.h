@@ -135,7 +135,7 @@ __device__ void load_map(const Stored* __restrict__ map, int64_t index,
 }
 
 template <class Stored, bool by_voxel>
-__global__ void __launch_bounds__(piece_threads)
+__global__ void __launch_bounds__(piece_threads, 2)
     gate_psi_pieces_kernel(PieceLayout layout, const Stored* __restrict__ a, const Stored* __restrict__ b,
                            const accumulate_t<Stored>* __restrict__ weight, Stored* __restrict__ psi,
                            Stored* __restrict__ q) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(piece_threads)
 }
 
 template <class Stored, bool by_voxel>
-__global__ void __launch_bounds__(piece_threads)
+__global__ void __launch_bounds__(piece_threads, 2)
     gate_scale_backward_pieces_kernel(PieceLayout layout, const Stored* __restrict__ grad_out,
                                       const Stored* __restrict__ x, const Stored* __restrict__ alpha,
                                       Stored* __restrict__ grad_x, Stored* __restrict__ grad_alpha) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(piece_threads)
 }
 
 template <class Stored, bool by_voxel>
-__global__ void __launch_bounds__(piece_threads)
+__global__ void __launch_bounds__(piece_threads, 2)
     gate_scale_pieces_kernel(PieceLayout layout, const Stored* __restrict__ x,
                              const Stored* __restrict__ alpha, Stored* __restrict__ out) {
   using Sum = accumulate_t<Stored>;
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(piece_threads)
 
 // Of each channel the sum over a tile's voxels goes to partial[channel * tiles + tile].
 template <class Stored, bool by_voxel>
-__global__ void __launch_bounds__(piece_threads)
+__global__ void __launch_bounds__(piece_threads, 2)
     gate_psi_backward_pieces_kernel(PieceLayout layout, const Stored* __restrict__ grad_psi,
                                     const Stored* __restrict__ q,
                                     const accumulate_t<Stored>* __restrict__ weight,
