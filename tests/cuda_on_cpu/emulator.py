@@ -43,7 +43,7 @@ class Emulator:
 
     @contextmanager
     def device(self, capability: int) -> Iterator[None]:
-        """Runs on a device with the limits of this compute capability (86: 8.6); on 9.0 again afterwards."""
+        """Runs on a device of this compute capability (86: 8.6), with its limits; on 9.0 again afterwards."""
         if not self._library.lungkit_emulator_set_device(capability):
             raise ValueError(f"the emulator knows no device of compute capability {capability}")
         try:

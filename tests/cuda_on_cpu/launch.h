@@ -26,13 +26,15 @@ namespace lungkit_emulator {
 // Dynamic shared memory of a block: what any launch may ask for, and what it may after cudaFuncSetAttribute.
 inline constexpr size_t default_shared_bytes = 48 * 1024;
 
-// The devices that the emulator can be: all have 4 multiprocessors, so that a grid sized by them stays small.
+// The devices that the emulator can be. They have few multiprocessors, so that a grid sized by them stays
+// small, and different numbers of them, so that a result that depends on it is seen.
 struct Device {
   int capability;  // 90: compute capability 9.0
   size_t max_shared_bytes;
+  int multiprocessors;
 };
-inline constexpr Device devices[] = {{90, 227 * 1024}, {75, 64 * 1024}, {80, 163 * 1024},
-                                     {86, 99 * 1024},  {89, 99 * 1024}, {120, 99 * 1024}};
+inline constexpr Device devices[] = {{90, 227 * 1024, 4}, {75, 64 * 1024, 3}, {80, 163 * 1024, 7},
+                                     {86, 99 * 1024, 1},  {89, 99 * 1024, 5}, {120, 99 * 1024, 9}};
 inline constexpr int device_count = sizeof(devices) / sizeof(devices[0]);
 
 // What surrounds the machine: one launch at a time, whichever thread calls.

@@ -69,7 +69,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxThreadsPerBlock: *value = lungkit_emulator::max_block_threads; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = lungkit_emulator::default_shared_bytes; break;
     case cudaDevAttrWarpSize: *value = warpSize; break;
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrMultiProcessorCount: *value = asked.multiprocessors; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
     case cudaDevAttrComputeCapabilityMajor: *value = asked.capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = asked.capability % 10; break;

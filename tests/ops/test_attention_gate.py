@@ -376,6 +376,25 @@ def test_kernels_run_on_every_device_that_is_said_to_fit(kernels, emulator, capa
                 OPS.attention_gate_backward(*random_gradients(inputs[0]), *inputs, True, True, True, True)
 
 
+@pytest.mark.parametrize("kernels", EMULATED[:1], indirect=True)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_on_every_number_of_multiprocessors(kernels, emulator, dtype, channels_last):
+    """1, 4 and 7 of them: blocks of the forward pass take as many runs as there are left."""
+    inputs = random_inputs(SMALL_OF_SEVERAL_BLOCKS, dtype, channels_last=channels_last)
+    found = []
+    for capability in (86, 90, 80):
+        with emulator.device(capability), emulator.counted() as counts:
+            forward = OPS.attention_gate(*inputs)
+            backward = OPS.attention_gate_backward(
+                *random_gradients(inputs[0]), *inputs, True, True, True, True
+            )
+        found.append((counts.blocks, (*forward, *backward)))
+    blocks, results = zip(*found, strict=True)
+    assert dtype == torch.float32 or len(set(blocks)) == 3
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
 def test_only_float32_of_many_channels_and_half_types_are_too_large_for_the_oldest_device():
     fits = {
         (dtype, channels): _fits_device(
