@@ -1,0 +1,231 @@
+"""How often the loops of the CUDA kernels turn in the headline configurations, and the bytes that these move.
+
+Beside each kernel: its loops by a piece of their source line, the blocks that the configuration does not reach, what a
+warp has on its way while it computes, and what the emulator must count too (tests/ops/test_kernel_counts.py): blocks of
+tensor products and bytes of copies to shared memory. So the model of benchmarks/static_model.py cannot leave work out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MULTIPROCESSORS = 132  # of an H100 SXM
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a configuration."""
+
+    source: str  # the op's folder in csrc
+    kernel: str  # piece of the mangled name
+    blocks: int
+    threads: int
+    shared_bytes: int  # dynamic
+    trips: Mapping[str, float]
+    skipped: Sequence[str]
+    moved_bytes: float
+    in_flight_bytes: float  # loads of a warp that are on their way while it computes
+    units: float  # runs of 32 voxels that all warps take together
+    products: float = 0  # 16 x 8 x 16 blocks on the tensor cores, of all warps
+    copied_bytes: float = 0  # from global to shared memory, asynchronously
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A call of an op."""
+
+    name: str
+    fewest_bytes: float
+    launches: tuple[Launch, ...]
+    timed_as: str | None = None  # its name in kernel_times.py
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Sizes of an attention gate in bfloat16 whose grids differ by 2 along every axis."""
+
+    images: int
+    channels: int
+    inner: int
+    fine: tuple[int, ...]
+    by_voxel: bool = False
+
+    @property
+    def voxels(self) -> int:
+        return self.images * math.prod(self.fine)
+
+    @property
+    def coarse_voxels(self) -> int:
+        return self.images * math.prod(size // 2 for size in self.fine)
+
+    @property
+    def size(self) -> int:
+        return 1 if self.channels <= 32 and self.inner <= 16 else 2
+
+    @property
+    def runs(self) -> int:
+        return self.voxels // self.fine[-1] * -(-self.fine[-1] // 32)
+
+    @property
+    def label(self) -> str:
+        grid = "x".join(map(str, self.fine))
+        order = ", channels-last" if self.by_voxel else ""
+        return f"({self.images}, {self.channels}, {grid}) Ci {self.inner} bfloat16{order}"
+
+    def timed_as(self, mode: str) -> str | None:
+        """Its name in kernel_times.py, which times channels-first gates alone."""
+        shape = "x".join(map(str, (self.images, self.channels, *self.fine)))
+        return None if self.by_voxel else f"attention_gate {mode} {shape} Ci={self.inner} bfloat16"
+
+    def tile_bytes(self) -> int:
+        rows, columns = (32, 32 * self.size) if self.by_voxel else (32 * self.size, 32)
+        return 2 * rows * (columns + 8)
+
+    def weight_bytes(self) -> int:
+        return 2 * 16 * self.size * (32 * self.size + 8)
+
+    def theta_products(self) -> int:
+        """Of a run: inner blocks x blocks of 8 voxels x blocks of 16 channels."""
+        return self.size * 4 * 2 * self.size
+
+    def interpolation_products(self) -> float:
+        """Of a run: two rows of phi a product, in 3D two planes of them but for the first and the last plane of x."""
+        planes = 1.0 if len(self.fine) == 2 else 2 - 2 / self.fine[0]
+        return self.size * 4 * planes
+
+
+# Rows that do not start on 16 bytes, ratios of the grids other than 2.
+SLOW_ROWS = (
+    "for (int r = 0; r < Tile::rows; ++r) {",
+    "for (int row = first_row; row < rows; row += step",
+    "for (int i = row; i < in_.inner(); i += 8",
+)
+GENERAL = ("Products::template interpolate<false>",)
+
+
+def _mangled(name: str, gate: Gate) -> str:
+    return f"{name}IN3c108BFloat16ELi{gate.size}ELb{int(gate.by_voxel)}E"
+
+
+def gate_forward(gate: Gate) -> Configuration:
+    blocks = MULTIPROCESSORS * (5 - gate.size)
+    warps = 4 * blocks
+    phi_bytes = 2 * gate.inner * gate.coarse_voxels
+    fewest = 2 * gate.voxels * (2 * gate.channels + 1) + phi_bytes
+    launch = Launch(
+        source="attention_gate",
+        kernel=_mangled("gate_rows_forward_kernel", gate),
+        blocks=blocks,
+        threads=128,
+        shared_bytes=gate.weight_bytes() + 4 * (2 * gate.tile_bytes() + 128),
+        trips={
+            "while (run.valid)": gate.runs / warps,
+            "for (int k = threadIdx.x; k < elements": 16 * gate.size * (32 * gate.size + 8) / 128,
+        },
+        skipped=(*SLOW_ROWS, *GENERAL),
+        moved_bytes=fewest,
+        in_flight_bytes=2 * 32 * gate.channels,
+        units=gate.runs,
+        products=gate.runs * (gate.theta_products() + gate.interpolation_products()),
+        copied_bytes=2 * gate.voxels * gate.channels,
+    )
+    return Configuration(f"gate forward {gate.label}", fewest, (launch,), gate.timed_as("forward"))
+
+
+def gate_backward(gate: Gate) -> Configuration:
+    blocks = 528
+    warps = 4 * blocks
+    phi_bytes = 2 * gate.inner * gate.coarse_voxels
+    theta_bytes = 2 * gate.inner * gate.voxels
+    width = gate.inner * gate.channels + gate.inner + 1
+    fewest = 2 * gate.voxels * (3 * gate.channels + 1) + 2 * phi_bytes
+    main = Launch(
+        source="attention_gate",
+        kernel=_mangled("gate_rows_backward_kernel", gate),
+        blocks=blocks,
+        threads=128,
+        shared_bytes=gate.weight_bytes() + 4 * (4 * gate.tile_bytes() + 2 * 16 * gate.size * 40 + 384),
+        trips={
+            "while (run.valid)": gate.runs / warps,
+            "for (int k = threadIdx.x; k < elements": 16 * gate.size * (32 * gate.size + 8) / 128,
+            "for (int k = threadIdx.x; k < inner * used": gate.inner * gate.channels / 128,
+            "for (int i = threadIdx.x; i <= inner": 1,
+        },
+        skipped=(*SLOW_ROWS, *GENERAL, "if (out.grad_out == nullptr) {"),
+        moved_bytes=2 * gate.voxels * (3 * gate.channels + 1) + phi_bytes + theta_bytes + 4 * blocks * width,
+        in_flight_bytes=2 * 2 * 32 * gate.channels,
+        units=gate.runs,
+        products=gate.runs
+        * (
+            gate.theta_products()
+            + gate.interpolation_products()
+            + 4 * 2 * gate.size  # x times grad_out
+            + 2 * 4 * gate.size * gate.size  # grad_w_x: blocks of 16 voxels x 8 channels x inner blocks
+            + 2 * gate.size * 4 * gate.size  # grad_x: 16 channels x 8 voxels x inner blocks
+        ),
+        copied_bytes=2 * 2 * gate.voxels * gate.channels,
+    )
+    adjoint = _adjoint(gate, theta_bytes + phi_bytes)
+    weights = Launch(
+        source="attention_gate",
+        kernel="gate_weights_kernelIfE",
+        blocks=-(-width // 32),
+        threads=512,
+        shared_bytes=0,
+        trips={"for (int b = slice; b < blocks": blocks / 16},
+        skipped=(),
+        moved_bytes=4 * blocks * width,
+        in_flight_bytes=8 * 4 * 32,
+        units=gate.runs,
+    )
+    return Configuration(
+        f"gate backward {gate.label}", fewest, (main, adjoint, weights), gate.timed_as("backward")
+    )
+
+
+def _adjoint(gate: Gate, moved_bytes: float) -> Launch:
+    """phi's gradient from that of up(phi), for grids that differ by 2."""
+    planes = gate.fine[0] // 2
+    rows_and_columns = gate.coarse_voxels // planes // gate.images
+    groups = gate.inner / 8 if gate.by_voxel else gate.inner / 4  # of channels, or of columns
+    for taken in (8, 4, 2):
+        segments = -(-planes // taken)
+        threads = int(gate.images * groups * rows_and_columns * segments)
+        if threads >= 50_000:
+            break
+    read = (2 * planes + 2 * segments) / segments  # planes of up(phi), of a thread
+    flags = (gate.by_voxel, True, len(gate.fine) == 3)
+    rows = 4 if len(gate.fine) == 3 else 1
+    return Launch(
+        source="attention_gate",
+        kernel="gate_halving_adjoint_kernelIN3c108BFloat16E" + "".join(f"Lb{int(flag)}E" for flag in flags),
+        blocks=-(-threads // 256),
+        threads=256,
+        shared_bytes=0,
+        trips={"for (int z = part.begin; z <= part.end; ++z)": read / 2},
+        skipped=(
+            "if (first + 8 > ax.fine) {",
+            *(["for (int i = 0; i < width; ++i) {"] if gate.by_voxel else []),
+        ),
+        moved_bytes=moved_bytes,
+        in_flight_bytes=16
+        * 32
+        * 2
+        * rows
+        * (2 if gate.by_voxel else 1),  # pieces of two planes, or half of theirs
+        units=gate.runs,
+    )
+
+
+GATES = (
+    Gate(1, 32, 16, (96, 96, 96)),
+    Gate(8, 64, 32, (512, 512)),
+    Gate(1, 32, 16, (96, 96, 96), by_voxel=True),
+    Gate(8, 64, 32, (512, 512), by_voxel=True),
+)
+
+
+def configurations() -> list[Configuration]:
+    return [make(gate) for gate in GATES for make in (gate_forward, gate_backward)]
