@@ -212,7 +212,7 @@ def run_command(words: Sequence[str]) -> int:
         arguments = [*arguments[: at + 2], *arguments[at + 4 :]]  # one of the three
     trains = name == "lungkit-train" and not {"--resume", "--print-config"} & set(arguments)
     if trains or (name == "lungkit-compare" and "--runs" not in arguments):
-        arguments += [f"--{option}={value}" for option, value in _BUDGET.items()]
+        arguments += ["--no-report", *(f"--{option}={value}" for option, value in _BUDGET.items())]
     try:
         return int(importlib.import_module(_SCRIPTS[name]).main(arguments))
     except SystemExit as end:  # of the parser
