@@ -1,10 +1,10 @@
 """What the compiled CUDA code says before a GPU has run it: predicted times of the headline configurations.
 
 ``python benchmarks/static_model.py`` from the checkout compiles csrc/<op>/cuda.cu for ``--architectures`` (default 80
-and 90; or reads ``--library``, a built lungkit_cuda.so) and prices each kernel: instructions that a warp issues for 32
+and 90; ``--cubins`` keeps what it compiles) and prices each kernel: instructions that a warp issues for 32
 voxels, by pipe; the time that the schedulers, the tensor cores and the memory pipe need at least (the floors); the
-bytes; the warps that fit a multiprocessor and the bytes that these have on their way. It needs nvcc, unless it is given
-a library, and lungkit's extra ``cuda-dev`` or the CUDA toolkit's nvdisasm and cuobjdump. Writes
+bytes; the warps that fit a multiprocessor and the bytes that these have on their way. It needs nvcc and
+lungkit's extra ``cuda-dev`` or the CUDA toolkit's nvdisasm and cuobjdump. Writes
 ``results/h100-predicted.md`` and ``.json``, for the sizes of an H100 SXM.
 
 ``--check`` writes nothing and fails where a kernel spills registers to memory or is dearer than
@@ -148,22 +148,17 @@ def price(launch: Launch, function: Function, resources: Resources) -> Price:
     )
 
 
-def compiled(sources: Sequence[str], architecture: str, folder: Path, library: Path | None) -> list[Path]:
-    """Cubins of the ops, from a built library where there is one."""
-    if library is not None:
-        subprocess.run(
-            [tool("cuobjdump"), "-xelf", f"sm_{architecture}", str(library.resolve())],
-            cwd=folder,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        return sorted(folder.glob("*.cubin"))
+def compiled(sources: Sequence[str], architecture: str, folder: Path) -> list[Path]:
+    """Cubins of the ops, in ``folder``; one that is newer than its sources is not compiled again."""
     import torch
 
     include = Path(torch.__file__).parent / "include"
     made = []
     for source in sources:
-        made.append(folder / f"{source}.cubin")
+        made.append(folder / f"{source}.sm_{architecture}.cubin")
+        read = [*(ROOT / "csrc" / source).iterdir(), *(ROOT / "csrc" / "support").iterdir()]
+        if made[-1].is_file() and made[-1].stat().st_mtime > max(path.stat().st_mtime for path in read):
+            continue
         command = [
             shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc", f"-arch=sm_{architecture}",
             "-std=c++20", "-O3", "-cubin", "-lineinfo", "--expt-relaxed-constexpr", "--extended-lambda", "-DUSE_CUDA",
@@ -306,9 +301,7 @@ def problems(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "--library", type=Path, help="a built lungkit_cuda.so, read instead of compiling csrc"
-    )
+    parser.add_argument("--cubins", type=Path, help="folder that keeps the compiled code for the next run")
     parser.add_argument(
         "--architectures", nargs="+", default=["80", "90"], help="compute capabilities; prices are 90's"
     )
@@ -321,7 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spilling: list[str] = []
     for architecture in options.architectures:
         with tempfile.TemporaryDirectory() as folder:
-            cubins = compiled(sources, architecture, Path(folder), options.library)
+            kept = Path(folder) if options.cubins is None else options.cubins
+            kept.mkdir(parents=True, exist_ok=True)
+            cubins = compiled(sources, architecture, kept)
             if architecture != "90":
                 used = {name: r for cubin in cubins for name, r in resources_of(cubin).items()}
                 spilling += problems([], used, {})
