@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # are tested through it. A folder stands for all its modules.
 TESTED_IN = {
     "cli/compare.py": "experiments/test_compare.py",
+    "cli/models.py": "cli/test_points.py",
     "data/augment/": "data/test_augment.py",
     "data/dataset.py": "data/test_read_case.py",
     "data/dicom/_packages.py": "data/dicom/test_files.py",

@@ -18,6 +18,7 @@ import lungkit
 from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
 from lungkit.cli._parser import CommandParser
+from lungkit.cli._points import DEFAULT_MODEL, add_arguments, is_pointing, segment_points, with_signs
 from lungkit.cli._shares import launcher_around, parse_shard
 from lungkit.errors import DataError, UsageError, readable, shorten
 
@@ -34,6 +35,7 @@ viewer for each scan, pages/NAME.html. The same command again does what is missi
 One scan that cannot be used does not stop the rest; it is named, and the exit code says so.
 Examples:
   lungkit-predict -i scan.nii.gz -o mask.nii.gz --model runs/NAME     one scan
+  lungkit-predict -i scan.nii.gz -o mask.nii.gz --at -42.5,18,120     the nodule at a point, with the package's model
   lungkit-predict -i scans/ -o masks/ --model runs/A runs/B --tta     a folder; two models and their mirror images
   lungkit-predict -i series/ -o out/ --model runs/NAME --format dicom-seg dicom-sr dicom-sc
   lungkit-predict -i scans/ -o masks/ --model runs/NAME --shard 0/8   a share; then: lungkit-predict merge masks/
@@ -47,7 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["merge"]:
         return run_command(lambda: _merge(given[1:]))
-    return run_command(lambda: _run_on(_parser().parse_args(given)))
+    return run_command(lambda: _run_on(_options(given)))
+
+
+def _options(given: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(with_signs(given))
+    if options.model is None:
+        if not is_pointing(options):
+            parser.error("--model is required: a run folder, or a name of lungkit-models list")
+        options.model = [DEFAULT_MODEL]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,10 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         action="extend",
-        required=True,
         metavar="RUN",
-        help="run folder or checkpoint; several, or the folder of all folds, are an ensemble, the mean of their "
-        "probabilities",
+        help="run folder, checkpoint or a name of lungkit-models; several, or the folder of all folds, are an "
+        "ensemble, the mean of their probabilities",
     )
     add(
         "--format",
@@ -164,8 +175,11 @@ def _parser() -> argparse.ArgumentParser:
         help="scans with voxels that are NaN or infinite: refuse them (default), or take the smallest value there",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print what became of the scans as JSON on standard output"
+        "--json",
+        action="store_true",
+        help="print what became of the scans, or the nodules at points, as JSON",
     )
+    add_arguments(parser)
     parser.add_argument("--version", action="version", version=lungkit.__version__)
     return parser
 
@@ -179,7 +193,7 @@ def _run_on(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from lungkit.data import DEFAULT_MAX_VOXELS, NanPolicy
-    from lungkit.inference import Predictor, TrainedModel
+    from lungkit.inference import Predictor, TrainedModel, model_folder
     from lungkit.inference.trained_model import model_folders
     from lungkit.pipeline import (
         OutputFiles,
@@ -192,7 +206,9 @@ def _run(options: argparse.Namespace) -> int:
         share_of,
     )
 
-    models = [TrainedModel.load(path) for given in options.model for path in model_folders(given)]
+    models = [
+        TrainedModel.load(path) for given in options.model for path in model_folders(model_folder(given))
+    ]
     predictor = Predictor(
         models,
         device=options.device,
@@ -219,6 +235,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     files.check()
     check_formats(files.formats, scans)
+    if is_pointing(options):
+        return segment_points(options, predictor, scans, files)
     shard = parse_shard(options.shard, os.environ)
     launcher = launcher_around(os.environ) if options.shard is None and len(scans) > 1 else None
     if launcher is not None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from lungkit.inference.scan_doubts import scan_doubts
 from lungkit.inference.scan_scores import class_probabilities, ensemble_scores
 from lungkit.inference.sliding_window import Progress
 from lungkit.inference.trained_model import TrainedModel, model_folders
+
+if TYPE_CHECKING:
+    from lungkit.inference.at_points import Box, PointedPrediction
 
 _LOG = logging.getLogger("lungkit")
 
@@ -287,6 +290,16 @@ class Predictor:
         for attempt in self._attempts(volumes, attention):
             with attempt:
                 yield from self._scores(volumes, attempt, progress, attention=attention)
+
+    def segment_at(
+        self, image: Image, points: Sequence[tuple[float, float, float] | Box], *, stability: bool = True
+    ) -> PointedPrediction:
+        """The nodule at each point of a scan, see :func:`lungkit.inference.at_points.segment_at`."""
+        from lungkit.inference.at_points import segment_at
+
+        return segment_at(
+            self, load_channels(image, max_voxels=self.max_voxels)[0], points, stability=stability
+        )
 
     def check_scan(self, volumes: Sequence[Volume]) -> None:
         """Refuse a scan that the models cannot take.

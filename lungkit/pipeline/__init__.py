@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lungkit.pipeline.inputs import FoundScans, ScanInput, find_scans, share_of
 from lungkit.pipeline.measurements import measure_mask, separate_lesions
-from lungkit.pipeline.outputs import FORMATS, OutputFiles, check_formats
+from lungkit.pipeline.outputs import FORMATS, OutputFiles, check_formats, write_results
 from lungkit.pipeline.records import Records, claim, merge
 from lungkit.pipeline.run import Outcome, Wanted, predict_scans
 
@@ -24,4 +24,5 @@ __all__ = [
     "predict_scans",
     "separate_lesions",
     "share_of",
+    "write_results",
 ]

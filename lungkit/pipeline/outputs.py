@@ -98,6 +98,10 @@ class OutputFiles:
         """File of the report."""
         return self._side("reports", name, ".json")
 
+    def table(self, name: str) -> Path:
+        """File of the nodules that were pointed at."""
+        return self._side("nodules", name, "_nodules.csv" if self.is_file else ".csv")
+
     def picture(self, name: str) -> Path:
         """File of the preview."""
         return self._side("previews", name, ".png")
