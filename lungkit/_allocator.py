@@ -47,3 +47,30 @@ def keep_freed_memory() -> bool:
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     # 1 is success for both; either is of use without the other.
     return all([mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) == 1, mallopt(_M_TRIM_THRESHOLD, _NEVER) == 1])
+
+
+def release_free_memory() -> bool:
+    """Give the system back what is free between the blocks in use, once.
+
+    Where freed blocks are kept (:func:`keep_freed_memory`), blocks of changing sizes leave gaps that the C library does
+    not always fill again: a long training would grow by some hundred MB an epoch. The next use of what is given back
+    costs new pages, so this is for once in minutes.
+
+    Returns:
+        Whether there was something to give back; False where the C library is not glibc.
+
+    Source: malloc_trim(3).
+
+    Example:
+        >>> from lungkit._allocator import release_free_memory
+        >>> isinstance(release_free_memory(), bool)
+        True
+    """
+    try:
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018
+        trim = library.malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
+    return bool(trim(0))

@@ -61,3 +61,34 @@ def test_a_block_as_large_as_a_long_scan_is_given_back():
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_what_the_environment_says_stands(name):
     assert run(keep=True, size=1 << 22, **{name: "1000000"})[0] == "False"
+
+
+_FRAGMENTS = """
+import ctypes, lungkit
+from lungkit._allocator import release_free_memory
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
+lungkit.keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+blocks = [libc.malloc(1 << 20) for _ in range(256)]
+for block in blocks:
+    ctypes.memset(block, 1, 1 << 20)
+for block in blocks[:-1]:
+    libc.free(block)
+before = resident()
+print(release_free_memory(), (before - resident()) >> 20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs_glibc
+def test_what_is_free_below_a_block_in_use_is_given_back_on_request():
+    clean = {
+        name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _FRAGMENTS], env=clean, capture_output=True, text=True, check=True
+    )
+    released, mebibytes = done.stdout.split()
+    assert released == "True" and int(mebibytes) >= 250

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"nn", "data", "checkpoint"},
     "report": {"metrics", "data"},
     "pipeline": {"inference", "report"},
-    "training": {"nn", "losses", "pipeline", "_terminal"},
+    "training": {"nn", "losses", "pipeline", "_terminal", "_allocator"},
     "experiments": {"training"},
     "cli": {"experiments", "_allocator"},
 }

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from lungkit._allocator import release_free_memory
 from lungkit.checkpoint import BEST, LAST
 from lungkit.data import CachedCase
 from lungkit.errors import Interrupted, LungkitError
@@ -224,6 +225,7 @@ class Run:
         if self._budget is not None:
             self._budget.spend()  # of the checkpoints; a validation or a step is measured without them
             seconds_left = 0.0 if last_epoch else self._budget.seconds_left
+        release_free_memory()
         self.display.end_epoch(row, self.plan.epochs, seconds_left)
         if self._on_epoch_end is not None:
             self._on_epoch_end(row)
