@@ -24,7 +24,7 @@ Tiny = Callable[..., TrainConfig]
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lungkit.training.run.save_curves", lambda *args: None)
-    monkeypatch.setattr(finishing, "draw_overlays", lambda *args: None)
+    monkeypatch.setattr(finishing, "draw_overlays", lambda *args, **options: None)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lungkit.training.session import Session
 def no_pictures(monkeypatch):
     """Pictures take most of the time of a tiny run."""
     monkeypatch.setattr("lungkit.training.run.save_curves", lambda *args: None)
-    monkeypatch.setattr("lungkit.training.finishing.draw_overlays", lambda *args: None)
+    monkeypatch.setattr("lungkit.training.finishing.draw_overlays", lambda *args, **options: None)
 
 
 def idle_step(self, step, images, labels):

@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(Session, "train_step", slow_step)
     monkeypatch.setattr(Session, "validate", slow_validate)
     monkeypatch.setattr("lungkit.training.run.save_curves", lambda *args: None)
-    monkeypatch.setattr("lungkit.training.finishing.draw_overlays", lambda *args: None)
+    monkeypatch.setattr("lungkit.training.finishing.draw_overlays", lambda *args, **options: None)
     return clock
 
 
