@@ -106,9 +106,9 @@ def segment_at(
     centres = [point.centre if isinstance(point, Box) else point for point in points]
     places = [_place(centre, clicks.geometry, scan) for centre in centres]
     walls = [_walls(point, clicks.geometry) if isinstance(point, Box) else None for point in points]
-    if scan.array.min() == scan.array.max():
+    if clicks.lowest == clicks.highest:
         raise DataError(
-            f"{scan.path or 'the scan'}: all voxels are {scan.array.min()}; there is nothing to point at"
+            f"{scan.path or 'the scan'}: all voxels are {clicks.lowest:g}; there is nothing to point at"
         )
     mask = np.zeros(scan.array.shape, np.uint16 if len(points) > 255 else np.uint8)
     numbered = orient(mask, clicks.geometry)
@@ -140,6 +140,7 @@ class _Clicks:
     def __init__(self, predictor: Predictor, scan: Volume) -> None:
         self.predictor, self.geometry = predictor, plan_geometry(scan)
         self.slices = orient(scan.array, self.geometry)
+        self.lowest, self.highest = float(scan.array.min()), float(scan.array.max())
         self.warnings: dict[str, None] = {}
 
     def __call__(self, place: np.ndarray, half_mm: float, walls: Crop | None) -> tuple[Crop, np.ndarray]:
@@ -325,7 +326,7 @@ def _why_nothing(clicks: _Clicks, place: np.ndarray) -> str:
     ]
     mean = float(ball.mean(dtype=np.float64))
     where = ""
-    if float(clicks.slices.min()) < _HU_BELOW:
+    if clicks.lowest < _HU_BELOW:
         where = ": it lies in air" if mean < -950 else ": it lies in lung" if mean < -600 else ""
     return f"no nodule within {REACH_MM:g} mm of the point{where} (mean {mean:.0f} within {_BALL_MM:g} mm)"
 
