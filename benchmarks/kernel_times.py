@@ -46,13 +46,14 @@ class Measurement:
     make: Callable[[], Call]
 
 
-def measurements(device: str, *, smoke: bool) -> Iterator[Measurement]:
+def measurements(device: str, *, smoke: bool, compiled: bool = True) -> Iterator[Measurement]:
     """The headline sizes of every op beside eager PyTorch and torch.compile; tiny ones for a rehearsal."""
     yield _copy(device, 1 << 16 if smoke else 1 << 28)
     for case in _cases(device, smoke):
         for provider in _compared(case):
             for mode in ("forward", "both"):
-                yield _of_case(case, provider, mode)
+                if compiled or "compiled" not in provider:
+                    yield _of_case(case, provider, mode)
     yield from _tail(device, smoke)
 
 
@@ -205,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that all of it runs")
+    parser.add_argument("--without-compiled", action="store_true", help="leave out what has to be compiled")
     options = parser.parse_args(arguments)
     rows: dict[str, Mapping[str, Any]] = {}
     if options.output.is_file():
@@ -212,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row['name']} | {row['provider']}": row
             for row in json.loads(options.output.read_text())["rows"]
         }
-    for measurement in measurements(options.device, smoke=options.smoke):
+    for measurement in measurements(
+        options.device, smoke=options.smoke, compiled=not options.without_compiled
+    ):
         key = f"{measurement.name} | {measurement.provider}"
         if key in rows and "error" not in rows[key]:
             continue
