@@ -34,9 +34,21 @@ class _SumOverRanks(torch.autograd.Function):
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """``values`` summed over the ranks of ``group`` (None: all), each of which must call this."""
+    check_process_group()
+    return _SumOverRanks.apply(values, group)
+
+
+def sums_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
+    """Each of ``values`` summed over all ranks, in one message."""
+    total = sum_over_ranks(torch.cat([value.flatten() for value in values]))
+    parts = total.split([value.numel() for value in values])
+    return tuple(part.view(value.shape) for part, value in zip(parts, values, strict=True))
+
+
+def check_process_group() -> None:
+    """Raise where there are no ranks to sum over."""
     if not dist.is_available() or not dist.is_initialized():
         raise UsageError(
             "synchronise=True needs torch.distributed: call torch.distributed.init_process_group first, or pass "
             "synchronise=False in a run of one process"
         )
-    return _SumOverRanks.apply(values, group)

@@ -51,9 +51,9 @@ class DiceCELoss(nn.Module):
         label_smoothing: of the cross-entropy of more than one channel, in [0, 1].
         ignore_index: class index whose voxels count nowhere; beside label vectors, see
             :func:`lungkit.ops.dice_ce.dice_ce_statistics`.
-        synchronise: with ``batch``, sum over the images of all ranks of ``torch.distributed``, so that the loss and,
-            under DistributedDataParallel, the gradient are those of one process with the whole batch. Every rank
-            must take part in each call.
+        synchronise: the loss of the images of all ranks of ``torch.distributed``: value and, under
+            DistributedDataParallel, gradient are those of one process with the whole batch, however unevenly images
+            and counting voxels are spread. Every rank must take part in each call.
 
     Shapes:
         input: logits (B, C, \*S), one to three spatial axes; float64, float32, bfloat16 or float16.
@@ -103,10 +103,6 @@ class DiceCELoss(nn.Module):
         check_not_negative(lambda_dice=lambda_dice, lambda_ce=lambda_ce)
         if not 0 <= label_smoothing <= 1:
             raise UsageError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-        if synchronise and not batch:
-            raise UsageError(
-                "synchronise=True needs batch=True: Dice of single images is the same on any number of ranks"
-            )
         self.options = DiceCEOptions(
             activation=activation_name(sigmoid=sigmoid, softmax=softmax),
             squared=squared_pred,
@@ -150,6 +146,6 @@ class DiceCELoss(nn.Module):
         if not self.synchronise:
             return fused_loss(input, target, self.options, mask=mask, weight=self.weight)
         statistics = fused_statistics(input, target, self.options.for_logits(input), mask=mask)
-        # Batch Dice and the cross-entropy are functions of sums over the batch, so ranks need not share more.
-        whole_batch = sum_over_ranks(statistics.sum(1, keepdim=True))
-        return loss_of_statistics(whole_batch, input, target, self.options, weight=self.weight)
+        return loss_of_statistics(
+            statistics, input, target, self.options, weight=self.weight, over_ranks=sum_over_ranks
+        )

@@ -14,6 +14,7 @@ from lungkit.losses._options import (
     check_not_negative,
     weight_tensor,
 )
+from lungkit.losses._ranks import sums_over_ranks
 from lungkit.ops.dice_ce import DiceCEOptions, Statistics, fused_statistics
 from lungkit.ops.dice_ce_arithmetic import dice_terms, reduce_terms
 
@@ -30,8 +31,8 @@ class DiceFocalLoss(nn.Module):
 
     Args:
         include_background: count class 0, in both terms.
-        to_onehot_y, sigmoid, softmax, squared_pred, jaccard, smooth_nr, smooth_dr, batch, ignore_index: as in
-            :class:`lungkit.losses.DiceCELoss`; the activation is that of the Dice term.
+        to_onehot_y, sigmoid, softmax, squared_pred, jaccard, smooth_nr, smooth_dr, batch, ignore_index,
+            synchronise: as in :class:`lungkit.losses.DiceCELoss`; the activation is that of the Dice term.
         reduction: "mean", or "sum" over images and classes of the mean over voxels.
         gamma: focal exponent; 0 is binary cross-entropy.
         weight: one for each class that counts, or one for all; multiplies both terms.
@@ -73,6 +74,7 @@ class DiceFocalLoss(nn.Module):
         lambda_focal: float = 1.0,
         alpha: float | None = None,
         ignore_index: int | None = None,
+        synchronise: bool = False,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, ("mean", "sum"))
@@ -99,6 +101,7 @@ class DiceFocalLoss(nn.Module):
         self.reduction = reduction
         self.lambda_focal = float(lambda_focal)
         self.alpha = alpha
+        self.synchronise = synchronise
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of logits ``input`` against ``target``; ``mask`` (B, *S) or (B, 1, *S) marks the voxels that count."""
@@ -108,27 +111,37 @@ class DiceFocalLoss(nn.Module):
             statistics = statistics[:, :, 1:]
         sums = Statistics(*statistics)
         weight = self._weight_of(sums.voxels)
-        dice, focal = self._dice(sums, weight), self._focal(sums, weight)
-        return self.options.lambda_dice * dice + self.lambda_focal * focal
-
-    def _dice(self, sums: Statistics, weight: Tensor | None) -> Tensor:
         overlap, total = sums.intersection, sums.prediction + sums.label
         if self.options.batch:
             overlap, total = overlap.sum(0, keepdim=True), total.sum(0, keepdim=True)
+        focal, voxels = self._focal(sums, weight), sums.voxels.sum()
+        if not self.synchronise:
+            dice = reduce_terms(self._dice_terms(overlap, total, weight), self.reduction)
+        elif self.options.batch:
+            overlap, total, focal, voxels = sums_over_ranks(overlap, total, focal, voxels)
+            dice = reduce_terms(self._dice_terms(overlap, total, weight), self.reduction)
+        else:
+            terms = self._dice_terms(overlap, total, weight)
+            dice, number, focal, voxels = sums_over_ranks(
+                terms.sum(), terms.new_full((), terms.numel()), focal, voxels
+            )
+            dice = dice if self.reduction == "sum" else dice / number.clamp_min(1.0)
+        if self.reduction == "mean":
+            focal = focal / voxels.clamp_min(1.0)
+        return self.options.lambda_dice * dice + self.lambda_focal * focal
+
+    def _dice_terms(self, overlap: Tensor, total: Tensor, weight: Tensor | None) -> Tensor:
         terms = dice_terms(overlap, total, self.options)
-        if weight is not None and terms.shape[1] > 1:
-            terms = terms * weight
-        return reduce_terms(terms, self.reduction)
+        return terms if weight is None or terms.shape[1] == 1 else terms * weight
 
     def _focal(self, sums: Statistics, weight: Tensor | None) -> Tensor:
+        """Sum of the focal loss over voxels; for the reduction "sum", of its means over the voxels of an image."""
         terms = sums.cross_entropy + sums.rest
         if self.alpha is not None:
             terms = self.alpha * sums.cross_entropy + (1.0 - self.alpha) * sums.rest
         if weight is not None:
             terms = terms * weight
-        if self.reduction == "sum":
-            return (terms / sums.voxels.clamp_min(1.0)).sum()
-        return terms.sum() / sums.voxels.sum().clamp_min(1.0)
+        return (terms if self.reduction == "mean" else terms / sums.voxels.clamp_min(1.0)).sum()
 
     def _weight_of(self, sums: Tensor) -> Tensor | None:
         if self.weight is None:

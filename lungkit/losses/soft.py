@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lungkit.errors import UsageError
 from lungkit.losses._options import check_choice, check_not_negative
+from lungkit.losses._ranks import sums_over_ranks
 
 
 class SoftDiceCELoss(nn.Module):
@@ -30,6 +31,7 @@ class SoftDiceCELoss(nn.Module):
         smooth_nr, smooth_dr: :math:`s_n` and :math:`s_d`.
         batch: sum over the batch before the division.
         lambda_dice, lambda_ce: weights of the two terms; 0 leaves one out.
+        synchronise: the loss of the images of all ranks, as in :class:`lungkit.losses.DiceCELoss`.
 
     Shapes:
         input: logits (B, C, \*S), C at least 2; half types are computed in float32.
@@ -60,6 +62,7 @@ class SoftDiceCELoss(nn.Module):
         batch: bool = False,
         lambda_dice: float = 1.0,
         lambda_ce: float = 1.0,
+        synchronise: bool = False,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, ("mean", "sum"))
@@ -70,6 +73,7 @@ class SoftDiceCELoss(nn.Module):
         self.mean = reduction == "mean"
         self.smooth_nr, self.smooth_dr, self.batch = float(smooth_nr), float(smooth_dr), batch
         self.lambda_dice, self.lambda_ce = float(lambda_dice), float(lambda_ce)
+        self.synchronise = synchronise
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of logits ``input`` against the shares ``target``; ``mask`` marks the voxels that count."""
@@ -96,10 +100,10 @@ class SoftDiceCELoss(nn.Module):
         loss = input.new_zeros(())
         if self.lambda_ce:
             total = -(target * logarithms).sum()
-            if self.mean:
-                voxels = input[:, 0].numel() if mask is None else mask.sum().clamp_min(1)
-                total = total / max(voxels, 1) if isinstance(voxels, int) else total / voxels
-            loss = loss + self.lambda_ce * total
+            voxels = input.new_full((), input[:, 0].numel()) if mask is None else mask.sum().to(input.dtype)
+            if self.synchronise:
+                total, voxels = sums_over_ranks(total, voxels)
+            loss = loss + self.lambda_ce * (total / voxels.clamp_min(1.0) if self.mean else total)
         if self.lambda_dice:
             loss = loss + self.lambda_dice * self._dice(logarithms, target, mask)
         return loss
@@ -111,9 +115,15 @@ class SoftDiceCELoss(nn.Module):
         axes = (0, *range(2, label.dim())) if self.batch else tuple(range(2, label.dim()))
         overlap = torch.minimum(prediction, label).sum(axes)
         total = prediction.sum(axes) + label.sum(axes)
+        voxels = total.new_ones(()) if mask is None else mask.sum(axes).to(total.dtype)
+        if self.synchronise and self.batch:
+            overlap, total, voxels = sums_over_ranks(overlap, total, voxels)
         terms = 1.0 - (2.0 * overlap + self.smooth_nr) / (total + self.smooth_dr)
         if mask is not None:
-            terms = torch.where(mask.sum(axes) > 0, terms, 0.0 * total)
+            terms = torch.where(voxels > 0, terms, 0.0 * total)
+        if self.synchronise and not self.batch:
+            sum_of_terms, number = sums_over_ranks(terms.sum(), terms.new_full((), terms.numel()))
+            return sum_of_terms / number.clamp_min(1.0) if self.mean else sum_of_terms
         return terms.mean() if self.mean and terms.numel() else terms.sum()
 
 

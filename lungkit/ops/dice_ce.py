@@ -2,7 +2,7 @@ r"""Soft Dice + cross-entropy: statistics of logits against labels in one pass, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -206,16 +206,19 @@ def loss_of_statistics(
     options: DiceCEOptions,
     *,
     weight: Tensor | Sequence[float] | None = None,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The loss of :func:`dice_ce_loss` from statistics in hand, e.g. summed over ranks.
+    """The loss of :func:`dice_ce_loss` from statistics in hand.
 
-    ``logits`` and ``labels`` say of which kind they are; their values are not read.
+    ``logits`` and ``labels`` say of which kind they are; their values are not read. ``over_ranks`` sums a tensor over
+    the ranks of a distributed run: then the loss is that of the images of all of them.
     """
     return loss_from_statistics(
         statistics,
         options.for_logits(logits),
         weight=_class_weight(weight, logits),
         class_indices=has_class_indices(logits, labels),
+        over_ranks=over_ranks,
     )
 
 

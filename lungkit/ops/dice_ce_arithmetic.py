@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -87,12 +88,21 @@ class DiceCEOptions:
 
 
 def loss_from_statistics(
-    statistics: Tensor, options: DiceCEOptions, *, weight: Tensor | None, class_indices: bool
+    statistics: Tensor,
+    options: DiceCEOptions,
+    *,
+    weight: Tensor | None,
+    class_indices: bool,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Dice + cross-entropy loss of ``statistics`` (6, B, C).
 
-    ``class_indices`` says what the labels were and decides the divisor of a weighted mean cross-entropy.
+    ``class_indices`` says what the labels were and decides the divisor of a weighted mean cross-entropy. ``over_ranks``
+    sums a tensor over the ranks of a distributed run: then the loss is that of the images of all of them.
     """
+    if over_ranks is not None and options.batch:
+        # Batch Dice and the cross-entropy are functions of sums over the batch, so ranks need not share more.
+        statistics, over_ranks = over_ranks(statistics.sum(1, keepdim=True)), None
     s = Statistics(*statistics)
     overlap, total = s.intersection, s.prediction + s.label
     if options.batch:
@@ -104,9 +114,15 @@ def loss_from_statistics(
     dice = dice_terms(overlap, total, options)
     if dice_weight is not None and dice.shape[1] > 1:
         dice = dice * dice_weight.to(dice)
-    entropy = cross_entropy_of_statistics(s, options, weight=weight, class_indices=class_indices)
+    entropy, voxels = _cross_entropy_sums(s, options, weight=weight, class_indices=class_indices)
     reduction = "mean" if options.mean else "sum"
-    return options.lambda_dice * reduce_terms(dice, reduction) + options.lambda_ce * entropy
+    if over_ranks is None:
+        loss = reduce_terms(dice, reduction)
+    else:
+        number = dice.new_full((), dice.numel())
+        dice_sum, number, entropy, voxels = over_ranks(torch.stack([dice.sum(), number, entropy, voxels]))
+        loss = dice_sum / number.clamp_min(1.0) if options.mean else dice_sum
+    return options.lambda_dice * loss + options.lambda_ce * _mean_entropy(entropy, voxels, options)
 
 
 def dice_terms(overlap: Tensor, total: Tensor, options: DiceCEOptions) -> Tensor:
@@ -125,6 +141,14 @@ def cross_entropy_of_statistics(
     statistics: Statistics, options: DiceCEOptions, *, weight: Tensor | None, class_indices: bool
 ) -> Tensor:
     """Cross-entropy of softmax or of one sigmoid a channel ("binary"); 0 where no voxel counts."""
+    total, divisor = _cross_entropy_sums(statistics, options, weight=weight, class_indices=class_indices)
+    return _mean_entropy(total, divisor, options)
+
+
+def _cross_entropy_sums(
+    statistics: Statistics, options: DiceCEOptions, *, weight: Tensor | None, class_indices: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum over voxels, and what the mean divides by."""
     _, _, label, positive, rest, voxels = statistics
     classes = positive.shape[1]
     w = positive.new_ones(classes) if weight is None else weight.to(positive)
@@ -134,6 +158,10 @@ def cross_entropy_of_statistics(
         share = options.label_smoothing / classes
         total = (w * ((1.0 - options.label_smoothing) * positive + share * rest)).sum()
         divisor = (w * label).sum() if class_indices else voxels[:, 0].sum()
+    return total, divisor
+
+
+def _mean_entropy(total: Tensor, divisor: Tensor, options: DiceCEOptions) -> Tensor:
     return total / torch.where(divisor == 0, 1.0, divisor) if options.mean else total
 
 

@@ -83,7 +83,13 @@ class Session:
         # fp16 scales the loss; without the scale a resumed run would skip steps to find it again.
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
         self._codes = codes_of_labels(config, prepared.dataset)
-        self.criterion = make_criterion(config.loss, self.plan, self._codes, prepared.dataset)
+        self.criterion = make_criterion(
+            config.loss,
+            self.plan,
+            self._codes,
+            prepared.dataset,
+            synchronise=fabric.world_size > 1,
+        )
         self.augment = Augmenter(config.augment, self.plan.dims, **augmenter_geometry(prepared))
 
     @property
@@ -317,11 +323,17 @@ def make_optimiser(
 
 
 def make_criterion(
-    config: LossConfig, plan: Plan, codes: ReaderCodes | None = None, dataset: Dataset | None = None
+    config: LossConfig,
+    plan: Plan,
+    codes: ReaderCodes | None = None,
+    dataset: Dataset | None = None,
+    *,
+    synchronise: bool = False,
 ) -> nn.Module:
     """Dice + cross-entropy as configured; of shares of readers with ``codes``, of all outputs with deep supervision.
 
     Regions are as many binary problems, as in nnU-Net: sigmoid, Dice of each, binary cross-entropy.
+    With ``synchronise`` it is the loss of the patches of all processes.
     """
     criterion: nn.Module = DiceCELoss(
         softmax=True,
@@ -330,6 +342,7 @@ def make_criterion(
         lambda_dice=config.dice_weight,
         lambda_ce=config.ce_weight,
         ignore_index=IGNORE_INDEX,
+        synchronise=synchronise,
     )
     if dataset is not None and dataset.regions:
         binary = DiceFocalLoss(
@@ -338,6 +351,7 @@ def make_criterion(
             batch=config.batch_dice,
             lambda_dice=config.dice_weight,
             lambda_focal=config.ce_weight,
+            synchronise=synchronise,
         )
         vectors = torch.from_numpy(dataset.region_vectors)
         criterion = CodedLabelsLoss(binary, vectors, ignore_index=IGNORE_INDEX)
@@ -347,6 +361,7 @@ def make_criterion(
             batch=config.batch_dice,
             lambda_dice=config.dice_weight,
             lambda_ce=config.ce_weight,
+            synchronise=synchronise,
         )
         criterion = CodedLabelsLoss(soft, torch.from_numpy(codes.shares), ignore_index=IGNORE_INDEX)
     return DeepSupervisionLoss(criterion) if plan.model["deep_supervision"] else criterion

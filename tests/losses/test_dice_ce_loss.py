@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from dice_ce_ranks import criterion, network_and_batch, run_rank
+from dice_ce_ranks import CRITERIA, network_and_batch, run_rank
 
 from lungkit.errors import UsageError
 from lungkit.losses import DiceCELoss
@@ -188,16 +188,21 @@ def test_compiles_as_a_module():
 # ---- ranks ------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_give_loss_and_gradient_of_one_process_with_the_whole_batch(tmp_path: Path):
-    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
-    network, images, labels = network_and_batch()
-    loss = criterion(synchronise=False)(network(images), labels)
-    loss.backward()
-    for rank in range(2):
-        value, gradients = torch.load(tmp_path / f"rank{rank}.pt")
-        torch.testing.assert_close(value, loss.detach())
-        for gradient, parameter in zip(gradients, network.parameters(), strict=True):
-            torch.testing.assert_close(gradient, parameter.grad)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_give_loss_and_gradient_of_one_process_with_the_whole_batch(tmp_path: Path, ranks):
+    mp.start_processes(run_rank, args=(ranks, str(tmp_path)), nprocs=ranks, start_method="spawn")
+    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
+    for name, build in CRITERIA.items():
+        network, images, labels = network_and_batch()
+        loss = build(synchronise=False)(network(images), labels)
+        loss.backward()
+        for of_rank in found:
+            value, gradients = of_rank[name]
+            torch.testing.assert_close(value, loss.detach(), msg=lambda text, name=name: f"{name}: {text}")
+            for gradient, parameter in zip(gradients, network.parameters(), strict=True):
+                torch.testing.assert_close(
+                    gradient, parameter.grad, msg=lambda text, name=name: f"{name}: {text}"
+                )
 
 
 def test_synchronising_without_a_process_group_is_refused():
@@ -216,7 +221,6 @@ def test_synchronising_without_a_process_group_is_refused():
         ({"lambda_ce": -1.0}, "lambda_ce must not be negative, got -1.0"),
         ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\], got 1.5"),
         ({"weight": [1.0, -2.0]}, r"weight must be numbers that are not negative.*\[1.0, -2.0\]"),
-        ({"synchronise": True}, "synchronise=True needs batch=True"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, message):
