@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lungkit.errors import ResourceError, UsageError
+from lungkit.errors import ResourceError, UsageError, is_full
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 
 
@@ -97,7 +96,7 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full(error):
             raise ResourceError(
                 f"{folder}: cannot be made, the disk or quota is full; free some space and run again"
             ) from error
@@ -196,14 +195,11 @@ def _temporary_name(final: Path) -> Path:
 
 def _translate(error: BaseException, temporary: Path, final: Path) -> Exception | None:
     """The error to raise in place of ``error``, or None where it is not about writing this file."""
-    text = str(error)
-    # numpy.tofile and torch's zip writer report a short write without an errno.
-    short_write = (isinstance(error, OSError) and error.errno is None and "requested and" in text) or (
-        isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text)
-    )
-    if short_write or (isinstance(error, OSError) and error.errno in _FULL):
+    if is_full(error):
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            return ResourceError(f"{final}: not written, it would be larger than a limit allows (ulimit -f)")
         return ResourceError(
-            f"{final}: not written, the disk or quota is full ({text}); free some space and run again"
+            f"{final}: not written, the disk or quota is full ({error}); free some space and run again"
         )
     if isinstance(error, OSError) and error.errno in _REFUSED:
         mine = {str(temporary), str(final), str(final.parent)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 
@@ -44,6 +45,84 @@ class Interrupted(LungkitError):
     """The run was interrupted and its state saved; it can be resumed."""
 
     exit_code = 75
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.EINVAL,
+}  # fmt: skip
+_ADVICE = {
+    errno.EMFILE: "; too many files are open at once: raise the limit (ulimit -n)",
+    errno.ENFILE: "; too many files are open on this machine",
+    errno.ESTALE: "; the network file system has lost the file: run again",
+    errno.EIO: "; the disk or the network file system fails",
+    errno.EAGAIN: "; too many processes or threads: raise the limit (ulimit -u)",
+}
+_FILE_TOO_LARGE = "the file would be larger than a limit allows (ulimit -f)"
+_SHORT_WRITES = ("PytorchStreamWriter", "unexpected pos", "basic_ios", "iostream error", "basic_filebuf")
+_NO_THREADS = ("can't start new thread", "Resource temporarily unavailable", "thread creation failed")
+_NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "out of memory")
+
+
+def of_system(error: BaseException) -> LungkitError | None:
+    """What to tell of an error of the operating system in one sentence; None where ``error`` is something else.
+
+    Names that cannot be used as they are (absent, no permission, read-only) are :class:`UsageError`; what the machine
+    lacks (disk, memory, threads, open files) or fails in is :class:`ResourceError`.
+
+    Example:
+        >>> import errno
+        >>> of_system(PermissionError(errno.EACCES, "Permission denied", "runs/a"))
+        UsageError('runs/a: Permission denied; check the path and its permissions')
+        >>> of_system(ZeroDivisionError()) is None
+        True
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        if is_full(error):
+            return ResourceError(f"{_named(error)}; free some space and run again")
+        if error.errno in _REFUSED:
+            return UsageError(f"{_named(error)}; check the path and its permissions")
+        return ResourceError(_named(error) + _ADVICE.get(error.errno or 0, ""))
+    if isinstance(error, MemoryError):
+        return ResourceError(f"out of memory ({text})" if text else "out of memory")
+    if isinstance(
+        error, RuntimeError
+    ):  # what C++ raises is one of these, and its text alone says what it was
+        if is_full(error):
+            return ResourceError(
+                f"the disk, the quota or a limit of files is full ({text}); free some space and run again"
+            )
+        if any(sign in text for sign in _NO_THREADS):
+            return ResourceError(f"no more threads can be started ({text}); raise the limit (ulimit -u)")
+        if any(sign in text for sign in _NO_MEMORY):
+            return ResourceError(f"out of memory ({text})")
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether ``error`` says that a disk, a quota or a limit of files is full."""
+    text = str(error)
+    if isinstance(error, OSError):
+        # numpy.tofile reports a short write without an errno.
+        return error.errno in _FULL or (error.errno is None and "requested and" in text)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SHORT_WRITES)
+
+
+def _named(error: OSError) -> str:
+    """The file or files, where there are any, and the reason."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = f"the disk or quota is full ({reason})"
+    if error.errno == errno.EFBIG:
+        reason = _FILE_TOO_LARGE
+    names = [
+        readable(os.fsdecode(name))
+        for name in (error.filename, error.filename2)
+        if isinstance(name, (str, bytes))
+    ]
+    return f"{' -> '.join(names)}: {reason}" if names else reason
 
 
 def readable(name: str | os.PathLike[str]) -> str:

@@ -6,44 +6,104 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from lungkit._allocator import keep_freed_memory
 from lungkit._terminal import coloured, set_quiet
-from lungkit.errors import LungkitError, ResourceError
+from lungkit.cli._streams import lasting_streams
+from lungkit.errors import Interrupted, LungkitError, ResourceError, of_system
 
 _LOG = logging.getLogger("lungkit")
 
 
-def run_command(command: Callable[[], int]) -> int:
-    """Run ``command``; an error that lungkit raises on purpose is printed, without a traceback, as its exit code.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which a command takes as it takes Ctrl-C."""
 
-    Exit codes: 0 ok, 1 other failure, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved,
-    130 interrupted and not saved.
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run ``command``; an error that lungkit or the system raises is one message, without a traceback, and a code.
+
+    Standard output and error may go away meanwhile, and the command goes on in silence: its files and its log are what
+    counts. Only where its result was to be read on the output, and has not arrived, that is an error.
+
+    Exit codes: 0 ok, 1 other failure, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved (SIGTERM
+    or SIGHUP: what was done stays), 130 interrupted and not saved.
     """
     _encode_what_the_terminal_can()
     # A notebook names its own backend to the commands it starts; pictures here go to files alone.
     os.environ["MPLBACKEND"] = "agg"
     set_quiet(False)
-    _log_to_terminal()
-    keep_freed_memory()
+    with lasting_streams() as output:
+        _log_to_terminal()
+        keep_freed_memory()
+        try:
+            with _termination():
+                code = _exit_code(command)
+        except SystemExit as stop:
+            output.flush()
+            if stop.code or not _is_lost(output.error):
+                raise
+            code = 0
+        output.flush()
+        if code == 0 and _is_lost(output.error):
+            _LOG.error("error: standard output cannot be written (%s)", output.error)
+            return ResourceError.exit_code
+        return code
+
+
+def _exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except LungkitError as error:
         _LOG.error("error: %s", error)
         return error.exit_code
-    except MemoryError as error:
-        _LOG.error("error: out of memory (%s)", error)
-        return ResourceError.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, MemoryError, RuntimeError) as error:
+        told = of_system(error)
+        if told is None:
             raise
-        _LOG.error("error: the disk or quota is full (%s); free some space and run again", error)
-        return ResourceError.exit_code
+        _LOG.error("error: %s", told)
+        return told.exit_code
+    except Terminated as error:
+        _LOG.error("stopped by %s; what was done stays", error)
+        return Interrupted.exit_code
     except KeyboardInterrupt:
         _LOG.error("interrupted; nothing more was saved")
         return 130
+
+
+def _is_lost(error: OSError | None) -> bool:
+    """Whether somebody misses what was written; not whoever closed the pipe, as ``| head`` does."""
+    return error is not None and error.errno != errno.EPIPE
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise :class:`Terminated`, but for those that are ignored (``nohup``)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Terminated(signal.Signals(number).name)
+
+    numbers = [
+        number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
+    ]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _encode_what_the_terminal_can() -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop."""
+"""Ctrl-C, SIGTERM and the loss of the terminal (SIGHUP) as a request to stop."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ _LOG = logging.getLogger("lungkit")
 
 @contextmanager
 def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call ``stop``; the second one takes its usual effect at once."""
+    """Ctrl-C, SIGTERM and SIGHUP call ``stop``; the second one takes its usual effect at once.
+
+    A SIGHUP that is ignored stays ignored: that is what ``nohup`` is for.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught = (signal.SIGINT, signal.SIGTERM)
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        caught.append(signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in caught}
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -50,7 +50,7 @@ def test_an_interruption_says_that_nothing_was_saved(capsys: pytest.CaptureFixtu
     assert "nothing more was saved" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), ZeroDivisionError("a bug")])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ZeroDivisionError("a bug")])
 def test_what_nobody_foresaw_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         run_command(failing(error))

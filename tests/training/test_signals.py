@@ -8,12 +8,27 @@ import pytest
 from lungkit.training.signals import stop_signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_to_stop(number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_first_signal_asks_to_stop(name):
+    if not hasattr(signal, name):
+        pytest.skip(f"this system has no {name}")
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, and stays so
     asked = threading.Event()
     with stop_signals(asked.set):
         signal.raise_signal(number)
+    signal.signal(number, before)
     assert asked.is_set()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_a_terminal_that_nohup_lets_go_of_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    asked = threading.Event()
+    with stop_signals(asked.set):
+        signal.raise_signal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert not asked.is_set()
 
 
 def test_the_second_ctrl_c_takes_its_usual_effect():
