@@ -27,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lungkit.errors import UsageError
 from lungkit.ops._context import autocast_dtype, is_transformed
-from lungkit.ops._layout import new_features
+from lungkit.ops._layout import is_channels_last, new_features
 from lungkit.ops._library import define_op
 from lungkit.ops.gate_tail import gate_psi, gate_scale
 
@@ -123,7 +123,7 @@ def _product_and_tail(
     x: Tensor, phi: Tensor, w_x: Tensor, w_psi: Tensor, b_psi: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The library's products, then the fused tail."""
-    psi = gate_psi(_pointwise(x, w_x), _upsample_by_products(phi, x), w_psi)
+    psi = gate_psi(_product(x, w_x), _upsample_by_products(phi, x), w_psi)
     alpha = torch.sigmoid(psi + b_psi.to(psi.dtype))
     return gate_scale(x, alpha), alpha
 
@@ -160,6 +160,14 @@ def _upsample_by_products(phi: Tensor, x: Tensor) -> Tensor:
             weights = F.interpolate(points, size=size, mode="linear", align_corners=False)[0]
             fine = (fine.movedim(axis, -1) @ weights).movedim(-1, axis)
     return fine.to(x.dtype)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """The 1x1 convolution as a matrix product, which rounds as torch's settings for products say."""
+    weight = weight.to(x.dtype)
+    if is_channels_last(x):
+        return F.linear(x.movedim(1, -1), weight).movedim(-1, 1)
+    return torch.matmul(weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

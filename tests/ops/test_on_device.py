@@ -100,6 +100,11 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 
 
+def detached(call: Call) -> list[Tensor]:
+    """Its results without their graphs, whose leaves would hold on to the stream of this call."""
+    return [result.detach() for result in call()]
+
+
 def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(expected)
 
@@ -107,7 +112,7 @@ def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_gives_the_same_bits_again(name):
     call = CALLS[name]()
-    first = call()
+    first = detached(call)
     for _ in range(20):
         assert_same_bits(call(), first)
 
@@ -115,7 +120,7 @@ def test_a_call_gives_the_same_bits_again(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_a_side_stream_waits_for_nothing_else(name):
     call = CALLS[name]()
-    expected = call()
+    expected = detached(call)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -126,7 +131,7 @@ def test_a_side_stream_waits_for_nothing_else(name):
 
 def test_all_ops_in_one_graph_each_replayed():
     calls = [make() for make in CALLS.values()]
-    expected = [call() for call in calls]
+    expected = [detached(call) for call in calls]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -134,11 +139,11 @@ def test_all_ops_in_one_graph_each_replayed():
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        captured = [call() for call in calls]
+        captured = [detached(call) for call in calls]
     for _ in range(3):
         for results in captured:
             for result in results:
-                result.detach().zero_()
+                result.zero_()
         graph.replay()
         torch.cuda.synchronize()
         for found, wanted in zip(captured, expected, strict=True):
@@ -147,7 +152,7 @@ def test_all_ops_in_one_graph_each_replayed():
 
 def test_two_threads_call_gates_of_different_widths():
     calls = [gate_call(64), gate_call(32), gate_call(64, torch.float32), loss_call()]
-    expected = [call() for call in calls]
+    expected = [detached(call) for call in calls]
     torch.cuda.synchronize()
     failures: list[str] = []
 
@@ -213,9 +218,10 @@ def test_a_gate_of_odd_sizes_is_near_the_plain_one(shape, dtype, channels_last):
         for leaves, gate in ((inputs, attention_gate), (exact, reference_gate))
         for out, alpha in [gate(*leaves)]
     )
-    limit = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+    # Of the sums of sizes: where q is next to 0 its rounding decides whether a gradient passes at all.
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
     for a, b in zip(found, expected, strict=True):
-        assert float((a.detach().double() - b.detach()).norm() / b.detach().norm()) < limit
+        assert float((a.detach().double() - b.detach()).abs().sum() / b.detach().abs().sum()) < limit
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels-first", "channels-last"])
