@@ -36,6 +36,8 @@ options of the configuration, those that are used most:
   --data.patch_size Y X      in voxels, or Z Y X; --data.spacing_mm, --data.window (default: by the dataset)
   --model.features 32 64 ..  channels per level (default: by the dataset)
   --optimiser.learning_rate, --loss.dice_weight, --loss.ce_weight, --augment.enabled false, --engine.precision ...
+  --init RUN|MODEL           begin with the weights of a run, a checkpoint or a model of lungkit-models list
+  --init.freeze encoder      and train the decoder alone
   --device cuda:1            or cpu, cuda (default: the GPU where there is one)
   --data.fold K              which fold validates (default: 0), of --data.folds N (default: 5)
   --seed N                   of weights, patches, augmentation and dropout (default: 0)
@@ -50,6 +52,8 @@ Examples:
   lungkit-train --data DIR --model.features 32 64 128 256 --data.patch_size 96 96 96
   lungkit-train --data DIR --fold all --name NAME       every fold; lungkit-predict --model runs/NAME is their ensemble
   lungkit-train --resume runs/NAME                      go on where a run stopped
+  lungkit-train --resume runs/NAME --epochs 60          train it to 60 epochs in all, though it was finished
+  lungkit-train --data DIR --init lidc-nodules          fine-tune a trained model on your scans
 Exit codes: 0 ok, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved.
 """
 
@@ -131,6 +135,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         config = parse_arguments(rest)
         config.validate()
+        if config.init.model is not None:
+            _check_initial(config, rest)
         if options.print_config:
             sys.stdout.write(config_to_yaml(config))
             return 0
@@ -155,6 +161,16 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _check_initial(config: TrainConfig, rest: Sequence[str]) -> None:
+    """Refuse options that do not fit the model of --init before anything is read."""
+    from lungkit.training.config_io import named_options
+    from lungkit.training.initialisation import load_initial, with_initial
+
+    initial = load_initial(config.init)
+    if initial is not None:
+        with_initial(config, initial, named=named_options(rest))
+
+
 def _all_folds(config: TrainConfig, options: argparse.Namespace) -> int:
     from lungkit.experiments.cross_validation import cross_validate
 
@@ -171,7 +187,7 @@ def _all_folds(config: TrainConfig, options: argparse.Namespace) -> int:
 
 def _resumed(options: argparse.Namespace, rest: Sequence[str]) -> Trainer:
     from lungkit.checkpoint import LAST
-    from lungkit.training.config_io import MOVABLE, config_differences, parse_arguments
+    from lungkit.training.config_io import EXTENSIBLE, MOVABLE, config_differences, parse_arguments
     from lungkit.training.run_folder import RunFolder
     from lungkit.training.trainer import Trainer
 
@@ -179,11 +195,11 @@ def _resumed(options: argparse.Namespace, rest: Sequence[str]) -> Trainer:
     saved = parse_arguments(["--config", str(path)])
     asked = parse_arguments(["--config", str(path), *rest])
     changes = config_differences(saved, asked)
-    refused = [change for name, change in changes.items() if name not in MOVABLE]
+    refused = [change for name, change in changes.items() if name not in (*MOVABLE, *EXTENSIBLE)]
     if refused:
         raise UsageError(
             f"--resume continues a run as it was started, but these options differ: {'; '.join(refused)}. "
-            "Leave them out, or start a new run"
+            "Leave them out, or start a new run (with --init it begins with this run's weights)"
         )
     for change in changes.values():
         _LOG.info("%s", change)
@@ -192,6 +208,7 @@ def _resumed(options: argparse.Namespace, rest: Sequence[str]) -> Trainer:
 
 def _preview(config: TrainConfig, path: Path) -> int:
     from lungkit.data import PatchSampler, save_augmentation_preview
+    from lungkit.training.initialisation import load_initial
     from lungkit.training.planning import prepare, prepare_cases
     from lungkit.training.progress import Display
     from lungkit.training.session import augmenter_geometry
@@ -201,7 +218,7 @@ def _preview(config: TrainConfig, path: Path) -> int:
     if path.exists():
         raise UsageError(f"--preview-augmentation {path} exists; name another file, or remove it")
     with Display() as display:
-        prepared = prepare(config, progress=display.preparing)
+        prepared = prepare(config, initial=load_initial(config.init), progress=display.preparing)
         train, _ = prepare_cases(prepared, config, progress=display.preparing)
     sampler = PatchSampler(train, prepared.plan.patch_size, foreground_fraction=1.0, seed=config.seed)
     images, labels = sampler.batch(range(_PREVIEW_PATCHES))

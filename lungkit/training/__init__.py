@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lungkit.training.config import (
     DataConfig,
     EngineConfig,
+    InitConfig,
     LossConfig,
     ModelConfig,
     OptimiserConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "Checkpoint",
     "DataConfig",
     "EngineConfig",
+    "InitConfig",
     "LossConfig",
     "ModelConfig",
     "OptimiserConfig",

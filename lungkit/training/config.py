@@ -128,12 +128,26 @@ class LossConfig:
 
 
 @dataclass
+class InitConfig:
+    """What the weights are at the start.
+
+    Args:
+        model: begin with the weights of this model: a run folder, a checkpoint, or a name of ``lungkit-models list``;
+            its network, dimensions, slices on either side, spacing and normalisation are taken over. None draws them.
+        freeze: "encoder" trains the decoder alone; "none" everything.
+    """
+
+    model: str | None = None
+    freeze: Literal["none", "encoder"] = "none"
+
+
+@dataclass
 class OptimiserConfig:
     """Optimiser and its schedule.
 
     Args:
         name: "adamw", or "sgd" with Nesterov momentum.
-        learning_rate: at its peak; None is 2e-3 for AdamW and 1e-2 for SGD.
+        learning_rate: at its peak; None is 2e-3 for AdamW and 1e-2 for SGD, a tenth of it with init.model.
         weight_decay: of weights; biases and norms have none.
         momentum: of SGD.
         schedule: "polynomial" (1 - t)^0.9, "cosine", or "constant".
@@ -182,7 +196,7 @@ class TrainConfig:
     """Everything about a run.
 
     Args:
-        data, model, loss, optimiser, augment, engine: the parts.
+        data, model, init, loss, optimiser, augment, engine: the parts.
         epochs: None is decided by the dataset, with ``max_minutes`` as many as there is time for.
         max_minutes: minutes from the first step to the last validation, after which the run ends; the schedule is then
             planned from the measured time of a step, so that the learning rate reaches its end when the time does. Each
@@ -217,6 +231,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -260,6 +275,10 @@ class TrainConfig:
         _share("data.background_fraction", self.data.background_fraction)
         _share("model.dropout", self.model.dropout)
         _check_gates(self.model)
+        if self.init.freeze != "none" and self.init.model is None:
+            raise UsageError(
+                f"init.freeze is {self.init.freeze!r}, but nothing was trained before; give --init MODEL too"
+            )
         _share("optimiser.ema_decay", self.optimiser.ema_decay)
         for name in ("dice_weight", "ce_weight"):
             _at_least(f"loss.{name}", getattr(self.loss, name), 0)

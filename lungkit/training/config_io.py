@@ -36,10 +36,13 @@ MOVABLE = (
     "report",
     "logger",
 )
+# How long a run trains decides its weights, but not those that it has: a run may be told to train on.
+EXTENSIBLE = ("epochs", "patience")
 # Short forms of options that are typed most.
 _SHORTHANDS = {
     "data": "data.root",
     "model": "model.name",
+    "init": "init.model",
     "max_voxels": "data.max_voxels",
     "deterministic": "engine.deterministic",
     "device": "engine.accelerator",

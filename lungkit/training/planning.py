@@ -29,8 +29,16 @@ from lungkit.data import (
 from lungkit.data.cache_folder import default_cache_folder
 from lungkit.data.readers import ReaderCodes, reader_codes
 from lungkit.errors import CheckpointError, DataError, UsageError
+from lungkit.inference import TrainedModel
 from lungkit.nn import build_model
-from lungkit.training.config import GATE_OPTIONS, ModelConfig, TrainConfig
+from lungkit.training.config import GATE_OPTIONS, MODEL_NAMES, ModelConfig, TrainConfig
+from lungkit.training.initialisation import (
+    LEARNING_RATE_FACTOR,
+    absolute_or_name,
+    initial_network,
+    initial_preprocessing,
+    with_initial,
+)
 
 _PHANTOM_SHAPE = (1, 128, 128)
 _PHANTOM_SEED = 0
@@ -128,13 +136,19 @@ def cache_folder(config: TrainConfig) -> Path:
 
 
 def prepare(
-    config: TrainConfig, *, known: dict[str, Any] | None = None, progress: Progress | None = None
+    config: TrainConfig,
+    *,
+    known: dict[str, Any] | None = None,
+    initial: TrainedModel | None = None,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Open the dataset, split it, measure its training cases and plan the run.
 
     Args:
         config: the configuration.
-        known: ``dataset.json`` of a run to continue: split, fingerprint, preprocessing and plan are taken from it.
+        known: ``dataset.json`` of a run to continue: split, fingerprint, preprocessing and plan are taken from it, but
+            for the epochs, which may have become more.
+        initial: the model that the run begins with, of :func:`~lungkit.training.initialisation.load_initial`.
         progress: called with what is being done, cases done, cases in all.
 
     Raises:
@@ -143,7 +157,9 @@ def prepare(
         CheckpointError: ``known`` is damaged.
     """
     if known is not None:
-        return _restore(_open(config), known)
+        return _restore(_open(config), known, config.epochs)
+    if initial is not None:
+        config = with_initial(config, initial)
     labelled, splits = open_folds(config)
     split = splits[config.data.fold]
 
@@ -163,10 +179,12 @@ def prepare(
             f"{labelled.root}: no training case of fold {config.data.fold} has foreground; "
             "choose another fold with --data.fold or check the masks"
         )
-    plan = make_plan(config, fingerprint, labelled)
+    plan = make_plan(config, fingerprint, labelled, initial=initial)
     preprocessing = plan_preprocessing(
         fingerprint, window=config.data.window, spacing_mm=_spacing_option(config, plan.dims)
     )
+    if initial is not None and config.data.window == "auto":
+        preprocessing = initial_preprocessing(preprocessing, initial, fingerprint)
     check_resampled_sizes(fingerprint, preprocessing, max_voxels=config.data.max_voxels)
     return Prepared(labelled, split, tuple(splits), fingerprint, preprocessing, plan)
 
@@ -257,8 +275,10 @@ def prepare_cases(
     return cases[: len(prepared.split.train)], cases[len(prepared.split.train) :]
 
 
-def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -> Plan:
-    """Decide what the configuration leaves open.
+def make_plan(
+    config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset, *, initial: TrainedModel | None = None
+) -> Plan:
+    """Decide what the configuration leaves open; the network is that of ``initial`` where there is one.
 
     2D where the median case is a slice or a stack of fewer than 16 slices, else 3D. The patch is the median size of
     a case up to 256 x 256 or 64 x 128 x 128; three quarters of a smaller slice, so that crops are shifted
@@ -287,10 +307,22 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
         raise UsageError(
             f"data.context_slices is {context}, but the run is 3D, where patches have depth; leave it out"
         )
-    features = config.model.features or (16, 32, 64, 128)
-    strides = config.model.strides or _strides(len(features) - 1, spacing[3 - dims :])
+    channels = len(dataset.channel_names) * (2 * context + 1)
+    if initial is None:
+        features = config.model.features or (16, 32, 64, 128)
+        strides = config.model.strides or _strides(len(features) - 1, spacing[3 - dims :])
+        model = {
+            "dims": dims,
+            "in_channels": channels,
+            "out_channels": dataset.outputs,
+            **_model_options(config.model, tuple(features), strides),
+        }
+    else:
+        model = initial_network(config.model, initial, channels=channels, outputs=dataset.outputs)
     phantom = config.data.root is None
-    learning_rate = config.optimiser.learning_rate or (2e-3 if config.optimiser.name == "adamw" else 1e-2)
+    default_rate = (2e-3 if config.optimiser.name == "adamw" else 1e-2) * (
+        1.0 if initial is None else LEARNING_RATE_FACTOR
+    )
     defaults = (20, 50, 8) if phantom else (30, 500, 8) if dims == 2 else (50, 50, 2)
     epochs, steps, batch = (
         given or default
@@ -302,16 +334,11 @@ def make_plan(config: TrainConfig, fingerprint: Fingerprint, dataset: Dataset) -
         dims=dims,
         patch_size=tuple(patch),
         context_slices=context,
-        model={
-            "dims": dims,
-            "in_channels": len(dataset.channel_names) * (2 * context + 1),
-            "out_channels": dataset.outputs,
-            **_model_options(config.model, tuple(features), strides),
-        },
+        model=model,
         epochs=None if config.max_minutes is not None and config.epochs is None else epochs,
         steps_per_epoch=steps,
         batch_size=batch,
-        learning_rate=learning_rate,
+        learning_rate=config.optimiser.learning_rate or default_rate,
         max_minutes=config.max_minutes,
     )
 
@@ -322,7 +349,6 @@ def resolve(config: TrainConfig, plan: Plan) -> TrainConfig:
     def absolute(path: str | None) -> str | None:
         return None if path is None else str(Path(path).expanduser().resolve())
 
-    strides = tuple(step if isinstance(step, int) else tuple(step) for step in plan.model["strides"])
     return replace(
         config,
         data=replace(
@@ -333,12 +359,26 @@ def resolve(config: TrainConfig, plan: Plan) -> TrainConfig:
             patch_size=plan.patch_size,
             context_slices=plan.context_slices,
         ),
-        model=replace(config.model, features=tuple(plan.model["features"]), strides=strides),
+        model=_planned_model(config.model, plan.model),
+        init=replace(config.init, model=absolute_or_name(config.init.model)),
         optimiser=replace(config.optimiser, learning_rate=plan.learning_rate),
         epochs=plan.epochs,
         steps_per_epoch=plan.steps_per_epoch,
         batch_size=plan.batch_size,
     )
+
+
+def _planned_model(config: ModelConfig, planned: dict[str, Any]) -> ModelConfig:
+    """``config`` as the network is that was planned, as far as its options can say it."""
+    if planned["name"] not in MODEL_NAMES:
+        return config
+    known = {name: planned[name] for name in vars(config) if name in planned}
+    known["features"] = tuple(known["features"])
+    known["strides"] = tuple(step if isinstance(step, int) else tuple(step) for step in known["strides"])
+    sizes = np.unique(known["kernel_size"]).tolist()
+    # Kernels of several sizes come from a model that the run began with; the plan alone holds them.
+    known["kernel_size"] = sizes[0] if len(sizes) == 1 else config.kernel_size
+    return replace(config, **known)
 
 
 def build_network(plan: Plan, seed: int) -> nn.Module:
@@ -363,10 +403,10 @@ def _open(config: TrainConfig) -> Dataset:
     return open_dataset(Path(config.data.root).expanduser(), layout=config.data.layout)
 
 
-def _restore(dataset: Dataset, known: dict[str, Any]) -> Prepared:
+def _restore(dataset: Dataset, known: dict[str, Any], epochs: int | None) -> Prepared:
     try:
         split = Split(tuple(known["split"]["train"]), tuple(known["split"]["val"]))
-        plan = Plan(**{**known["plan"], "patch_size": tuple(known["plan"]["patch_size"])})
+        plan = Plan(**{**known["plan"], "patch_size": tuple(known["plan"]["patch_size"]), "epochs": epochs})
         fingerprint = Fingerprint.from_dict(known["fingerprint"])
         preprocessing = Preprocessing.from_dict(known["preprocessing"])
         labels = list(known["labels"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from lungkit.data import Augmenter, CachedCase, Dataset, PatchSampler
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.readers import CodedCase, ReaderCodes
 from lungkit.errors import CheckpointError, DataError
+from lungkit.inference import TrainedModel
 from lungkit.losses import CodedLabelsLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss, SoftDiceCELoss
 from lungkit.metrics import CaseTable
 from lungkit.nn.convolution import CHANNELS_LAST
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
 from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
-from lungkit.training.config_io import MOVABLE, config_to_dict
+from lungkit.training.config_io import EXTENSIBLE, MOVABLE, config_to_dict
+from lungkit.training.initialisation import check_frozen_is_trained, copy_weights, freeze_encoder
 from lungkit.training.planning import Plan, Prepared, build_network, codes_of_labels
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
@@ -30,6 +33,8 @@ from lungkit.training.validation import validate
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+_LOG = logging.getLogger("lungkit")
 
 
 @dataclass
@@ -60,10 +65,20 @@ class Session:
         prepared: the dataset and the plan.
         fabric: started.
         cases: all cases that the run reads; a resumed run must find the same ones.
+        initial: the model whose weights a new run begins with; None keeps the drawn ones.
+
+    Raises:
+        UsageError: the encoder is to be frozen, but has weights that nothing has trained.
     """
 
     def __init__(
-        self, config: TrainConfig, prepared: Prepared, fabric: Fabric, cases: Sequence[CachedCase]
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        fabric: Fabric,
+        cases: Sequence[CachedCase],
+        *,
+        initial: TrainedModel | None = None,
     ) -> None:
         self.config, self.prepared, self.fabric = config, prepared, fabric
         self.plan = prepared.plan
@@ -73,7 +88,16 @@ class Session:
         self.position = Position()
         # On the device: reading it would make every step wait for the GPU.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        self.network = build_network(self.plan, config.seed).to(fabric.device)
+        network = build_network(self.plan, config.seed)
+        self._initialised_from: dict[str, Any] | None = None
+        if initial is not None:
+            copied = copy_weights(network, initial, prepared.dataset)
+            if config.init.freeze == "encoder":
+                check_frozen_is_trained(copied)
+            _LOG.info("initialised from %s: %s", initial.name, copied)
+            self._initialised_from = {**initial.to_dict(), "copied": copied.numbers, "new": list(copied.new)}
+        self._frozen = freeze_encoder(network) if config.init.freeze == "encoder" else []
+        self.network = network.to(fabric.device)
         if config.engine.channels_last:
             self.network = self.network.to(memory_format=CHANNELS_LAST[self.plan.dims])  # type: ignore[call-overload]
         self.average = WeightAverage(self.network, decay=config.optimiser.ema_decay)
@@ -173,6 +197,8 @@ class Session:
         for group in self.optimiser.param_groups:
             group["lr"] = factor * self.plan.learning_rate
         self.network.train()
+        for module in self._frozen:
+            module.eval()
         loss = self.criterion(self.wrapped(images), labels)
         self.optimiser.zero_grad()
         fabric.backward(loss)
@@ -221,6 +247,7 @@ class Session:
                 "training_spacing_mm": _spacing_range(self.prepared),
                 "intensities": [asdict(channel) for channel in self.prepared.fingerprint.channels],
                 "precision": self.config.engine.precision,
+                **({} if self._initialised_from is None else {"initialised_from": self._initialised_from}),
             },
             trainer={
                 "network": self.network.state_dict(),
@@ -263,6 +290,7 @@ class Session:
             position = state["position"]
             self.position = Position(**{**position, "pace": Pace(**position.get("pace", {}))})
             self.loss_sum.fill_(state["loss_sum"])
+            self._initialised_from = checkpoint.description.get("initialised_from")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: does not fit the network of this run ({error})") from error
 
@@ -279,7 +307,7 @@ def _spacing_range(prepared: Prepared) -> dict[str, list[float]]:
 def _options_that_shape_weights(config: TrainConfig) -> dict[str, Any]:
     """The configuration without what may differ when a run is continued."""
     content = config_to_dict(config)
-    for name in MOVABLE:
+    for name in (*MOVABLE, *EXTENSIBLE):
         *groups, option = name.split(".")
         part = content
         for group in groups:
@@ -292,6 +320,8 @@ def _with_later_options(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration with the defaults of options that came after it: they do what was done before."""
     merged = _options_that_shape_weights(TrainConfig()) if saved else {}
     for name, value in saved.items():
+        if name in EXTENSIBLE:
+            continue  # earlier versions kept them too
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = {**merged[name], **value} if both else value
     return merged

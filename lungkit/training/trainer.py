@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lungkit._atomic import write_text_atomic
 from lungkit.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, recover_checkpoint
 from lungkit.data import CachedCase
-from lungkit.errors import Interrupted, LungkitError
+from lungkit.errors import Interrupted, LungkitError, UsageError
+from lungkit.inference import TrainedModel
 from lungkit.metrics import CaseTable
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import config_to_yaml, flat_options, load_config
@@ -27,6 +29,7 @@ from lungkit.training.engine import (
     start_engine,
 )
 from lungkit.training.finishing import finish
+from lungkit.training.initialisation import load_initial
 from lungkit.training.loggers import RunLogger, check_logger, open_logger
 from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
 from lungkit.training.progress import Display
@@ -68,6 +71,10 @@ class Trainer:
     Every random choice is a function of the seed and the step, so a run that was interrupted and resumed ends with the
     same weights, on CPU bit for bit, as one that was not.
 
+    A run, finished or not, can be resumed with another number of epochs. From the step at which it is resumed its
+    learning rate is that of a run of so many epochs from the start. With the constant schedule it so ends with the
+    weights of such a run; with the others the steps already done had a smaller rate, which now rises to the new curve.
+
     Args:
         config: what to do; what it leaves open is filled in when the data are known.
         resume: folder of a run to continue; ``config`` must be the run's own (:func:`load_config`).
@@ -105,10 +112,16 @@ class Trainer:
 
     @classmethod
     def from_run(
-        cls, run: str | Path, *, checkpoint: str = LAST, clock: Callable[[], float] = time.monotonic
+        cls,
+        run: str | Path,
+        *,
+        epochs: int | None = None,
+        checkpoint: str = LAST,
+        clock: Callable[[], float] = time.monotonic,
     ) -> Trainer:
-        """A trainer that continues the run in folder ``run``."""
+        """A trainer that continues the run in folder ``run``, to ``epochs`` in all where that is given."""
         config = load_config(RunFolder.open(run).path / "config.yaml")
+        config = replace(config, epochs=epochs or config.epochs)
         return cls(config, resume=run, checkpoint=checkpoint, clock=clock)
 
     def stop(self) -> None:
@@ -140,20 +153,28 @@ class Trainer:
         with memory_errors():
             fabric = start_engine(self.config.engine)
             with Display(quiet=not fabric.is_global_zero) as display:
-                prepared, train, val = self._prepare(fabric, display)
-                session = Session(self.config, prepared, fabric, [*train, *val])
+                initial = self._load_initial(fabric)
+                prepared, train, val = self._prepare(fabric, display, initial)
+                session = Session(self.config, prepared, fabric, [*train, *val], initial=initial)
                 with session.batches(train, first_step=0, last_step=1) as batches:
                     for step, images, labels in batches:
                         session.train_step(step, images, labels)
                 session.validate(val[:1])
         return prepared.plan
 
+    def _load_initial(self, fabric: Fabric) -> TrainedModel | None:
+        """The model that a new run begins with; a run that goes on has its own weights."""
+        if self.resume is not None or self.config.init.model is None:
+            return None
+        # It may lie on a disk that the first process alone can see.
+        return on_first_process(fabric, lambda: load_initial(self.config.init))
+
     def _prepare(
-        self, fabric: Fabric, display: Display
+        self, fabric: Fabric, display: Display, initial: TrainedModel | None
     ) -> tuple[Prepared, list[CachedCase], list[CachedCase]]:
         def read() -> tuple[Prepared, list[CachedCase], list[CachedCase]]:
             known = None if self.resume is None else self.resume.dataset()
-            prepared = prepare(self.config, known=known, progress=display.preparing)
+            prepared = prepare(self.config, known=known, initial=initial, progress=display.preparing)
             return prepared, *prepare_cases(prepared, self.config, progress=display.preparing)
 
         prepared, train, val = on_first_process(fabric, read)
@@ -172,13 +193,15 @@ class Trainer:
         return prepared, train, val
 
     def _fit(self, fabric: Fabric, display: Display, log: RunLog) -> TrainResult:
-        prepared, train, val = self._prepare(fabric, display)
-        session = Session(self.config, prepared, fabric, [*train, *val])
+        initial = self._load_initial(fabric)
+        prepared, train, val = self._prepare(fabric, display, initial)
+        session = Session(self.config, prepared, fabric, [*train, *val], initial=initial)
         folder = on_first_process(fabric, lambda: self._open_folder(prepared, log))
         if self.resume is None:
             _LOG.info("%s", prepared.fingerprint.summary())
         else:
             self._restore(session, folder)  # what cannot be restored leaves the run's status as it is
+            on_first_process(fabric, lambda: self._extend(session, folder))
         logger = RunLogger(None)
         if fabric.is_global_zero:
             logger = open_logger(self.config.logger, folder, next_step=session.position.step)
@@ -237,6 +260,28 @@ class Trainer:
         if not session.fabric.is_global_zero:
             session.restore(checkpoint)
         _LOG.info("continuing after step %d; the run is of %s", session.position.step, session.plan.budget)
+
+    def _extend(self, session: Session, folder: RunFolder) -> None:
+        """Write down that the run is to train longer (or shorter) than it was told; for the first process."""
+        path = folder.path / "config.yaml"
+        saved = load_config(path)
+        if (saved.epochs, saved.patience) == (self.config.epochs, self.config.patience):
+            return
+        if saved.epochs != self.config.epochs:
+            if saved.max_minutes is not None:
+                raise UsageError(
+                    f"epochs: {folder.path} trains for {saved.max_minutes:g} minutes, which --resume cannot change; "
+                    f"start a new run with --init {folder.path}"
+                )
+            total = session.plan.total_steps
+            if total is None or total < session.position.step:
+                raise UsageError(
+                    f"epochs is {self.config.epochs}, but {folder.path} has trained {session.epoch} already; give "
+                    "more, as they are counted from its start"
+                )
+        # The configuration alone says how long a run trains; dataset.json keeps what was planned at first.
+        config = replace(saved, epochs=self.config.epochs, patience=self.config.patience)
+        write_text_atomic(path, config_to_yaml(config))
 
 
 def _all_of(reports: Sequence[Callable[[dict[str, Any]], None]]) -> Callable[[dict[str, Any]], None]:

@@ -139,9 +139,9 @@ def test_a_damaged_checkpoint_ends_with_4_and_the_previous_one_is_offered(option
 def test_resuming_with_other_options_lists_them(options: Options, tmp_path: Path, capsys):
     assert main(options()) == 0
     run = str(tmp_path / "runs" / "run")
-    assert main(["--resume", run, "--epochs=9", "--model.dropout=0.5"]) == 2
+    assert main(["--resume", run, "--batch_size=9", "--model.dropout=0.5"]) == 2
     text = capsys.readouterr().err
-    assert "epochs is 1 in the run, 9 asked for" in text
+    assert "batch_size is 2 in the run, 9 asked for" in text
     assert "model.dropout is 0.0 in the run, 0.5 asked for" in text
 
 
@@ -273,3 +273,25 @@ def test_help_shows_the_options_that_are_used_most(capsys):
     text = capsys.readouterr().out
     for name in ("--data DIR", "--model NAME", "--epochs N", "--device", "--seed N", "--runs DIR"):
         assert name in text
+
+
+def test_a_finished_run_is_trained_on_with_more_epochs(options: Options, tmp_path: Path, capsys):
+    assert main(options("--no-report")) == 0
+    run = tmp_path / "runs" / "run"
+    assert main(["--resume", str(run), "--epochs", "2", "--no-report"]) == 0
+    text = capsys.readouterr().err
+    assert "epochs is 1 in the run, 2 asked for" in text and "epoch 2/2" in text
+    assert main(["--resume", str(run), "--epochs", "1"]) == 2
+    assert "has trained 2 already" in capsys.readouterr().err
+
+
+def test_a_run_begins_with_the_weights_of_another(options: Options, tmp_path: Path, capsys):
+    assert main(options("--no-report")) == 0
+    arguments = [
+        word for word in options("--no-report", "--init", tmp_path / "runs" / "run") if "model" not in word
+    ]
+    assert main(arguments) == 0
+    assert "initialised from run" in capsys.readouterr().err
+    # Named, though it is the default: the run's network is another.
+    assert main([*arguments, "--model", "attention-unet"]) == 2
+    assert "model.name is 'attention-unet'" in capsys.readouterr().err

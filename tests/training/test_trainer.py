@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 
 from lungkit.checkpoint import save_checkpoint
 from lungkit.data import AugmentConfig, Preprocessing, read_volume, write_nifti
-from lungkit.errors import CheckpointError, DataError, Interrupted, ResourceError
+from lungkit.errors import CheckpointError, DataError, Interrupted, ResourceError, UsageError
 from lungkit.nn import build_model
 from lungkit.training import Trainer, load_checkpoint, session
+from lungkit.training.config_io import load_config
 from lungkit.training.session import Session
 
 
@@ -252,8 +254,8 @@ def test_a_run_begun_before_an_option_existed_goes_on(tiny, monkeypatch):
 
     def of_an_older_version(config):
         content = options_of(config)
-        del content["model"]["input_pyramid"], content["patience"]
-        return content
+        del content["model"]["input_pyramid"], content["init"]
+        return content | {"epochs": config.epochs, "patience": config.patience}  # which were compared
 
     with monkeypatch.context() as patched:
         patched.setattr(session, "_options_that_shape_weights", of_an_older_version)
@@ -346,3 +348,58 @@ def test_pictures_that_fail_fail_no_training(tiny, pictures, monkeypatch, caplog
     assert all(message.endswith("the picture was not drawn (RuntimeError: no fonts)") for message in warned)
     for name in ("progress.png", "overlays"):
         assert any(message.startswith(str(result.run_folder / name)) for message in warned)
+
+
+def test_a_finished_run_trained_on_is_a_longer_run_where_the_rate_is_constant(tiny):
+    config = tiny(optimiser__schedule="constant", report=False)
+    whole = Trainer(replace(config, name="whole")).fit()
+    short = Trainer(replace(config, name="short", epochs=2)).fit()
+    longer = Trainer.from_run(short.run_folder, epochs=6).fit()
+    assert (short.epochs, longer.epochs) == (2, 6)
+    assert_same_run(whole.run_folder, longer.run_folder)
+    assert load_config(longer.run_folder / "config.yaml").epochs == 6
+
+
+def test_the_rate_of_a_run_trained_on_is_that_of_the_longer_run(tiny):
+    short = Trainer(tiny(epochs=2, report=False)).fit()
+    longer = Trainer.from_run(short.run_folder, epochs=4).fit()
+    rates = [row["learning_rate"] for row in state(longer.run_folder)[3]]
+    whole = Trainer(tiny(epochs=4, name="whole", report=False)).fit()
+    expected = [row["learning_rate"] for row in state(whole.run_folder)[3]]
+    assert rates[2:] == expected[2:] and rates[:2] != expected[:2]
+
+
+def test_an_extension_that_was_interrupted_goes_on_bit_for_bit(tiny):
+    runs = []
+    for name in ("straight", "stopped"):
+        short = Trainer(tiny(epochs=1, name=name, report=False)).fit()
+        runs.append(short.run_folder)
+    Trainer.from_run(runs[0], epochs=3).fit()
+    trainer = stop_after(2)(replace(load_config(runs[1] / "config.yaml"), epochs=3), resume=runs[1])
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    Trainer.from_run(runs[1]).fit()
+    assert_same_run(*runs)
+
+
+def test_patience_can_be_extended_with_the_epochs(tiny, monkeypatch):
+    monkeypatch.setattr("lungkit.training.run.has_foreground", lambda cases: True)
+    stopped = Trainer(tiny(patience=1, optimiser__learning_rate=1e-12, report=False)).fit()
+    assert stopped.epochs < 6
+    config = replace(load_config(stopped.run_folder / "config.yaml"), patience=10)
+    assert Trainer(config, resume=stopped.run_folder).fit().epochs == 6
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_a_run_is_not_cut_shorter_than_it_is(tiny, epochs):
+    run = Trainer(tiny(epochs=2, report=False)).fit().run_folder
+    config = replace(load_config(run / "config.yaml"), epochs=epochs)
+    with pytest.raises(UsageError, match="counted from its start" if epochs else "epochs is None"):
+        Trainer(config, resume=run).fit()
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_of_limited_time_is_not_given_more_epochs(tiny):
+    run = Trainer(tiny(epochs=1, max_minutes=5.0, report=False)).fit().run_folder
+    with pytest.raises(UsageError, match="trains for 5 minutes"):
+        Trainer.from_run(run, epochs=3).fit()
