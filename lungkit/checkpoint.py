@@ -59,7 +59,7 @@ def save_checkpoint(
         ResourceError: the disk is full; what was there before is untouched.
     """
     folder = Path(folder)
-    recover_checkpoint(folder)
+    _clear_up(folder)
     # A name of its own: a crash before the last rename must not leave what a later call takes for its work.
     new = folder.with_name(f".{uuid.uuid4().hex[:12]}.new-{folder.name}")
     try:
@@ -69,14 +69,7 @@ def save_checkpoint(
             f"{folder}: checkpoint not written, the disk or quota is full; what was there before is untouched: "
             "free some space and go on with --resume"
         ) from error
-    displaced = _displaced(folder)
-    if folder.exists():
-        shutil.rmtree(displaced, ignore_errors=True)
-        folder.rename(displaced)
-    new.rename(folder)
-    flush(folder.parent)
-    if displaced.name != PREVIOUS:
-        shutil.rmtree(displaced, ignore_errors=True)
+    _put_in_place(new, folder)
 
 
 def describe_checkpoint(folder: str | os.PathLike[str], **entries: Any) -> None:
@@ -98,8 +91,18 @@ def describe_checkpoint(folder: str | os.PathLike[str], **entries: Any) -> None:
 
 
 def recover_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Clear up after a crash in :func:`save_checkpoint`: unfinished folders go, a ``best`` set aside comes back."""
+    """Clear up after a crash in :func:`save_checkpoint`.
+
+    A new checkpoint that was whole gets its name, as it would have; a ``best`` set aside comes back where there is
+    none; unfinished folders go.
+    """
     folder = Path(folder)
+    for new in finished_saves(folder):
+        _put_in_place(new, folder)
+    _clear_up(folder)
+
+
+def _clear_up(folder: Path) -> None:
     displaced = _displaced(folder)
     if displaced.name != PREVIOUS and displaced.exists():
         if folder.exists():
@@ -108,6 +111,14 @@ def recover_checkpoint(folder: str | os.PathLike[str]) -> None:
             displaced.rename(folder)
     for unfinished in folder.parent.glob(f".*new-{folder.name}"):
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def finished_saves(folder: str | os.PathLike[str]) -> list[Path]:
+    """Whole checkpoints that a crash in :func:`save_checkpoint` kept from the name ``folder``, the newest last."""
+    folder = Path(folder)
+    name = re.compile(rf"\.[0-9a-f]{{12}}\.new-{re.escape(folder.name)}")
+    found = [path for path in folder.parent.glob(f".*.new-{folder.name}") if name.fullmatch(path.name)]
+    return sorted((path for path in found if _is_whole(path)), key=lambda path: path.stat().st_mtime_ns)
 
 
 def load_checkpoint(folder: str | os.PathLike[str], *, with_trainer: bool = True) -> Checkpoint:
@@ -137,6 +148,18 @@ def load_checkpoint(folder: str | os.PathLike[str], *, with_trainer: bool = True
     ) as error:
         raise CheckpointError(f"{folder}: not a usable checkpoint ({error}){_offer(folder)}") from error
     return Checkpoint(folder, weights, manifest, trainer)
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Give a whole checkpoint its name; a kill between the two renames leaves it to :func:`recover_checkpoint`."""
+    displaced = _displaced(folder)
+    if folder.exists():
+        shutil.rmtree(displaced, ignore_errors=True)
+        folder.rename(displaced)
+    new.rename(folder)
+    flush(folder.parent)
+    if displaced.name != PREVIOUS:
+        shutil.rmtree(displaced, ignore_errors=True)
 
 
 def _displaced(folder: Path) -> Path:
@@ -215,11 +238,17 @@ def _offer(folder: Path) -> str:
     previous = folder.with_name(PREVIOUS)
     if folder.name != LAST:
         return ""
-    try:
-        _verified_manifest(previous)
-    except (OSError, ValueError, KeyError, AttributeError):
+    if not _is_whole(previous):
         return ""
     return f"; {previous} is whole: resume from it with --checkpoint {PREVIOUS}"
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _verified_manifest(folder)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return True
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

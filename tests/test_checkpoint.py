@@ -180,6 +180,35 @@ def test_a_best_one_that_a_crash_left_aside_comes_back(tmp_path):
     assert names(tmp_path) == ["best"]
 
 
+@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_new_one_that_a_kill_kept_from_its_name_gets_it(tmp_path, monkeypatch, name, renames):
+    save(tmp_path / name, 1.0)
+    rename, done = Path.rename, []
+
+    def killed(path, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        save(tmp_path / name, 2.0)
+    recover_checkpoint(tmp_path / name)
+    assert load_checkpoint(tmp_path / name).trainer["step"] == 2
+    assert names(tmp_path) == (["last", "previous"] if name == "last" else ["best"])
+
+
+def test_a_damaged_new_one_of_a_kill_goes(tmp_path):
+    save(tmp_path / "last", 1.0)
+    save(tmp_path / "other", 2.0)
+    (tmp_path / "other" / "trainer.pt").write_bytes(b"")
+    (tmp_path / "other").rename(tmp_path / ".0123456789ab.new-last")
+    recover_checkpoint(tmp_path / "last")
+    assert names(tmp_path) == ["last"] and load_checkpoint(tmp_path / "last").trainer["step"] == 1
+
+
 def test_a_description_can_be_added_to(tmp_path):
     save(tmp_path / "best", 2.0)
     describe_checkpoint(tmp_path / "best", postprocessing={"fill_holes": True}, epoch=5)

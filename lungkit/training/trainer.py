@@ -254,6 +254,8 @@ class Trainer:
                 recover_checkpoint(folder.checkpoints / name)
             checkpoint = load_checkpoint(folder.checkpoints / self.checkpoint)
             session.restore(checkpoint)
+            # A kill between the checkpoint and the table loses no row of it.
+            folder.write_metrics(session.position.rows)
             return checkpoint
 
         checkpoint = on_first_process(session.fabric, load)

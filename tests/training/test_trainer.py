@@ -222,6 +222,16 @@ def test_the_previous_checkpoint_can_be_continued(tiny):
     assert_same_run(whole.run_folder, parts)
 
 
+def test_a_row_that_a_kill_kept_from_the_table_is_there_after_resuming(tiny):
+    folder = Trainer(tiny(epochs=2)).fit().run_folder
+    tables = [folder / "metrics.csv", folder / "metrics.jsonl"]
+    whole = [path.read_text() for path in tables]
+    for path in tables:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    Trainer.from_run(folder).fit()
+    assert [path.read_text() for path in tables] == whole
+
+
 def test_a_finished_run_is_only_evaluated_again(tiny):
     first = Trainer(tiny(epochs=2)).fit()
     again = Trainer.from_run(first.run_folder).fit()
