@@ -7,7 +7,9 @@ from itertools import product
 
 import pytest
 import torch
-from training_step_providers import CONVOLUTIONS, FAMILIES, TrainingStepCase
+from training_step_providers import CONVOLUTIONS, FAMILIES, GRAPH, TrainingStepCase
+
+from lungkit.training.captured_step import REHEARSALS
 
 _WIDTHS = (16, 32, 64, 128, 256)
 # Channels, batch, size.
@@ -39,6 +41,25 @@ def steps(selection: str, device: str, threads: tuple[int, ...]) -> list[Trainin
 @pytest.mark.cases(of=steps)
 def test_training_step(report: Callable[..., None], case: TrainingStepCase, mode: str, provider: str) -> None:
     report(case, mode, provider)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_has_the_losses_of_the_steps_in_it(family: str) -> None:
+    case = TrainingStepCase("cuda", 1, family, (32, 32), (4, 4, 4, 4, 4))
+    eager = case.build("lungkit", case.inputs())
+    losses = []
+    for _ in range(REHEARSALS + 4):
+        loss = eager.forward()
+        losses.append(loss.item())
+        eager.backward(loss)
+    replay = case.build(GRAPH, case.inputs()).forward
+    assert [replay().item() for _ in range(4)] == pytest.approx(losses[REHEARSALS:], rel=1e-4)
+
+
+def test_only_a_gpu_has_graphs() -> None:
+    on_gpu, on_cpu = (TrainingStepCase(device, 1, "U-Net", (32, 32), (4, 4)) for device in ("cuda", "cpu"))
+    assert set(on_gpu.providers) - set(on_cpu.providers) == {GRAPH}
 
 
 def test_the_bound_runs_every_convolution_of_the_network() -> None:

@@ -5,6 +5,9 @@ gates: lungkit's ``AttentionUNet``, with its gates fused, in plain PyTorch and i
 ``AttentionUnet``. Each in both memory layouts and, in the full selection, compiled. Loss and optimiser are the same for
 all: what differs is the network.
 
+``lungkit, graph``, on a GPU, is lungkit's step as one CUDA graph, as ``lungkit-train`` runs it but with the optimiser
+inside: what is left where the host is no limit.
+
 ``convolutions alone`` runs the convolutions of lungkit's network, each forward and backward on an input of its own,
 with nothing between them: what no norm, activation, gate or loss can get below.
 """
@@ -21,8 +24,10 @@ from torch import Tensor, nn
 
 from lungkit.losses import DiceCELoss
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet, UNet
+from lungkit.training.captured_step import REHEARSALS, CudaRecorder
 
 CONVOLUTIONS = "convolutions alone"
+GRAPH = f"{OURS}, graph"
 LAYOUTS = {"channels-last": True, "channels-first": False}
 _MEMORY_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -126,6 +131,8 @@ class TrainingStepCase(Case):
             for name in FAMILIES[self.family]
             for layout in LAYOUTS
         ]
+        if self.device == "cuda":
+            names.append(GRAPH)
         if self.compiled:
             names += [f"{name}, channels-last, compiled" for name in FAMILIES[self.family]]
         return (*names, CONVOLUTIONS)
@@ -140,6 +147,8 @@ class TrainingStepCase(Case):
         image, labels = inputs
         if provider == CONVOLUTIONS:
             return _convolutions_alone(self, self._network(OURS, channels_last=True), image)
+        if provider == GRAPH:
+            return _as_graph(self.build(OURS, inputs))
         name, compiled = provider.removesuffix(", compiled"), provider.endswith(", compiled")
         layout = next((known for known in LAYOUTS if name.endswith(f", {known}")), "channels-last")
         channels_last = LAYOUTS[layout]
@@ -164,6 +173,28 @@ class TrainingStepCase(Case):
     def _network(self, name: str, *, channels_last: bool) -> nn.Module:
         network = FAMILIES[self.family][name](self).to(self.device).train()
         return network.to(memory_format=_MEMORY_FORMAT[self.dims]) if channels_last else network
+
+
+def _as_graph(step: Provider) -> Provider:
+    """Forward and backward of ``step``, with whatever belongs to them, as one graph."""
+    backward = step.backward
+    assert backward is not None
+
+    def work() -> Tensor:
+        loss: Tensor = step.forward()
+        backward(loss)
+        return loss.detach()
+
+    recorder = CudaRecorder(torch.device("cuda"))
+    for _ in range(REHEARSALS):
+        recorder.rehearse(work)
+    recording = recorder.record(work)
+
+    def replay() -> Tensor:
+        recording.replay()
+        return recording.result
+
+    return Provider(replay)
 
 
 def _in_layout(image: Tensor, channels_last: bool) -> Tensor:

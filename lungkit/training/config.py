@@ -180,6 +180,9 @@ class EngineConfig:
         channels_last: memory format of the network; None is channels-last but for bf16 on a CPU, where the
             convolutions are fast in channels-first only.
         deterministic: only algorithms that give the same bits on every run.
+        cuda_graph: record the training step (forward, loss, backward, clipping) as a CUDA graph and replay it: the same
+            weights, without the time that the host takes to launch it. None does so on CUDA where it can be done: one
+            process, bf16 or fp32, not compiled; true says so where it cannot; false never does.
     """
 
     accelerator: str = "auto"
@@ -189,6 +192,7 @@ class EngineConfig:
     compile: bool = False
     channels_last: bool | None = None
     deterministic: bool = False
+    cuda_graph: bool | None = None
 
 
 @dataclass

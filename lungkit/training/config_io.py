@@ -24,12 +24,13 @@ import yaml
 from lungkit.errors import UsageError
 from lungkit.training.config import MODEL_NAMES, TrainConfig
 
-# Where things lie does not change the weights, nor does what follows the last epoch: these may differ when a run is
-# continued.
+# Where things lie does not change the weights, nor does how steps are launched, nor what follows the last epoch: these
+# may differ when a run is continued.
 MOVABLE = (
     "data.root",
     "data.cache",
     "data.max_voxels",
+    "engine.cuda_graph",
     "choose_postprocessing",
     "choose_postprocessing_by",
     "save_validation",

@@ -52,7 +52,7 @@ def start_engine(config: EngineConfig) -> Fabric:
     """Fabric for ``config``, launched: with several processes each of them returns from here.
 
     Raises:
-        UsageError: the accelerator is unknown or not on this machine, or cannot do the precision.
+        UsageError: the accelerator is unknown or not on this machine, or cannot do the precision or CUDA graphs.
     """
     from lightning_fabric import Fabric
 
@@ -79,6 +79,9 @@ def start_engine(config: EngineConfig) -> Fabric:
         raise UsageError(
             f"engine.accelerator {config.accelerator!r} with {devices} devices cannot be used: {error}"
         ) from error
+    obstacle = why_no_cuda_graph(config, fabric)
+    if config.cuda_graph and obstacle is not None:
+        raise UsageError(f"engine.cuda_graph is true, but {obstacle}; change that or leave the option out")
     if fabric.global_rank > 0:
         _LOG.setLevel(logging.ERROR)  # every process comes to the same lines; one of them says them
     if fabric.world_size > 1:
@@ -90,6 +93,19 @@ def start_engine(config: EngineConfig) -> Fabric:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     return fabric
+
+
+def why_no_cuda_graph(config: EngineConfig, fabric: Fabric) -> str | None:
+    """What keeps the training steps of ``config`` from being CUDA graphs; None where they can be."""
+    if fabric.device.type != "cuda":
+        return f"the device is {fabric.device}, and only CUDA has graphs"
+    if fabric.world_size > 1:
+        return f"{fabric.world_size} processes exchange gradients during the step"
+    if config.compile:
+        return "engine.compile is on"
+    if config.precision == "fp16":
+        return "engine.precision is 'fp16', whose scale of the loss is decided on the host"
+    return None
 
 
 def describe_engine(fabric: Fabric, config: EngineConfig) -> str:

@@ -51,7 +51,7 @@ class WeightAverage:
     teachers are better role models", 2017.
 
     Args:
-        network: the network that is trained.
+        network: the network that is trained; updates follow this one.
         decay: d of a long run; 0 takes the weights as they are.
 
     ``network`` of the average is a copy that holds the averaged weights: what is validated and kept.
@@ -61,30 +61,28 @@ class WeightAverage:
         >>> _ = torch.nn.init.zeros_(layer.weight)
         >>> average = WeightAverage(layer, decay=0.5)
         >>> _ = torch.nn.init.ones_(layer.weight)
-        >>> average.update(layer, updates=100)
+        >>> average.update(updates=100)
         >>> average.network.weight.item()
         0.5
     """
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
         self.decay = decay
-        self._parameters = {name for name, _ in network.named_parameters()}
         self.network = copy.deepcopy(network)
+        self._trained = network
+        # To collect them from a network of a hundred modules takes longer than to average them.
+        self._weights: list[Tensor] = list(network.parameters())
+        self._averages: list[Tensor] = list(self.network.parameters())
+        self._has_buffers = next(network.buffers(), None) is not None
 
     @torch.no_grad()
-    def update(self, network: nn.Module, *, updates: int) -> None:
+    def update(self, *, updates: int) -> None:
         """Move the average towards the weights; ``updates`` counts the updates before this one."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        averages: list[Tensor] = []
-        weights: list[Tensor] = []
-        state = self.network.state_dict()
-        for name, value in network.state_dict().items():
-            if name in self._parameters and value.is_floating_point():
-                averages.append(state[name])
-                weights.append(value)
-            else:
-                state[name].copy_(value)
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        if self._has_buffers:
+            for average, value in zip(self.network.buffers(), self._trained.buffers(), strict=True):
+                average.copy_(value)
 
 
 def parameter_groups(network: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:

@@ -22,6 +22,7 @@ from lungkit.losses import CodedLabelsLoss, DeepSupervisionLoss, DiceCELoss, Dic
 from lungkit.metrics import CaseTable
 from lungkit.nn.convolution import CHANNELS_LAST
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
+from lungkit.training.captured_step import CapturedStep, cuda_recorder
 from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
 from lungkit.training.config_io import EXTENSIBLE, MOVABLE, config_to_dict
 from lungkit.training.initialisation import check_frozen_is_trained, copy_weights, freeze_encoder
@@ -101,11 +102,17 @@ class Session:
         if config.engine.channels_last:
             self.network = self.network.to(memory_format=CHANNELS_LAST[self.plan.dims])  # type: ignore[call-overload]
         self.average = WeightAverage(self.network, decay=config.optimiser.ema_decay)
-        optimiser = make_optimiser(self.network, config.optimiser, self.plan.learning_rate)
-        forward: Any = torch.compile(self.network) if config.engine.compile else self.network
-        self.wrapped, self.optimiser = fabric.setup(forward, optimiser)
         # fp16 scales the loss; without the scale a resumed run would skip steps to find it again.
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
+        optimiser = make_optimiser(
+            self.network,
+            config.optimiser,
+            self.plan.learning_rate,
+            # Fabric clips no gradients that the optimiser itself has to bring back to scale.
+            fused=fabric.device.type == "cuda" and self._scaler is None,
+        )
+        forward: Any = torch.compile(self.network) if config.engine.compile else self.network
+        self.wrapped, self.optimiser = fabric.setup(forward, optimiser)
         self._codes = codes_of_labels(config, prepared.dataset)
         self.criterion = make_criterion(
             config.loss,
@@ -113,7 +120,16 @@ class Session:
             self._codes,
             prepared.dataset,
             synchronise=fabric.world_size > 1,
-        )
+        ).to(fabric.device)
+        recorder = cuda_recorder(config.engine, fabric)
+        self._captured = None
+        if recorder is not None:
+            self._captured = CapturedStep(
+                self._compute_gradients,
+                [*self.network.parameters()],
+                recorder,
+                insist=bool(config.engine.cuda_graph),
+            )
         self.augment = Augmenter(config.augment, self.plan.dims, **augmenter_geometry(prepared))
 
     @property
@@ -196,24 +212,32 @@ class Session:
         )
         for group in self.optimiser.param_groups:
             group["lr"] = factor * self.plan.learning_rate
+        loss = (self._captured or self._compute_gradients)(images, labels)
+        self.optimiser.step()
+        self.average.update(updates=step)
+        self.position.step = step + 1
+        self.loss_sum += loss
+        self.position.loss_count += 1
+
+    def _compute_gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Clipped gradients of a batch, in the parameters; returns its loss. Nothing here may wait for the device."""
         self.network.train()
         for module in self._frozen:
             module.eval()
-        loss = self.criterion(self.wrapped(images), labels)
         self.optimiser.zero_grad()
-        fabric.backward(loss)
-        if config.optimiser.clip_norm is not None:
-            fabric.clip_gradients(
-                self.wrapped, self.optimiser, max_norm=config.optimiser.clip_norm, error_if_nonfinite=False
+        loss: Tensor = self.criterion(self.wrapped(images), labels)
+        self.fabric.backward(loss)
+        clip_norm = self.config.optimiser.clip_norm
+        if clip_norm is not None:
+            self.fabric.clip_gradients(
+                self.wrapped, self.optimiser, max_norm=clip_norm, error_if_nonfinite=False
             )
-        self.optimiser.step()
-        self.average.update(self.network, updates=step)
-        self.position.step = step + 1
-        self.loss_sum += loss.detach()
-        self.position.loss_count += 1
+        return loss.detach()
 
     def validate(self, cases: list[CachedCase], *, after_case: Callable[[], None] | None = None) -> CaseTable:
         """Metrics of ``cases`` with the averaged weights, on the grid of training, see :func:`validate`."""
+        if self._captured is not None:
+            self._captured.release()  # activations that training keeps are memory for validation
         with self.fabric.autocast():
             return validate(
                 self.average.network,
@@ -283,7 +307,7 @@ class Session:
             )
         try:
             self.network.load_state_dict(state["network"])
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.optimiser.load_state_dict(_computed_as(self.optimiser, state["optimiser"]))
             self.average.network.load_state_dict(checkpoint.weights)
             if self._scaler is not None:
                 self._scaler.load_state_dict(state["scaler"])
@@ -293,6 +317,15 @@ class Session:
             self._initialised_from = checkpoint.description.get("initialised_from")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: does not fit the network of this run ({error})") from error
+
+
+def _computed_as(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved state with the optimiser's own way to compute a step: that belongs to the device, not to the run."""
+    groups = [
+        {**group, **{name: own[name] for name in ("foreach", "fused") if name in own}}
+        for group, own in zip(saved["param_groups"], optimiser.param_groups, strict=True)
+    ]
+    return {**saved, "param_groups": groups}
 
 
 def _spacing_range(prepared: Prepared) -> dict[str, list[float]]:
@@ -341,15 +374,19 @@ def augmenter_geometry(prepared: Prepared) -> dict[str, Any]:
 
 
 def make_optimiser(
-    network: nn.Module, config: OptimiserConfig, learning_rate: float
+    network: nn.Module, config: OptimiserConfig, learning_rate: float, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum."""
+    """AdamW, or SGD with Nesterov momentum; ``fused`` takes a step in one kernel, for parameters on a GPU."""
     groups = parameter_groups(network, weight_decay=config.weight_decay)
     if config.name == "sgd":
         return torch.optim.SGD(
-            groups, lr=learning_rate, momentum=config.momentum, nesterov=config.momentum > 0
+            groups,
+            lr=learning_rate,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            fused=fused or None,
         )
-    return torch.optim.AdamW(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused or None)
 
 
 def make_criterion(

@@ -48,7 +48,7 @@ def test_average_follows_the_formula():
     for updates in range(200):
         with torch.no_grad():
             layer.weight.normal_(generator=torch.Generator().manual_seed(updates))
-        average.update(layer, updates=updates)
+        average.update(updates=updates)
         decay = min(0.9, (1 + updates) / (10 + updates))
         expected = decay * expected + (1 - decay) * layer.weight.detach()
     torch.testing.assert_close(average.network.weight, expected)
@@ -58,7 +58,7 @@ def test_average_without_decay_is_the_network_itself():
     layer = torch.nn.Linear(3, 1)
     average = WeightAverage(layer, decay=0.0)
     torch.nn.init.normal_(layer.weight)
-    average.update(layer, updates=1000)
+    average.update(updates=1000)
     assert torch.equal(average.network.weight, layer.weight)
 
 
@@ -66,7 +66,7 @@ def test_norm_statistics_are_copied_not_averaged():
     norm = torch.nn.BatchNorm2d(2)
     average = WeightAverage(norm, decay=0.9)
     norm(torch.randn(4, 2, 3, 3) + 5)
-    average.update(norm, updates=1000)
+    average.update(updates=1000)
     assert torch.equal(average.network.running_mean, norm.running_mean)
     assert average.network.num_batches_tracked == 1
 
@@ -76,7 +76,7 @@ def test_averaging_leaves_the_network_alone():
     before = layer.weight.detach().clone()
     average = WeightAverage(layer, decay=0.9)
     torch.nn.init.zeros_(average.network.weight)
-    average.update(layer, updates=5)
+    average.update(updates=5)
     assert torch.equal(layer.weight, before)
 
 

@@ -413,3 +413,12 @@ def test_a_run_of_limited_time_is_not_given_more_epochs(tiny):
     run = Trainer(tiny(epochs=1, max_minutes=5.0, report=False)).fit().run_folder
     with pytest.raises(UsageError, match="trains for 5 minutes"):
         Trainer.from_run(run, epochs=3).fit()
+
+
+def test_a_state_from_another_device_is_gone_on_with_in_this_ones_way():
+    layer = torch.nn.Linear(2, 1)
+    saved = torch.optim.AdamW(layer.parameters(), lr=0.5, fused=True).state_dict()
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    optimiser.load_state_dict(session._computed_as(optimiser, saved))
+    (group,) = optimiser.param_groups
+    assert (group["fused"], group["lr"]) == (None, 0.5)
