@@ -45,7 +45,10 @@ def collect() -> dict[str, Any]:
         "lungkit": lungkit.__version__,
         "folder": str(Path(lungkit.__file__).parent),
         "checkout": _library.checkout() is not None,
-        "libraries": {backend: library.reason or "loaded" for backend, library in _BACKENDS.items()},
+        "libraries": {
+            **{backend: library.reason or "loaded" for backend, library in _BACKENDS.items()},
+            "geometry": _geometry(),
+        },
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -55,6 +58,20 @@ def collect() -> dict[str, Any]:
             for name in sorted(_library.defined_ops())
         },
     }
+
+
+def _geometry() -> str:
+    """Whether surface distances are computed by the native module, or why not."""
+    from lungkit.metrics import surface
+
+    if surface.is_native():
+        return "loaded"
+    folder = Path(lungkit.__file__).parent / "_native"
+    if built := sorted(folder.glob("_geometry*")):
+        return f"{built[0].name} is not for this Python, {platform.python_version()}; install lungkit for it"
+    return (
+        "not built, so surface distances are computed in numpy: there were no Python headers or no pybind11"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -98,6 +115,8 @@ def _render(info: dict[str, Any]) -> str:
         lines += ["", f"NOT NATIVE, everything runs in plain PyTorch: {info['libraries']['cpu']}"]
     lines += ["", "Versions"]
     lines += [f"  {name:18} {version or 'not installed'}" for name, version in info["versions"].items()]
+    lines += ["", "Libraries"]
+    lines += [f"  {name:18} {state}" for name, state in info["libraries"].items()]
     lines += ["", "Devices"]
     lines += [f"  cpu: {key}: {_text(value)}" for key, value in info["devices"]["cpu"].items()]
     lines += [f"  cuda {i}: {_text(list(gpu.values()))}" for i, gpu in enumerate(info["devices"]["cuda"])]

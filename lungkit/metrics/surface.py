@@ -31,6 +31,11 @@ def _load_native() -> ModuleType | None:
 _native = _load_native()
 
 
+def is_native() -> bool:
+    """Whether distances are computed by the native module, and not in numpy."""
+    return _native is not None
+
+
 class HausdorffDefinition(str, Enum):
     """How two sets of directed distances become one percentile; the value is part of the metric's name."""
 

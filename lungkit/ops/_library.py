@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,23 @@ CUDA_LIBRARY = (
     if CPU_LIBRARY.loaded
     else LibraryStatus("cuda", False, "the CPU library, which it extends, is not loaded")
 )
+
+
+def _warn_of_hidden_kernels() -> None:
+    """Say once, where everything would be slow without a word, that this copy hides another that has kernels."""
+    library = "lungkit_cpu.so"
+    hidden = None if (_NATIVE_FOLDER / library).exists() else hidden_copy(library)
+    if hidden is not None:
+        kind = "the checkout" if checkout() else "the copy of lungkit in"
+        warnings.warn(
+            f"{kind} {_NATIVE_FOLDER.parents[1]} holds no kernels and hides {hidden}, which does: EVERYTHING RUNS IN "
+            "PLAIN PYTORCH. Start Python in another folder, and leave this one out of PYTHONPATH",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_warn_of_hidden_kernels()
 
 _ops: dict[str, str] = {}
 

@@ -46,3 +46,12 @@ def test_an_unknown_option_is_a_usage_error(capsys):
         main(["--jsn"])
     assert stop.value.code == 2
     assert "--jsn" in capsys.readouterr().err
+
+
+def test_a_geometry_module_of_another_python_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "_native").mkdir()
+    (tmp_path / "_native" / "_geometry.cpython-39-x86_64-linux-gnu.so").touch()
+    monkeypatch.setattr("lungkit.metrics.surface._native", None)
+    monkeypatch.setattr("lungkit.__file__", str(tmp_path / "__init__.py"))
+    assert main([]) == 0
+    assert "_geometry.cpython-39-x86_64-linux-gnu.so is not for this Python" in capsys.readouterr().out

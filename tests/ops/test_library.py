@@ -160,6 +160,8 @@ def test_a_checkout_that_hides_an_installed_copy_with_kernels_says_so(tmp_path: 
     assert loud.startswith("NOT NATIVE, everything runs in plain PyTorch: ")
     assert f"hides the lungkit in {installed}" in loud
     assert "no C++20 compiler" not in done.stdout
+    assert done.stderr.count("EVERYTHING RUNS IN PLAIN PYTORCH") == 1
+    assert f"the checkout {copy} holds no kernels and hides {installed}" in done.stderr
 
 
 def test_benchmarks_do_not_time_a_fallback_as_lungkit(tmp_path: Path):
