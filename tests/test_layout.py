@@ -112,6 +112,7 @@ def test_ops_need_torch_alone() -> None:
         "math",
         "pathlib",
         "sys",
+        "warnings",
     }
     found = {name.split(".")[0] for module in MODULES if part_of(module) == "ops" for name in imports(module)}
     assert found - standard <= {"torch", "typing", "lungkit"}
