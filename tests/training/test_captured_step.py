@@ -239,13 +239,11 @@ def test_a_replayed_run_that_is_resumed_has_the_weights_of_one_that_went_through
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Only algorithms that give the same bits again; what a run sets in the process is set back."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    """cuDNN takes only algorithms that give the same bits again."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = (cudnn.deterministic, cudnn.benchmark), True
     yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.backends.cudnn.benchmark = before[1]
+    cudnn.deterministic, cudnn.benchmark = before
 
 
 def losses_and_weights(
@@ -297,7 +295,7 @@ def test_a_graph_trains_as_the_step_does(build, size, deep, half):
     assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(expected)
 
 
-ON_DEVICE = {"report": False, "engine__accelerator": "cuda", "engine__deterministic": True}
+ON_DEVICE = {"report": False, "engine__accelerator": "cuda"}
 
 
 @pytest.mark.cuda

@@ -156,7 +156,8 @@ def _displacement(coefficients: torch.Tensor, shape: Sequence[int]) -> torch.Ten
     """Cubic B-spline field (n, dims, \\*shape) of control coefficients (n, dims, \\*control points)."""
     field = coefficients
     for axis, length in enumerate(shape, start=2):
-        weights = _spline_weights(length, coefficients.shape[axis]).to(field.device, field.dtype)
+        weights = _spline_weights(length, coefficients.shape[axis])
+        weights = weights.to(field.device, field.dtype, non_blocking=True)
         field = torch.tensordot(field, weights, dims=([axis], [1])).movedim(-1, axis)
     return field
 
