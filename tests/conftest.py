@@ -42,7 +42,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``cuda`` where there is no device, and say so."""
+    """Skip the tests marked ``slow`` where nobody asks for them, and ``cuda`` where there is no device; say so."""
+    if not os.environ.get("LUNGKIT_SLOW_TESTS"):
+        slow = pytest.mark.skip(reason="takes minutes; run with LUNGKIT_SLOW_TESTS=1")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device here; the same kernels are tested on the emulator")

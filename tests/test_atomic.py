@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lungkit._atomic import atomic_path, claim_folder, write_json_atomic, write_text_atomic
+from lungkit._atomic import atomic_path, claim_folder, new_folder, write_json_atomic, write_text_atomic
 from lungkit.errors import ResourceError, UsageError
 
 
@@ -101,6 +101,67 @@ def test_a_folder_of_other_files_is_not_claimed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not empty and holds no phantoms"):
         claim_folder(tmp_path, "made.json", {}, holds="phantoms")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", "thesis.tex"]
+
+
+def test_a_folder_appears_with_its_record_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        claim_folder(tmp_path / "out", "made.json", {"seed": 0}, holds="phantoms")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_two_that_claim_a_folder_at_once_the_second_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    folder, exists = tmp_path / "out", Path.exists
+
+    def absent_until_asked(path: Path) -> bool:
+        there = exists(path)
+        if path == folder and not there:
+            monkeypatch.undo()
+            claim_folder(folder, "made.json", {"seed": 0}, holds="phantoms")
+        return there
+
+    monkeypatch.setattr(Path, "exists", absent_until_asked)
+    if seed == 0:
+        claim_folder(folder, "made.json", {"seed": 0}, holds="phantoms")
+    else:
+        with pytest.raises(UsageError, match="made with other seed"):
+            claim_folder(folder, "made.json", {"seed": 1}, holds="phantoms")
+    assert json.loads((folder / "made.json").read_text()) == {"seed": 0}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_new_folder_takes_the_first_name_that_is_free(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "theirs").touch()
+    (tmp_path / "b").mkdir()
+    with new_folder([tmp_path / "a", tmp_path / "b"]) as new:
+        (new.path / "ours").touch()
+        assert not any((tmp_path / "b").iterdir())
+    assert new.path == tmp_path / "b" and (tmp_path / "b" / "ours").exists()
+
+
+def test_a_new_folder_whose_name_was_taken_meanwhile_is_an_error_and_gone(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not an empty folder"), new_folder([tmp_path / "a"]):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "theirs").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_current_folder_can_be_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(["."]) as new:
+        (new.path / "ours").touch()
+    assert [path.name for path in Path.cwd().iterdir()] == ["ours"]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_names_as_long_as_a_file_system_takes_are_written(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import argparse
 import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lungkit
+from lungkit._atomic import check_new, new_folder
 from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
 from lungkit.cli._parser import CommandParser
@@ -200,23 +201,19 @@ def _run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(1)  # each job has a core of its own
     reader = MaskReader(scheme.values, rules, archive, arguments.max_voxels)
     beside = _readers_of(arguments, scheme)
-    folder = _new_folder(arguments.output)
-    try:
-        with _Bar(len(found.pairs)) as bar:
-            evaluation = evaluating.evaluate_pairs(
-                found.pairs,
-                scheme,
-                options=options,
-                jobs=jobs,
-                reader=reader,
-                progress=bar.update,
-            )
-        if not evaluation.table.rows and len(found.pairs) == 1:  # of many, the files say which failed and why
-            raise DataError(f"not measured, nothing is written: {next(iter(evaluation.failed.values()))}")
-    except BaseException:
-        if arguments.output is None:
-            folder.rmdir()  # still empty, and made here
-        raise
+    if arguments.output is not None:
+        check_new(arguments.output)
+    with _Bar(len(found.pairs)) as bar:
+        evaluation = evaluating.evaluate_pairs(
+            found.pairs,
+            scheme,
+            options=options,
+            jobs=jobs,
+            reader=reader,
+            progress=bar.update,
+        )
+    if not evaluation.table.rows and len(found.pairs) == 1:  # of many, the files say which failed and why
+        raise DataError(f"not measured, nothing is written: {next(iter(evaluation.failed.values()))}")
     notes: list[str] = []
     if beside is not None:
         dataset, readers = beside
@@ -230,16 +227,21 @@ def _run(arguments: argparse.Namespace) -> int:
             probabilities=arguments.probabilities or (folder_of_maps if folder_of_maps.is_dir() else None),
         )
         notes = readers.ceiling_notes()
-    text = evaluating.write_evaluation(folder, evaluation, found, options, scheme, notes=notes)
-    if beside is not None and readers.table.rows:
-        text += "\n\n" + readers.write(folder)
-    sys.stdout.write((folder / "metrics.json").read_text() if arguments.json else text + "\n")
-    if arguments.report:
-        with optional_page(folder / REPORT):
-            images = find_images(arguments.labels, arguments.images)
-            write_evaluation_pages(folder / PAGES, found.pairs, scheme, reader, evaluation.table, images)
-            write_folder_report(folder)
-    _LOG.info("everything is in %s", folder)
+    with new_folder(_names(arguments.output)) as new:
+        text = evaluating.write_evaluation(new.path, evaluation, found, options, scheme, notes=notes)
+        if beside is not None and readers.table.rows:
+            text += "\n\n" + readers.write(new.path)
+        if arguments.json:
+            text = (new.path / "metrics.json").read_text().rstrip("\n")
+        if arguments.report:
+            with optional_page(new.path / REPORT):
+                images = find_images(arguments.labels, arguments.images)
+                write_evaluation_pages(
+                    new.path / PAGES, found.pairs, scheme, reader, evaluation.table, images
+                )
+                write_folder_report(new.path)
+    sys.stdout.write(text + "\n")
+    _LOG.info("everything is in %s", new.path)
     return _exit_code(evaluation.failed, found.without_prediction, found.without_label, arguments.common_only)
 
 
@@ -279,22 +281,13 @@ def _exit_code(
     return DataError.exit_code if failed or one_sided else 0
 
 
-def _new_folder(asked: Path | None) -> Path:
-    """The folder asked for, which must be new or empty; or "evaluation", numbered where it exists, and made here."""
+def _names(asked: Path | None) -> Iterator[Path]:
+    """The folder asked for, or "evaluation", numbered where it exists."""
     if asked is not None:
-        if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
-            raise UsageError(f"--output {asked} exists and is not an empty folder; name a new one")
-        return asked
+        yield asked
+        return
     for number in itertools.count(1):
-        folder = Path("evaluation" if number == 1 else f"evaluation-{number}")
-        try:
-            folder.mkdir()  # at once: another evaluation may start while this one measures
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UsageError(f"{folder}: cannot be made ({error.strerror}); give --output") from error
-        break
-    return folder
+        yield Path("evaluation" if number == 1 else f"evaluation-{number}")
 
 
 class _Bar:

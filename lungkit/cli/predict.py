@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import lungkit
+from lungkit._temporary import remove_leftovers
 from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
 from lungkit.cli._parser import CommandParser
@@ -374,7 +375,9 @@ def _check_single_file(
     if not path.parent.is_dir():
         raise UsageError(f"--output {path}: the folder {path.parent} does not exist; make it first")
     classes = predictor.labels if wanted.probabilities else ()
-    there = [file for file in files.of("", classes, attention=wanted.attention) if file.exists()]
+    ours = files.of("", classes, attention=wanted.attention)
+    remove_leftovers(path.parent, [file.name for file in ours])
+    there = [file for file in ours if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{shorten(there)} exists; name another --output, or replace it with --overwrite")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lungkit.checkpoint import LAST, finished_saves
+from lungkit.checkpoint import LAST
 from lungkit.data import Dataset, NanPolicy, open_dataset
 from lungkit.data.splits import patients
 from lungkit.errors import CheckpointError, DataError
@@ -39,8 +39,7 @@ def train_or_resume(arm: Arm, runs: Path, fold: int, seed: int, *, name: str | N
     if finished is not None:
         _LOG.info("%s: finished already", finished)
         return finished
-    last = None if found is None else found / "checkpoints" / LAST
-    if found is not None and last is not None and (last.is_dir() or finished_saves(last)):
+    if found is not None:
         return Trainer.from_run(found).fit().run_folder
     return Trainer(replace(arm.run_config(runs, fold, seed), name=name)).fit().run_folder
 

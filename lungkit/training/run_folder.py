@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 
 import lungkit
-from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit._atomic import new_folder, write_json_atomic, write_text_atomic
+from lungkit.checkpoint import LAST, PREVIOUS
 from lungkit.data import Split, write_splits
 from lungkit.errors import CheckpointError, UsageError
 from lungkit.ops import _library
@@ -71,30 +73,29 @@ class RunFolder:
             ) from error
 
     @classmethod
-    def create(cls, runs: str | os.PathLike[str], name: str) -> RunFolder:
+    def create(
+        cls,
+        runs: str | os.PathLike[str],
+        name: str,
+        describe: Callable[[RunFolder], None] = lambda folder: None,
+    ) -> RunFolder:
         """Make ``runs/name``, or ``runs/name-2`` and so on where that exists: no run is overwritten.
+
+        ``describe`` writes what the run is into the folder before it gets its name, so that no kill leaves a folder
+        that cannot be resumed.
 
         Raises:
             UsageError: the folder cannot be made, or ``name`` is not that of a folder in ``runs``.
         """
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise UsageError(f"name is {name!r}; give the name of a folder, without a path")
-        number = 1
-        while True:
-            path = Path(runs) / (name if number == 1 else f"{name}-{number}")
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
-            except OSError as error:
-                raise UsageError(
-                    f"runs: {path} cannot be made ({error.strerror}); name a writable folder"
-                ) from error
-        folder = cls(path)
-        folder.checkpoints.mkdir()
-        folder.overlays.mkdir()
-        return folder
+        names = (Path(runs) / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+        with new_folder(names) as new:
+            folder = cls(new.path)
+            folder.checkpoints.mkdir()
+            folder.overlays.mkdir()
+            describe(folder)
+        return cls(new.path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -108,6 +109,12 @@ class RunFolder:
             if not (folder.path / name).is_file():
                 raise CheckpointError(f"{folder.path}: not a run folder, {name} is missing")
         return folder
+
+    @property
+    def has_saved_nothing(self) -> bool:
+        """Whether the run ended before its first epoch did: it can only begin again."""
+        saved = (self.checkpoints / LAST, self.checkpoints / PREVIOUS, self.path / "metrics.csv")
+        return not any(path.exists() for path in saved)
 
     def write_description(
         self, config_yaml: str, dataset: Mapping[str, Any], splits: Sequence[Split]

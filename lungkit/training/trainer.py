@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lungkit._atomic import write_text_atomic
+from lungkit._temporary import remove_leftovers
 from lungkit.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, recover_checkpoint
 from lungkit.data import CachedCase
 from lungkit.errors import Interrupted, LungkitError, UsageError
@@ -243,15 +244,18 @@ class Trainer:
             # The dataset's name comes from a file: only what is harmless in the name of a folder is kept.
             dataset = re.sub(r"[^a-z0-9_.]+", "-", prepared.dataset.name.lower()).strip("-.") or "run"
             name = self.config.name or f"{dataset}-{self.config.model.name}"
-            folder = RunFolder.create(self.config.runs, name)
-            folder.write_description(config_to_yaml(self.config), prepared.to_dict(), prepared.splits)
+            description = config_to_yaml(self.config), prepared.to_dict(), prepared.splits
+            folder = RunFolder.create(self.config.runs, name, lambda new: new.write_description(*description))
         log.open(folder.path / "train.log")
+        remove_leftovers(folder.path)
         return folder
 
     def _restore(self, session: Session, folder: RunFolder) -> None:
-        def load() -> Checkpoint:
+        def load() -> Checkpoint | None:
             for name in (LAST, BEST):
                 recover_checkpoint(folder.checkpoints / name)
+            if self.checkpoint == LAST and folder.has_saved_nothing:
+                return None
             checkpoint = load_checkpoint(folder.checkpoints / self.checkpoint)
             session.restore(checkpoint)
             # A kill between the checkpoint and the table loses no row of it.
@@ -259,6 +263,11 @@ class Trainer:
             return checkpoint
 
         checkpoint = on_first_process(session.fabric, load)
+        if checkpoint is None:
+            _LOG.info(
+                "nothing was saved yet: starting from the beginning; the run is of %s", session.plan.budget
+            )
+            return
         if not session.fabric.is_global_zero:
             session.restore(checkpoint)
         _LOG.info("continuing after step %d; the run is of %s", session.position.step, session.plan.budget)

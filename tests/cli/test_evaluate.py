@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,18 +120,36 @@ def test_default_folders_are_numbered(
     assert (tmp_path / "evaluation-2").is_dir()
 
 
-def test_default_folder_is_taken_before_measuring_and_given_back_where_that_fails(
+@pytest.mark.parametrize("step", ["evaluate_pairs", "write_measured"])
+def test_an_interrupted_evaluation_leaves_nothing(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, step, interrupted)
+    assert main([*folders]) == 130
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_an_evaluation_that_ends_after_another_has_a_folder_of_its_own(
     folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write = evaluation.write_evaluation
 
-    def interrupted(*_: object, **__: object) -> None:
-        assert (tmp_path / "evaluation").is_dir()
-        raise KeyboardInterrupt
+    def after_another(*arguments: Any, **options: Any) -> str:
+        monkeypatch.setattr(evaluation, "write_evaluation", write)
+        assert main([*folders, "--metrics", "size"]) == 0
+        return write(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "evaluate_pairs", interrupted)
-    assert main([*folders]) == 130
-    assert not (tmp_path / "evaluation").exists()
+    monkeypatch.setattr(evaluation, "write_evaluation", after_another)
+    assert main([*folders, "--metrics", "overlap"]) == 0
+    assert "dice" not in (tmp_path / "evaluation" / "metrics.csv").read_text()
+    assert "dice" in (tmp_path / "evaluation-2" / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,16 @@ def test_no_run_is_overwritten(tmp_path):
     assert [folder.path.name for folder in folders] == ["lung", "lung-2", "lung-3"]
 
 
+def test_a_run_has_its_name_only_once_it_is_described(tmp_path):
+    def describe(folder):
+        (folder.path / "config.yaml").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder.create(tmp_path / "runs", "lung", describe)
+    assert not list((tmp_path / "runs").iterdir())
+
+
 @pytest.mark.parametrize("name", ["../lung", "a/b", "/lung", "..", ".", ""])
 def test_a_name_stays_inside_the_folder_of_runs(tmp_path, name):
     with pytest.raises(UsageError, match="name"):

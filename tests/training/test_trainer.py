@@ -222,6 +222,18 @@ def test_the_previous_checkpoint_can_be_continued(tiny):
     assert_same_run(whole.run_folder, parts)
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tiny):
+    whole = Trainer(tiny(epochs=2)).fit()
+    parts = Trainer(tiny(epochs=2, name="parts")).fit().run_folder
+    for checkpoint in (parts / "checkpoints" / "last", parts / "checkpoints" / "previous"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(CheckpointError, match="last: not a usable checkpoint"):
+        Trainer.from_run(parts).fit()  # its table says that it had saved something
+    (parts / "metrics.csv").unlink()
+    assert Trainer.from_run(parts).fit().run_folder == parts
+    assert_same_run(whole.run_folder, parts)
+
+
 def test_a_row_that_a_kill_kept_from_the_table_is_there_after_resuming(tiny):
     folder = Trainer(tiny(epochs=2)).fit().run_folder
     tables = [folder / "metrics.csv", folder / "metrics.jsonl"]

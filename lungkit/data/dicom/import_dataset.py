@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lungkit._atomic import atomic_folder, make_folder, write_json_atomic
+from lungkit._atomic import check_new, new_folder, write_json_atomic
 from lungkit.data.dicom.archive import Archive, FoundMask, FoundSeries, find_archive
 from lungkit.data.dicom.read_label import StructureRule, add_structures
 from lungkit.data.dicom.series import read_found_series
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, write_nifti
-from lungkit.errors import DataError, LungkitError, ResourceError, UsageError, shorten
+from lungkit.errors import DataError, LungkitError, ResourceError, shorten
 
 _LOG = logging.getLogger("lungkit")
 
@@ -81,9 +81,7 @@ def import_dicom(
         ResourceError: the disk is full; nothing is left behind.
     """
     source, output = Path(source), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is not an empty folder; name a new one")
-    make_folder(output.absolute().parent)
+    check_new(output)
     archive = find_archive(source)
     result = Import(failed=dict(archive.problems), others=archive.others)
     masks = _masks_by_series(archive, kinds, result)
@@ -93,7 +91,8 @@ def import_dicom(
         labels.setdefault(rule.label, len(labels))
     ids = _case_ids([found for found in archive.series if found.info.uid in masks], name_patients)
     patients: dict[str, str] = {}
-    with atomic_folder(output) as temporary:
+    with new_folder([output]) as new:
+        temporary = new.path
         for folder in ("imagesTr", "labelsTr"):
             (temporary / folder).mkdir()
         for done, found in enumerate(archive.series):
