@@ -35,6 +35,10 @@ class CheckpointError(LungkitError):
     exit_code = 4
 
 
+class UnsupportedModelError(CheckpointError):
+    """A model of another program asks for what lungkit does not have; the message names it."""
+
+
 class ResourceError(LungkitError):
     """The machine ran out of something: disk, memory, a device."""
 

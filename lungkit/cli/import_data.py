@@ -1,4 +1,4 @@
-"""``lungkit-import``: a dataset to train on from what hospitals and archives hold."""
+"""``lungkit-import``: a dataset to train on from what hospitals and archives hold; models of nnU-Net."""
 
 from __future__ import annotations
 
@@ -35,18 +35,37 @@ Where classes overlap, the one that comes first stays. Exit codes: 0 ok, 2 usage
 used; it is named, and the rest is written.
 """
 
+_NNUNET_EPILOG = """
+MODEL holds plans.json, dataset.json and fold_*/checkpoint_final.pth. Nothing in them is executed. RUN predicts as
+nnU-Net does, mirror images included (lungkit-predict --no-tta leaves them out); several folds are an ensemble. What
+cannot be imported is named: cascades, other architectures than PlainConvUNet and ResidualEncoderUNet, normalisations
+of your own.
+Examples:
+  lungkit-import nnunet results/Dataset001_X/nnUNetTrainer__nnUNetPlans__3d_fullres -o runs/imported
+  lungkit-predict -i scan.nii.gz -o mask.nii.gz --model runs/imported
+Exit codes: 0 ok, 2 usage, 4 the model is damaged or cannot be imported, 5 disk full.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(lambda: _import_dicom(_parser().parse_args(arguments)))
+    return run_command(lambda: _run(_parser().parse_args(arguments)))
+
+
+def _run(options: argparse.Namespace) -> int:
+    return _import_nnunet(options) if options.kind == "nnunet" else _import_dicom(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     from lungkit.data.volume import DEFAULT_MAX_VOXELS
 
-    parser = CommandParser(prog="lungkit-import", description="Make a dataset to train on.")
+    parser = CommandParser(
+        prog="lungkit-import", description="Make a dataset to train on, or a run of a model of nnU-Net."
+    )
     parser.add_argument("--version", action="version", version=lungkit.__version__)
-    dicom = parser.add_subparsers(dest="kind", required=True, metavar="KIND").add_parser(
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    _add_nnunet(kinds)
+    dicom = kinds.add_parser(
         "dicom",
         help="CT series with RTSTRUCT or SEG",
         description="Make a dataset to train on from DICOM: CT series with RTSTRUCT or SEG.",
@@ -85,6 +104,43 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-voxels", type=int, default=DEFAULT_MAX_VOXELS, metavar="N", help="refuse larger series")
     add("--json", action="store_true", help="print what became of the series as JSON on standard output")
     return parser
+
+
+def _add_nnunet(kinds: argparse._SubParsersAction[CommandParser]) -> None:
+    nnunet = kinds.add_parser(
+        "nnunet",
+        help="a trained model of nnU-Net 2",
+        description="Make a run that lungkit-predict predicts with from a trained model of nnU-Net 2.",
+        epilog=_NNUNET_EPILOG,
+    )
+    add = nnunet.add_argument
+    add("source", type=Path, metavar="MODEL", help="TRAINER__PLANS__CONFIGURATION of nnU-Net's results")
+    add("-o", "--output", type=Path, required=True, metavar="RUN", help="new run folder")
+    add("--folds", nargs="+", metavar="N", help="of them, or all (default: every fold there is)")
+    add("--checkpoint", choices=("final", "best"), default="final", help="of each fold (default: final)")
+    add("--json", action="store_true", help="print what was imported as JSON on standard output")
+
+
+def _import_nnunet(options: argparse.Namespace) -> int:
+    from lungkit.interop import import_nnunet
+
+    result = import_nnunet(options.source, options.output, folds=options.folds, checkpoint=options.checkpoint)
+    _LOG.info(
+        "%s of %s, %s; predict with: lungkit-predict -i SCAN -o MASK --model %s",
+        result.configuration,
+        result.trainer,
+        ", ".join(result.folds),
+        result.run,
+    )
+    if options.json:
+        content = {
+            "run": str(result.run),
+            "folds": list(result.folds),
+            "configuration": result.configuration,
+            "trainer": result.trainer,
+        }
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    return 0
 
 
 def _import_dicom(options: argparse.Namespace) -> int:

@@ -106,8 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--series", metavar="UID", help="which series of a DICOM folder that holds several")
     add(
         "--tta",
-        action="store_true",
-        help="average over the mirror images of every patch: 4 (2D) or 8 times as long",
+        action=argparse.BooleanOptionalAction,
+        help="average over the mirror images of every patch: 4 (2D) or 8 times as long (default: as the model says, "
+        "which is no but for those of nnU-Net)",
     )
     add(
         "--overlap",

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from lungkit.data.volume import Volume
-from lungkit.errors import DataError
+from lungkit.errors import DataError, UsageError
 
 SAME_PLACE_MM = 1e-3
 """Largest difference between the entries of two affines of one grid."""
@@ -26,8 +27,8 @@ class Geometry:
     """A scan's own grid, and the one on which a network sees it.
 
     ``original_shape`` (X, Y, Z) and ``affine`` are the scan's; axis i of the scan becomes axis ``axes[i]`` of
-    R, A, S, flipped where ``flips[i]``; ``shape`` (Z, Y, X) and ``spacing_mm`` (Z, Y, X) are those after
-    resampling.
+    X, Y, Z (R, A, S but for other :class:`Axes`), flipped where ``flips[i]``; ``shape`` (Z, Y, X) and ``spacing_mm``
+    (Z, Y, X) are those after resampling.
     """
 
     original_shape: tuple[int, int, int]
@@ -44,22 +45,57 @@ class Geometry:
         return sizes[2], sizes[1], sizes[0]
 
 
-def plan_geometry(volume: Volume, *, target_spacing_mm: tuple[float, float, float] | None = None) -> Geometry:
-    """The grid of ``volume`` in RAS+ as ZYX, resampled to ``target_spacing_mm`` (z, y, x) or kept as it is.
+@dataclass(frozen=True)
+class Axes:
+    """In what order and direction a network sees the axes of a scan.
 
-    The number of voxels is the nearest whole one, so the spacing reached differs a little from the one asked
-    for; :attr:`Geometry.spacing_mm` holds the one reached. An axis of a single voxel is left alone: one slice
-    says nothing about the next.
+    ``orientation`` is "RAS", or "stored" for the order and direction in which the file holds them, by which programs go
+    that do not reorient. Laid out as (Z, Y, X), the last stored axis first, they are taken in the order ``order``.
+
+    Example:
+        >>> scan = Volume(np.zeros((4, 5, 6)), np.diag([-1.0, 1.0, 3.0, 1.0]))
+        >>> plan_geometry(scan, axes=Axes("stored", (1, 0, 2))).shape
+        (5, 6, 4)
+    """
+
+    orientation: Literal["RAS", "stored"] = "RAS"
+    order: tuple[int, int, int] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        if self.orientation not in ("RAS", "stored") or sorted(self.order) != [0, 1, 2]:
+            raise UsageError(
+                f"axes: orientation {self.orientation!r} must be 'RAS' or 'stored', order {self.order} a permutation "
+                "of 0, 1, 2"
+            )
+
+
+RAS = Axes()
+
+
+def plan_geometry(
+    volume: Volume,
+    *,
+    target_spacing_mm: tuple[float | None, float, float] | None = None,
+    axes: Axes = RAS,
+) -> Geometry:
+    """The grid of ``volume`` as ZYX, resampled to ``target_spacing_mm`` (z, y, x) or kept as it is.
+
+    ``axes`` says in which order and direction the axes are taken, RAS+ if nothing else is said. A target of None for z
+    keeps the distance of the slices. The number of voxels is the nearest whole one, so the spacing reached differs a
+    little from the one asked for; :attr:`Geometry.spacing_mm` holds the one reached. An axis of a single voxel is left
+    alone: one slice says nothing about the next.
     """
     from nibabel.orientations import io_orientation
 
-    orientation = io_orientation(volume.affine)
-    axes = tuple(int(axis) for axis in orientation[:, 0])
-    spacing_by_axis = dict(zip(axes, volume.spacing_mm, strict=True))
+    stored = axes.orientation == "stored"
+    orientation = np.array([(0, 1), (1, 1), (2, 1)]) if stored else io_orientation(volume.affine)
+    # Axis 2 - n of R, A, S (or of the file) is axis n of ZYX, which the network may see as another one.
+    turned = tuple(2 - axes.order.index(2 - int(axis)) for axis in orientation[:, 0])
+    spacing_by_axis = dict(zip(turned, volume.spacing_mm, strict=True))
     native = Geometry(
         original_shape=volume.array.shape,
         affine=volume.affine,
-        axes=axes,  # type: ignore[arg-type]
+        axes=turned,  # type: ignore[arg-type]
         flips=tuple(bool(flip < 0) for flip in orientation[:, 1]),  # type: ignore[arg-type]
         shape=(0, 0, 0),
         spacing_mm=(spacing_by_axis[2], spacing_by_axis[1], spacing_by_axis[0]),
@@ -67,7 +103,7 @@ def plan_geometry(volume: Volume, *, target_spacing_mm: tuple[float, float, floa
     shape, spacing = list(native.oriented_shape), list(native.spacing_mm)
     if target_spacing_mm is not None:
         for axis, target in enumerate(target_spacing_mm):
-            if shape[axis] > 1:
+            if shape[axis] > 1 and target is not None:
                 extent_mm = shape[axis] * spacing[axis]
                 ratio = extent_mm / target
                 if not math.isfinite(ratio):
@@ -108,7 +144,7 @@ def check_size(volume: Volume, geometry: Geometry, max_voxels: int) -> None:
 
 
 def orient(array: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """View of ``array`` (X, Y, Z as stored) in RAS+ as (Z, Y, X).
+    """View of ``array`` (X, Y, Z as stored) in the axes of ``geometry`` (RAS+) as (Z, Y, X).
 
     What is written to it lies where it belongs on the scan's own grid:
 

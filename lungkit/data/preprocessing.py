@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lungkit.data.fingerprint import ChannelFingerprint, Fingerprint
-from lungkit.data.geometry import Geometry, check_size, orient, plan_geometry
+from lungkit.data.geometry import RAS, Axes, Geometry, check_size, orient, plan_geometry
+from lungkit.data.normalisation import TRIANGLE, ChannelNormalisation, Interpolation, Statistics
 from lungkit.data.resampling import resample_nearest
-from lungkit.data.slices import ResampledSlices, chunks
+from lungkit.data.scan_statistics import LimitedSlices, NormalisedSlices, filled
+from lungkit.data.slices import ResampledSlices, Slices, chunks
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, Volume
 from lungkit.errors import DataError, UsageError
 
@@ -30,43 +32,42 @@ WINDOW_PRESETS_HU: dict[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True)
-class ChannelNormalisation:
-    """normalised = (clip(x, *window) - mean) / std, for one channel; ``units`` are those of the window."""
-
-    window: tuple[float, float]
-    mean: float
-    std: float
-    units: str
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The window's two ends after normalisation."""
-        return (self.window[0] - self.mean) / self.std, (self.window[1] - self.mean) / self.std
-
-
-@dataclass(frozen=True)
 class Preprocessing:
     """Everything that is done to a scan before a network sees it; a model must be used with the one it had.
 
     ``channels`` holds one normalisation for each channel of the image. ``target_spacing_mm`` is (z, y, x), or None for
-    each scan's own. ``label_map`` maps mask values to class indices. Every scan is brought to RAS+ first.
+    each scan's own, of which z may be None alone. ``label_map`` maps mask values to class indices. Every scan is
+    brought to ``axes`` first, RAS+ as ZYX. ``crop`` leaves out what is 0 in every channel round the "nonzero" rest.
+    ``image_interpolation`` leads to the target spacing, ``score_interpolation`` brings what the network says back.
     """
 
     channels: tuple[ChannelNormalisation, ...]
     label_map: Mapping[int, int]
-    target_spacing_mm: tuple[float, float, float] | None = None
+    target_spacing_mm: tuple[float | None, float, float] | None = None
+    axes: Axes = RAS
+    crop: Literal["none", "nonzero"] = "none"
+    image_interpolation: Interpolation = TRIANGLE
+    score_interpolation: Interpolation = TRIANGLE
 
     def __post_init__(self) -> None:
+        if self.crop not in ("none", "nonzero"):
+            raise UsageError(f"crop: {self.crop!r} is neither 'none' nor 'nonzero'")
         for index, channel in enumerate(self.channels):
-            values = (*channel.window, channel.mean, channel.std)
+            if channel.statistics not in get_args(Statistics):
+                raise UsageError(
+                    f"statistics: {channel.statistics!r} is none of {', '.join(get_args(Statistics))}"
+                )
+            values = (*(channel.window or ()), channel.mean, channel.std)
             if not all(math.isfinite(value) for value in values) or channel.std <= 0:
                 raise UsageError(
                     f"channel {index}: mean {channel.mean}, std {channel.std} must be finite, std > 0"
                 )
-            if channel.window[0] >= channel.window[1]:
+            if channel.window is not None and channel.window[0] >= channel.window[1]:
                 raise UsageError(f"window: {channel.window} of channel {index} must have low < high")
         if self.target_spacing_mm is not None and not all(
-            math.isfinite(spacing) and spacing > 0 for spacing in self.target_spacing_mm
+            math.isfinite(spacing) and spacing > 0
+            for spacing in self.target_spacing_mm[0 if self.target_spacing_mm[0] is not None else 1 :]
+            if spacing is not None
         ):
             raise UsageError(f"target_spacing_mm: {self.target_spacing_mm} must be three lengths above zero")
 
@@ -81,10 +82,22 @@ class Preprocessing:
         low = min(channel.bounds[0] for channel in self.channels)
         high = max(channel.bounds[1] for channel in self.channels)
         slope = (high - low) / 65535
-        if len(self.channels) == 1:
+        if len(self.channels) == 1 and self.channels[0].window is not None:
             (start, end), std = self.channels[0].window, self.channels[0].std
             slope = 2.0 ** math.ceil(math.log2((end - start) / 65535)) / std
         return slope, low + 32768 * slope
+
+    def geometry_of(self, volume: Volume) -> Geometry:
+        """The grid that a network sees ``volume`` on."""
+        return plan_geometry(volume, target_spacing_mm=self.target_spacing_mm, axes=self.axes)
+
+    def spacings_mm(self, volume: Volume) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Spacing (z, y, x) of a scan and the one asked for, in the network's axes."""
+        own = plan_geometry(volume, axes=self.axes).spacing_mm
+        if self.target_spacing_mm is None:
+            return own, own
+        depth, *plane = self.target_spacing_mm
+        return own, (own[0] if depth is None else depth, plane[0], plane[1])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and checkpoints."""
@@ -103,12 +116,24 @@ class Preprocessing:
             return cls(
                 channels=tuple(
                     ChannelNormalisation(
-                        _pair(c["window"]), float(c["mean"]), float(c["std"]), str(c["units"])
+                        None if c["window"] is None else _pair(c["window"]),
+                        float(c["mean"]),
+                        float(c["std"]),
+                        str(c["units"]),
+                        c.get("statistics", "training"),
                     )
                     for c in channels
                 ),
                 label_map={int(value): int(index) for value, index in content["label_map"].items()},
-                target_spacing_mm=None if spacing is None else _triple(spacing),
+                target_spacing_mm=None
+                if spacing is None
+                else (None, *_pair(spacing[1:]))
+                if spacing[0] is None
+                else _triple(spacing),
+                axes=_axes(content.get("axes", {})),
+                crop=content.get("crop", "none"),
+                image_interpolation=Interpolation(**content.get("image_interpolation", {})),
+                score_interpolation=Interpolation(**content.get("score_interpolation", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
@@ -179,7 +204,10 @@ class ClippedSlices:
         """Slices of the scan's own grid."""
         slices = torch.empty((self.shape[0], last - first, *self.shape[2:]))
         for target, (stored, window) in zip(slices, self._channels, strict=True):
-            np.clip(stored[first:last], *window, out=target.numpy(), dtype=np.float32, casting="unsafe")
+            if window is None:
+                target.copy_(torch.from_numpy(stored[first:last].astype(np.float32)))
+            else:
+                np.clip(stored[first:last], *window, out=target.numpy(), dtype=np.float32, casting="unsafe")
         return slices
 
 
@@ -215,16 +243,37 @@ class ScanSlices:
         if max_voxels is not None:
             check_size(volumes[0], geometry, max_voxels)
         # Clipped before resampling: metal beyond the window must not bleed into its neighbours.
-        self._slices = ResampledSlices(ClippedSlices(volumes, preprocessing, geometry), geometry.shape)
+        source: Slices = ClippedSlices(volumes, preprocessing, geometry)
+        means, deviations = [c.mean for c in channels], [c.std for c in channels]
+        if any(channel.statistics != "training" for channel in channels):
+            source = NormalisedSlices(source, channels, _nonzero(volumes, preprocessing, geometry))
+            means, deviations = [0.0] * len(channels), [1.0] * len(channels)
+        own, target = preprocessing.spacings_mm(volumes[0])
+        interpolation = preprocessing.image_interpolation
+        filters = interpolation.filters(own, target)
+        self._slices: Slices = ResampledSlices(source, geometry.shape, filters)
+        if "cubic" in filters and geometry.shape != geometry.oriented_shape:
+            self._slices = LimitedSlices(self._slices, source, interpolation.separate_axis(own, target))
         self._means, self._deviations = (
-            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1, 1)
-            for values in ([c.mean for c in channels], [c.std for c in channels])
+            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1, 1) for values in (means, deviations)
         )
         self.shape = self._slices.shape
 
     def read(self, first: int, last: int) -> Tensor:
         """Normalised slices of the grid."""
         return (self._slices.read(first, last) - self._means).div_(self._deviations)
+
+
+def _nonzero(
+    volumes: Sequence[Volume], preprocessing: Preprocessing, geometry: Geometry
+) -> np.ndarray | None:
+    """Where any channel is not 0, and the holes in there; None where nobody asks."""
+    if all(channel.statistics != "nonzero" for channel in preprocessing.channels):
+        return None
+    mask = np.zeros(geometry.oriented_shape, bool)
+    for volume in volumes:
+        mask |= orient(volume.array, geometry) != 0
+    return filled(mask)
 
 
 def preprocess_image(
@@ -250,7 +299,7 @@ def preprocess_image(
         ((1, 8, 4, 4), 1.0)
     """
     volumes = [volumes] if isinstance(volumes, Volume) else list(volumes)
-    geometry = plan_geometry(volumes[0], target_spacing_mm=preprocessing.target_spacing_mm)
+    geometry = preprocessing.geometry_of(volumes[0])
     slices = ScanSlices(volumes, preprocessing, geometry, max_voxels=max_voxels)
     array = np.empty(slices.shape, np.float32)
     for first, last in chunks(geometry.shape[0], array[:, 0].size):
@@ -311,6 +360,11 @@ def _target_spacing(
     if isinstance(spacing_mm, str):
         raise UsageError(f"spacing_mm: {spacing_mm!r} is neither 'auto', 'native' nor (z, y, x) in mm")
     return _triple(spacing_mm)
+
+
+def _axes(content: Mapping[str, Any]) -> Axes:
+    first, second, third = (int(axis) for axis in content.get("order", (0, 1, 2)))
+    return Axes(content.get("orientation", "RAS"), (first, second, third))
 
 
 def _pair(values: Sequence[float]) -> tuple[float, float]:

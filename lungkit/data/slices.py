@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lungkit.data.resampling import linear_weights, resample_plane
+from lungkit.data.resampling import Filter, axis_weights, resample_plane
 
 
 class Slices(Protocol):
@@ -107,23 +107,33 @@ def move_up(buffer: Tensor, step: int, count: int) -> None:
 
 
 class ResampledSlices:
-    """Slices on a grid of another size that covers the same field of view, see :mod:`lungkit.data.resampling`."""
+    """Slices on a grid of another size that covers the same field of view, see :mod:`lungkit.data.resampling`.
 
-    def __init__(self, slices: Slices, extent: tuple[int, int, int]) -> None:
+    ``filters`` are those of Z, Y and X.
+    """
+
+    def __init__(
+        self,
+        slices: Slices,
+        extent: tuple[int, int, int],
+        filters: tuple[Filter, Filter, Filter] = ("triangle", "triangle", "triangle"),
+    ) -> None:
         self._slices = buffered(slices)
+        self._filters = filters
         self.shape = (slices.shape[0], *extent)
 
     def read(self, first: int, last: int) -> Tensor:
         """Slices of the new grid."""
         old, plane = self._slices.shape[1], self.shape[2:]
-        low, high, weights = linear_weights(old, self.shape[1], first, last)
+        along, *across = self._filters
+        low, high, weights = axis_weights(old, self.shape[1], first, last, along)
         slices = self._slices.read(low, high)
         becomes_smaller = math.prod(plane) < math.prod(slices.shape[2:])
         if becomes_smaller:  # the first step leaves the second one less to do
-            slices = resample_plane(slices, plane)
+            slices = resample_plane(slices, plane, (across[0], across[1]))
         if old != self.shape[1]:
             slices = torch.einsum("ji,ciyx->cjyx", weights.to(slices.device), slices)
-        return slices if becomes_smaller else resample_plane(slices, plane)
+        return slices if becomes_smaller else resample_plane(slices, plane, (across[0], across[1]))
 
 
 class ContextSlices:
@@ -153,11 +163,20 @@ class ContextSlices:
 
 
 class PaddedSlices:
-    r"""An image (C, \*S) grown by ``missing`` voxels, ``before`` of them in front, by each channel's smallest value."""
+    r"""An image (C, \*S) grown by ``missing`` voxels, ``before`` of them in front, with ``value``.
 
-    def __init__(self, slices: Slices, missing: Sequence[int], before: Sequence[int]) -> None:
+    A value of None is each channel's smallest.
+    """
+
+    def __init__(
+        self, slices: Slices, missing: Sequence[int], before: Sequence[int], value: float | None = None
+    ) -> None:
         self._slices, self._before = slices, before
         self.shape = (slices.shape[0], *(n + m for n, m in zip(slices.shape[1:], missing, strict=True)))
+        if value is not None:
+            device = slices.read(0, 1).device
+            self._air = torch.full((self.shape[0], *(1,) * (len(self.shape) - 1)), value, device=device)
+            return
         channels, depth, *plane = slices.shape
         parts = chunks(depth, channels * math.prod(plane))
         smallest = [slices.read(first, last).flatten(1).amin(1) for first, last in parts]
@@ -174,6 +193,29 @@ class PaddedSlices:
         inside = (slice(None), slice(at, at + high - low), *(slice(b, b + n) for b, n in sides))
         grown[inside] = inner
         return grown
+
+
+class PlacedSlices:
+    """An image inside a larger grid ``extent`` (Z, Y, X), from ``corner`` on; round it each channel is ``outside``."""
+
+    def __init__(
+        self, slices: Slices, extent: tuple[int, int, int], corner: tuple[int, int, int], outside: Tensor
+    ) -> None:
+        self._slices, self._corner = slices, corner
+        self._outside = outside.reshape(-1, 1, 1, 1)
+        self.shape = (slices.shape[0], *extent)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Slices of the larger grid."""
+        depth, height, width = self._slices.shape[1:]
+        z, y, x = self._corner
+        low, high = (min(max(row - z, 0), depth) for row in (first, last))
+        inner = self._slices.read(low, high) if low < high else None
+        device = self._outside.device if inner is None else inner.device
+        placed = self._outside.to(device).expand(-1, last - first, *self.shape[2:]).clone()
+        if inner is not None:
+            placed[:, low + z - first : high + z - first, y : y + height, x : x + width] = inner
+        return placed
 
 
 class StreamedSlices:

@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Weighting = Literal["gaussian", "constant"]
-"""How much a patch counts at each of its voxels."""
+from lungkit.errors import UsageError
+
+Weighting = Literal["gaussian", "voxel-gaussian", "constant"]
+"""How much a patch counts at each of its voxels; a "voxel-gaussian" is centred on voxel n // 2 of n."""
+
+WEIGHTINGS: tuple[Weighting, ...] = ("gaussian", "voxel-gaussian", "constant")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How patches are laid over a scan for a network: each model is used with the tiling it was measured with.
+
+    Args:
+        whole_slices: a 2D network takes slices whole, else in patches of its own size.
+        weighting: of the voxels of a patch.
+        whole_steps: the step between patches is rounded down to whole voxels before patches are counted; that makes a
+            difference where patch x (1 - overlap) is no whole number.
+        padding: what an image smaller than a patch is padded with, each channel's "minimum" or "zero".
+    """
+
+    whole_slices: bool = True
+    weighting: Weighting = "gaussian"
+    whole_steps: bool = True
+    padding: Literal["minimum", "zero"] = "minimum"
+
+    def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS or self.padding not in ("minimum", "zero"):
+            raise UsageError(
+                f"weighting must be one of {', '.join(map(repr, WEIGHTINGS))}, got {self.weighting!r}; padding "
+                f"'minimum' or 'zero', got {self.padding!r}"
+            )
+
+
+TILING = Tiling()
 
 _SIGMA_FRACTION = 1 / 8
 _SMALLEST = 32
@@ -33,10 +66,20 @@ class PatchAxis:
     """
 
     def __init__(
-        self, extent: int, patch: int, overlap: float, weighting: Weighting, device: torch.device
+        self,
+        extent: int,
+        patch: int,
+        overlap: float,
+        weighting: Weighting,
+        device: torch.device,
+        *,
+        whole_steps: bool = True,
     ) -> None:
-        self.starts = patch_starts(extent, patch, overlap=overlap)
-        own = (gaussian_weights(patch) if weighting == "gaussian" else torch.ones(patch)).double()
+        self.starts = patch_starts(extent, patch, overlap=overlap, whole_steps=whole_steps)
+        centre = patch // 2 if weighting == "voxel-gaussian" else None
+        own = (
+            torch.ones(patch) if weighting == "constant" else gaussian_weights(patch, centre=centre)
+        ).double()
         total = torch.zeros(extent, dtype=torch.float64)
         for start in self.starts:
             total[start : start + patch] += own
@@ -44,8 +87,10 @@ class PatchAxis:
         self.weights = weights.float().to(device)
 
 
-def patch_starts(extent: int, patch: int, *, overlap: float = 0.5) -> list[int]:
+def patch_starts(extent: int, patch: int, *, overlap: float = 0.5, whole_steps: bool = True) -> list[int]:
     """First voxels of the fewest patches that cover an axis evenly and overlap by at least ``overlap``.
+
+    Without ``whole_steps`` their mean overlap is at least that, and rounding may take half a voxel of one.
 
     Example:
         >>> patch_starts(100, 40, overlap=0.5)
@@ -56,32 +101,36 @@ def patch_starts(extent: int, patch: int, *, overlap: float = 0.5) -> list[int]:
     free = extent - patch
     if free <= 0:
         return [0]
-    step = max(1, math.floor(patch * (1 - overlap)))
-    count = math.ceil(free / step)
+    step = patch * (1 - overlap)
+    count = math.ceil(free / (max(1, math.floor(step)) if whole_steps else step))
     return [round(i * free / count) for i in range(count + 1)]
 
 
-def gaussian_weights(patch: int) -> Tensor:
-    """Gaussian along an axis of ``patch`` voxels, 1 at its centre, sigma = patch / 8; float32 (patch,).
+def gaussian_weights(patch: int, *, centre: float | None = None) -> Tensor:
+    """Gaussian along an axis of ``patch`` voxels, 1 at its ``centre``, sigma = patch / 8; float32 (patch,).
+
+    The centre is (patch - 1) / 2, between two voxels where their number is even, if nothing else is said.
 
     Example:
         >>> [round(float(w), 4) for w in gaussian_weights(5)]
         [0.006, 0.278, 1.0, 0.278, 0.006]
     """
-    offset = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
+    offset = torch.arange(patch, dtype=torch.float64) - ((patch - 1) / 2 if centre is None else centre)
     return torch.exp(-0.5 * (offset / (patch * _SIGMA_FRACTION)) ** 2).float()
 
 
-def prediction_patch(patch_size: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+def prediction_patch(
+    patch_size: Sequence[int], shape: Sequence[int], *, whole_slices: bool = True
+) -> tuple[int, ...]:
     """Patches of a scan of ``shape`` (Z, Y, X) for a network trained on ``patch_size``.
 
-    (Z, Y, X) of training for a 3D network; a 2D one takes slices whole.
+    (Z, Y, X) of training for a 3D network; a 2D one takes ``whole_slices``, or patches of training too.
 
     Example:
         >>> prediction_patch((96, 96), (100, 512, 400)), prediction_patch((64, 128, 128), (100, 512, 400))
         ((512, 400), (64, 128, 128))
     """
-    return tuple(shape[1:]) if len(patch_size) == 2 else tuple(patch_size)
+    return tuple(shape[1:]) if len(patch_size) == 2 and whole_slices else tuple(patch_size)
 
 
 def smaller_patch(patch_size: Sequence[int], halvings: int) -> tuple[int, ...]:
@@ -110,7 +159,9 @@ def patches_per_call(device_type: str, patch_size: Sequence[int]) -> int:
     return max(1, most // max(1, math.prod(patch_size)))
 
 
-def count_patches(shape: Sequence[int], patch_size: Sequence[int], overlap: float) -> int:
+def count_patches(
+    shape: Sequence[int], patch_size: Sequence[int], overlap: float, *, whole_steps: bool = True
+) -> int:
     """Number of patches over a scan of ``shape`` (Z, Y, X).
 
     Example:
@@ -118,4 +169,7 @@ def count_patches(shape: Sequence[int], patch_size: Sequence[int], overlap: floa
         (10, 4)
     """
     patch = (1, *patch_size)[-3:]
-    return math.prod(len(patch_starts(n, p, overlap=overlap)) for n, p in zip(shape, patch, strict=True))
+    return math.prod(
+        len(patch_starts(n, p, overlap=overlap, whole_steps=whole_steps))
+        for n, p in zip(shape, patch, strict=True)
+    )

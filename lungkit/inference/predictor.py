@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -90,7 +91,8 @@ class Predictor:
         precision: "fp32", "bf16" or "fp16"; "auto" is the one that the models were trained and validated in, where the
             device computes with it, else the fastest that it computes with.
         overlap: of neighbouring patches, 0 <= overlap < 1.
-        mirror: average over the mirror images of every patch (test-time augmentation).
+        mirror: average over the mirror images of every patch (test-time augmentation); None does what the first model
+            says (:attr:`TrainedModel.mirrored`).
         batch_size: patches in one call; None is as many as the device is fastest with.
         postprocessing: None takes what the first model was given in training; ``Postprocessing()`` turns it off.
         strict: refuse a scan of other intensities or pixel sizes than those of training, or that was not read without
@@ -117,7 +119,7 @@ class Predictor:
         device: str | torch.device | None = None,
         precision: Literal["auto"] | Precision = "auto",
         overlap: float = 0.5,
-        mirror: bool = False,
+        mirror: bool | None = None,
         batch_size: int | None = None,
         postprocessing: Postprocessing | None = None,
         strict: bool = False,
@@ -129,7 +131,8 @@ class Predictor:
             raise UsageError(f"overlap must be at least 0 and below 1, got {overlap}")
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        self.overlap, self.mirror, self.batch_size = overlap, mirror, batch_size
+        self.overlap, self.batch_size = overlap, batch_size
+        self.mirror = self.models[0].mirrored if mirror is None else mirror
         if precision not in ("auto", *get_args(Precision)):
             raise UsageError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
         self.precision: Literal["auto"] | Precision = precision
@@ -149,7 +152,7 @@ class Predictor:
         device: str | torch.device | None = None,
         precision: Literal["auto"] | Precision = "auto",
         overlap: float = 0.5,
-        mirror: bool = False,
+        mirror: bool | None = None,
         batch_size: int | None = None,
         postprocessing: Postprocessing | None = None,
         strict: bool = False,
@@ -206,13 +209,16 @@ class Predictor:
         """
         volumes = load_channels(image, max_voxels=self.max_voxels)
         started = time.perf_counter()
-        geometry = plan_geometry(volumes[0])
+        geometry = self.models[0].own_grid_of(volumes[0])
         threshold = self.postprocessing.threshold
-        # Of one model the largest logit has the largest probability, where nothing else is asked for. Resampled logits
-        # are another thing than resampled probabilities.
+        # The largest logit has the largest probability, where nothing else is asked for. The mean of several models and
+        # what is resampled are of logits or of probabilities as the models say.
         surest = self.postprocessing.lesion_probability
-        as_logits = len(self.models) == 1 and threshold is None and not surest and not attention
-        as_logits = as_logits and self.models[0].geometry_of(volumes[0]).shape == geometry.shape
+        as_logits = threshold is None and not surest and not attention
+        as_logits = as_logits and (
+            self.models[0].averaging == "logits"
+            or (len(self.models) == 1 and self.models[0].geometry_of(volumes[0]).shape == geometry.shape)
+        )
         classes, sequence = len(self.labels), self.models[0].region_sequence
 
         def empty(dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -271,9 +277,10 @@ class Predictor:
 
         Yields:
             ``(first, last, probabilities)``: float32 (K, last - first, Y, X) of slices ``first`` to ``last`` - 1 of
-            the scan on its own grid in canonical orientation (:func:`lungkit.data.geometry.orient`), the background
-            first; the mean over the models, on the device. It holds until the next step. With ``attention`` the map of
-            the finest gate is one channel more.
+            the scan on its own grid in canonical orientation (:func:`lungkit.data.geometry.orient`; of models of other
+            programs in the axes of :meth:`TrainedModel.own_grid_of`), the background first; the mean over the models,
+            on the device. It holds until the next step. With ``attention`` the map of the finest gate is one channel
+            more.
 
         Raises:
             DataError, UsageError, ResourceError: as for a call.
@@ -318,7 +325,7 @@ class Predictor:
             )
         for other in volumes[1:]:
             on_grid_of(other, volumes[0])
-        depth = plan_geometry(volumes[0]).oriented_shape[0]
+        depth = model.own_grid_of(volumes[0]).oriented_shape[0]
         for model in self.models:
             check_size(volumes[0], model.geometry_of(volumes[0]), self.max_voxels)
             if model.dims == 3 and depth == 1:
@@ -355,8 +362,8 @@ class Predictor:
         total, slabs, batch = 0, 0, 0
         for model in self.models:
             shape = model.geometry_of(volumes[0]).shape
-            patch = prediction_patch(model.patch_size, shape)
-            total += count_patches(shape, patch, self.overlap)
+            patch = prediction_patch(model.patch_size, shape, whole_slices=model.tiling.whole_slices)
+            total += count_patches(shape, patch, self.overlap, whole_steps=model.tiling.whole_steps)
             batch = max(batch, self.batch_size or patches_per_call(self.device.type, patch))
             channels = len(model.labels) + 2 * len(model.channels) * (2 * model.context_slices + 1)
             slabs += 4 * (1, *patch)[-3] * math.prod(shape[1:]) * channels
@@ -449,11 +456,12 @@ def _check_models(models: Sequence[TrainedModel]) -> None:
         raise UsageError("models: at least one trained model is needed")
     first = models[0]
     for other in models[1:]:
-        for what in ("labels", "channels", "regions"):
-            if getattr(other, what) != getattr(first, what):
+        for what in ("labels", "channels", "regions", "averaging", "preprocessing.axes"):
+            own, found = (attrgetter(what)(model) for model in (first, other))
+            if own != found:
                 raise UsageError(
-                    f"models of one ensemble must share their {what}, but {first.path} has {getattr(first, what)} and "
-                    f"{other.path} has {getattr(other, what)}"
+                    f"models of one ensemble must share their {what}, but {first.path} has {own} and {other.path} has "
+                    f"{found}"
                 )
 
 

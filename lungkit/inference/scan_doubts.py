@@ -120,7 +120,7 @@ def _clip_doubt(
     """Clipped closer than the model's window and the training scans: what the network looks for may be cut off."""
     if np.unique(sample).size <= _FEW_VALUES:
         return None
-    least, most = channel.window
+    least, most = channel.window or (-np.inf, np.inf)
     if known is not None:
         least, most = max(least, known.minimum), min(most, known.maximum)
     at_low, at_high = float((sample == low).mean()), float((sample == high).mean())

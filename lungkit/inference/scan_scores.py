@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lungkit.data.geometry import Geometry
 from lungkit.data.preprocessing import ScanSlices
-from lungkit.data.slices import ResampledSlices, Slices, StreamedSlices, chunks
+from lungkit.data.scan_statistics import Box, cropped, nonzero_box
+from lungkit.data.slices import PlacedSlices, ResampledSlices, Slices, StreamedSlices, chunks
 from lungkit.data.volume import Volume
 from lungkit.inference.patches import patches_per_call, prediction_patch, smaller_patch
 from lungkit.inference.precision import Precision, autocast
@@ -35,7 +37,7 @@ def scan_scores(
     halvings: int = 0,
     progress: Progress | None = None,
 ) -> Slices:
-    """Probabilities (K, Z, Y, X) on the scan's own grid in canonical orientation.
+    """Probabilities (K, Z, Y, X) on the scan's own grid, its axes as the model sees them (RAS+ of lungkit's models).
 
     Args:
         model: its network is moved to ``device``.
@@ -45,7 +47,7 @@ def scan_scores(
         overlap: of neighbouring patches.
         mirror: average over the mirror images of every patch.
         batch_size: patches in one call; None is as many as the device is fastest with.
-        as_logits: give the logits, as many as the network has outputs; not where they would have to be resampled.
+        as_logits: give the logits, as many as the network has outputs.
         attention: give the attention map of the finest gate as one channel more.
         halvings: of the patches, see :func:`smaller_patch`.
         progress: see :data:`Progress`.
@@ -53,8 +55,14 @@ def scan_scores(
     Raises:
         NotFiniteError: as the slices are read: a logit is NaN or infinite.
     """
+    whole = model.own_grid_of(volumes[0])
+    box = nonzero_box(volumes) if model.preprocessing.crop == "nonzero" else None
+    if box is not None:
+        volumes = [cropped(volume, box) for volume in volumes]
     geometry = model.geometry_of(volumes[0])
-    patch = smaller_patch(prediction_patch(model.patch_size, geometry.shape), halvings)
+    patch = smaller_patch(
+        prediction_patch(model.patch_size, geometry.shape, whole_slices=model.tiling.whole_slices), halvings
+    )
     network = model.network.to(device)
     network = network.to(memory_format=CHANNELS_LAST[model.dims])  # type: ignore[call-overload]
 
@@ -69,28 +77,33 @@ def scan_scores(
             return torch.cat([first_output(logits).float(), full], 1)
 
     parts = stream_logits(
-        _mirrored(logits_of, model.dims) if mirror else logits_of,
+        _mirrored(logits_of, model.mirror_axes[: model.dims]) if mirror else logits_of,
         ScanSlices(volumes, model.preprocessing, geometry),
         patch,
         overlap=overlap,
         batch_size=batch_size or patches_per_call(device.type, patch),
         context_slices=model.context_slices,
+        tiling=model.tiling,
         progress=progress,
         module=network,
     )
     parts = _finite(parts, model.name)
-    shape = (len(model.labels) + attention, *geometry.shape)
-    if as_logits:
-        return StreamedSlices(parts, shape)
-    probabilities = (
-        (first, last, class_probabilities(logits, attention, regions=model.regions is not None))
-        for first, last, logits in _in_pieces(parts)
-    )
-    slices = StreamedSlices(probabilities, shape)
-    return (
-        slices
-        if geometry.shape == geometry.oriented_shape
-        else ResampledSlices(slices, geometry.oriented_shape)
+    regions = model.regions is not None
+    channels = cast(int, network.out_channels) if as_logits else len(model.labels)
+    if not as_logits:
+        parts = (
+            (first, last, class_probabilities(logits, attention, regions=regions))
+            for first, last, logits in _in_pieces(parts)
+        )
+    slices: Slices = StreamedSlices(parts, (channels + attention, *geometry.shape))
+    if geometry.shape != geometry.oriented_shape:
+        own, target = model.preprocessing.spacings_mm(volumes[0])
+        filters = model.preprocessing.score_interpolation.filters(target, own)
+        slices = ResampledSlices(slices, geometry.oriented_shape, filters)
+    if box is None or geometry.oriented_shape == whole.oriented_shape:
+        return slices
+    return PlacedSlices(
+        slices, whole.oriented_shape, _corner(box, whole), _background(channels, as_logits, regions)
     )
 
 
@@ -100,38 +113,47 @@ def ensemble_scores(
     device: torch.device,
     precision: Precision,
     *,
+    as_logits: bool = False,
     attention: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Mean of :func:`scan_scores` over the models, a block of slices at a time; of the maps over those with gates.
 
+    Where the models say so, the mean is that of their logits, whether these or probabilities are asked for.
+
     Yields:
         ``(first, last, scores)`` of slices ``first`` to ``last`` - 1.
     """
     steps = _Steps(progress, len(models))
+    mean_of_logits = as_logits or models[0].averaging == "logits"
+    regions = models[0].regions is not None
     streams = [
         scan_scores(
             model,
             volumes,
             device,
             precision,
+            as_logits=mean_of_logits,
             attention=attention and model.has_attention,
             progress=steps.of(index),
             **options,
         )
         for index, model in enumerate(models)
     ]
-    classes = len(models[0].labels)
+    classes = streams[0].shape[0] - (attention and models[0].has_attention)
     _, depth, *plane = streams[0].shape
     for first, last in chunks(depth, math.prod(plane) * classes):
         scores = [stream.read(first, last) for stream in streams]
-        if len(scores) == 1:
-            yield first, last, scores[0]
-            continue
-        mean = _mean([slices[:classes] for slices in scores])
-        if attention:
-            mean = torch.cat([mean, _mean([slices[classes:] for slices in scores if len(slices) > classes])])
+        mean = scores[0]
+        if len(scores) > 1:
+            mean = _mean([slices[:classes] for slices in scores])
+            if attention:
+                mean = torch.cat(
+                    [mean, _mean([slices[classes:] for slices in scores if len(slices) > classes])]
+                )
+        if mean_of_logits and not as_logits:
+            mean = class_probabilities(mean, attention, regions=regions)
         yield first, last, mean
 
 
@@ -164,9 +186,30 @@ class _Steps:
         return step
 
 
-def _mirrored(network: Callable[[Tensor], Tensor], dims: int) -> Callable[[Tensor], Tensor]:
-    """Mean of the network's output over all mirror images of its input."""
-    flips = [[axis + 2 for axis in range(dims) if code >> axis & 1] for code in range(2**dims)]
+def _corner(box: Box, geometry: Geometry) -> tuple[int, int, int]:
+    """Where a box of the stored array begins in the axes (Z, Y, X) of ``geometry``."""
+    corner = [0, 0, 0]
+    for length, part, axis, flip in zip(
+        geometry.original_shape, box, geometry.axes, geometry.flips, strict=True
+    ):
+        corner[2 - axis] = length - part.stop if flip else part.start
+    return corner[0], corner[1], corner[2]
+
+
+def _background(channels: int, logits: bool, regions: bool) -> Tensor:
+    """Scores of what is background for sure."""
+    scores = torch.full((channels,), -math.inf if logits else 0.0)
+    if channels > 1 and not (logits and regions):
+        scores[0] = 0.0 if logits else 1.0
+    return scores
+
+
+def _mirrored(network: Callable[[Tensor], Tensor], mirror_axes: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Mean of the network's output over all mirror images of its input along ``mirror_axes``."""
+    flips = [
+        [axis + 2 for bit, axis in enumerate(mirror_axes) if code >> bit & 1]
+        for code in range(2 ** len(mirror_axes))
+    ]
 
     def mean(patches: Tensor) -> Tensor:
         total = network(patches)

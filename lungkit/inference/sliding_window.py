@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lungkit.data.slices import ContextSlices, PaddedSlices, Slices, TensorSlices, buffered, move_up
 from lungkit.errors import UsageError
-from lungkit.inference.patches import PatchAxis, Weighting
+from lungkit.inference.patches import TILING, PatchAxis, Tiling, Weighting
 from lungkit.inference.postprocessing import classes_from_logits, classes_from_regions
 
 _LOG = logging.getLogger("lungkit")
@@ -53,7 +53,8 @@ def sliding_window(
         patch_size: as many entries as S.
         overlap: share of a patch that neighbouring patches have in common at least, 0 <= overlap < 1.
         batch_size: patches in one call of the network.
-        weighting: "gaussian", or "constant" for the plain mean of the patches that hold a voxel.
+        weighting: "gaussian", "voxel-gaussian" (centred on a voxel), or "constant" for the plain mean of the patches
+            that hold a voxel.
         progress: see :data:`Progress`.
 
     Returns:
@@ -75,7 +76,7 @@ def sliding_window(
         patch_size,
         overlap=overlap,
         batch_size=batch_size,
-        weighting=weighting,
+        tiling=Tiling(weighting=weighting),
         progress=progress,
     ):
         if logits is None:
@@ -94,7 +95,7 @@ def stream_logits(
     overlap: float = 0.5,
     batch_size: int = 4,
     context_slices: int = 0,
-    weighting: Weighting = "gaussian",
+    tiling: Tiling = TILING,
     progress: Progress | None = None,
     module: object | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
@@ -105,6 +106,8 @@ def stream_logits(
     that of a 2D network, which sees one axial slice at a time, with ``context_slices`` on either side as channels.
     Where ``network`` is a function round a module, ``module`` says which: its mode and device are used.
 
+    ``tiling`` says how patches lie and count, but for ``whole_slices``, which is for who chooses the patch size.
+
     A GPU that is out of memory gets half the batch from then on, down to one patch.
 
     Yields:
@@ -112,8 +115,6 @@ def stream_logits(
         device of a tensor or, for slices, of the network. The slabs follow one another and cover the first axis.
     """
     _check_arguments(image, patch_size, overlap, batch_size, context_slices)
-    if weighting not in ("gaussian", "constant"):
-        raise UsageError(f"weighting must be 'gaussian' or 'constant', got {weighting!r}")
     slices = TensorSlices(image) if isinstance(image, Tensor) else image
     module = module or network
     device = (
@@ -126,9 +127,11 @@ def stream_logits(
     extent = tuple(slices.shape[1:])
     missing = [max(0, p - n) for n, p in zip(extent, patch_size, strict=True)]
     before = [m // 2 for m in missing]
-    padded = PaddedSlices(slices, missing, before) if any(missing) else slices
+    value = 0.0 if tiling.padding == "zero" else None
+    padded = PaddedSlices(slices, missing, before, value) if any(missing) else slices
     axes = [
-        PatchAxis(n, p, overlap, weighting, device) for n, p in zip(padded.shape[1:], patch_size, strict=True)
+        PatchAxis(n, p, overlap, tiling.weighting, device, whole_steps=tiling.whole_steps)
+        for n, p in zip(padded.shape[1:], patch_size, strict=True)
     ]
     product = torch.empty(tuple(patch_size), device=device)
     overlapping = any(bool((axis.weights != 1).any()) for axis in axes)

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from lungkit.data.geometry import Geometry, plan_geometry
 from lungkit.data.preprocessing import Preprocessing
 from lungkit.data.volume import Volume
 from lungkit.errors import CheckpointError, DataError
+from lungkit.inference.patches import TILING, Tiling
 from lungkit.inference.postprocessing import Postprocessing
 from lungkit.inference.precision import Precision
 from lungkit.nn import AttentionUNet, MonaiAttentionUNet, build_model
@@ -34,6 +35,11 @@ class TrainedModel:
     scans, ``intensities`` what each of their channels was like; None where the checkpoint does not say.
     ``precision`` is the number format that the network was trained and validated in, None where the checkpoint does
     not say. ``digest`` is the SHA-256 of the checkpoint's manifest, which vouches for the weights.
+
+    Models of other programs are used as these use them: ``tiling`` lays the patches, ``mirror_axes`` are those along
+    which mirror images may be taken (0 is the first of ``patch_size``), ``mirrored`` says whether they are unless
+    somebody decides, and ``averaging`` whether an ensemble is the mean of "probabilities" or of "logits", which then
+    are what is resampled too.
     """
 
     path: Path
@@ -50,6 +56,10 @@ class TrainedModel:
     digest: str
     description: dict[str, Any]
     regions: dict[str, tuple[int, ...]] | None = None
+    tiling: Tiling = TILING
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    mirrored: bool = False
+    averaging: Literal["probabilities", "logits"] = "probabilities"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainedModel:
@@ -77,6 +87,10 @@ class TrainedModel:
                 digest=str(description["sha256"]["manifest.json"]),
                 description=description,
                 regions=_regions(description),
+                tiling=Tiling(**description.get("tiling", {})),
+                mirror_axes=_mirror_axes(description),
+                mirrored=bool(description.get("mirrored", False)),
+                averaging=_averaging(description),
             )
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(
@@ -95,16 +109,20 @@ class TrainedModel:
         network the sizes between the smallest and the largest of them: a scan outside of these, by more than 1 %, is
         resampled to their median; along Z only for a 3D network.
         """
-        target = self.preprocessing.target_spacing_mm
-        if target is not None or self.spacing_range_mm is None:
-            return plan_geometry(volume, target_spacing_mm=target)
-        own = plan_geometry(volume).spacing_mm
+        axes = self.preprocessing.axes
+        if self.preprocessing.target_spacing_mm is not None or self.spacing_range_mm is None:
+            return self.preprocessing.geometry_of(volume)
+        own = plan_geometry(volume, axes=axes).spacing_mm
         spacing = list(own)
         for axis in range(3 - self.dims, 3):
             least, most = self.spacing_range_mm["min"][axis], self.spacing_range_mm["max"][axis]
             if not 0.99 * least <= own[axis] <= 1.01 * most:
                 spacing[axis] = self.spacing_range_mm["median"][axis]
-        return plan_geometry(volume, target_spacing_mm=(spacing[0], spacing[1], spacing[2]))
+        return plan_geometry(volume, target_spacing_mm=(spacing[0], spacing[1], spacing[2]), axes=axes)
+
+    def own_grid_of(self, volume: Volume) -> Geometry:
+        """The grid of ``volume``, its axes as the network sees them."""
+        return plan_geometry(volume, axes=self.preprocessing.axes)
 
     @property
     def region_sequence(self) -> tuple[int, ...] | None:
@@ -276,6 +294,21 @@ def _regions(description: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
     if sorted(regions) != sorted(names[1:]) or description["model"]["out_channels"] != len(regions):
         raise DataError(f"regions {found} do not fit the labels {names}")
     return regions
+
+
+def _mirror_axes(description: dict[str, Any]) -> tuple[int, ...]:
+    dims = len(description["patch_size"])
+    axes = tuple(int(axis) for axis in description.get("mirror_axes", range(dims)))
+    if any(not 0 <= axis < dims for axis in axes):
+        raise DataError(f"mirror_axes {axes} must be axes of the {dims} of a patch")
+    return axes
+
+
+def _averaging(description: dict[str, Any]) -> Literal["probabilities", "logits"]:
+    found = description.get("averaging", "probabilities")
+    if found not in ("probabilities", "logits"):
+        raise DataError(f"averaging {found!r} is neither 'probabilities' nor 'logits'")
+    return "logits" if found == "logits" else "probabilities"
 
 
 def _labels(description: dict[str, Any]) -> dict[str, int]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +150,8 @@ class ConvBlock(nn.Module):
         dims, in_channels, out_channels, kernel_size, stride, norm, groups, activation: see :class:`ConvUnit`.
         convolutions: number of convolutions.
         residual: add the shortcut.
+        shortcut_projects: the shortcut has its convolution where channels or grid "change", or for new "channels" only
+            (ResNet-D's way).
         dropout: probability with which a whole channel of the block's output becomes zero in training.
 
     Shapes:
@@ -178,6 +180,7 @@ class ConvBlock(nn.Module):
         groups: int = 8,
         activation: str = "leaky_relu",
         residual: bool = False,
+        shortcut_projects: Literal["change", "channels"] = "change",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -202,7 +205,10 @@ class ConvBlock(nn.Module):
         self.act: nn.Module | None = None
         if residual:
             self.act = make_activation(activation)
-            self.shortcut = _shortcut(dims, in_channels, out_channels, stride, norm, groups)
+            projects = in_channels != out_channels or (
+                shortcut_projects == "change" and math.prod(stride) > 1
+            )
+            self.shortcut = _shortcut(dims, in_channels, out_channels, stride, norm, groups, projects)
         self.dropout = _DROPOUTS[dims](dropout) if dropout else None
 
     def forward(self, x: Tensor, *, beside: Tensor | None = None) -> Tensor:
@@ -218,12 +224,18 @@ class ConvBlock(nn.Module):
 
 
 def _shortcut(
-    dims: int, in_channels: int, out_channels: int, stride: tuple[int, ...], norm: str, groups: int
+    dims: int,
+    in_channels: int,
+    out_channels: int,
+    stride: tuple[int, ...],
+    norm: str,
+    groups: int,
+    projects: bool,
 ) -> nn.Module:
     layers: list[nn.Module] = []
     if math.prod(stride) > 1:
         layers.append(AVERAGE_POOLS[dims](stride, stride))
-    if layers or in_channels != out_channels:
+    if projects:
         one = (1,) * dims
         layers.append(
             ConvUnit(

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from lungkit.errors import CheckpointError, UsageError
 from lungkit.nn import _options
+from lungkit.nn._foreign_weights import check_fits
 from lungkit.nn._grid import check_image, crop_to, pad_to_multiple, scales_of
 from lungkit.nn.attention_gate import MonaiAttentionGate
 from lungkit.nn.blocks import seeded
 from lungkit.nn.convolution import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lungkit.nn.norms import BATCH_NORMS, InstanceNorm
-
-_LISTED = 8
 
 
 class MonaiAttentionUNet(nn.Module):
@@ -178,29 +177,13 @@ class MonaiAttentionUNet(nn.Module):
                 is loaded then.
         """
         names = self._names()
-        own = self.state_dict()
-        missing = [theirs for theirs in names.values() if theirs not in state_dict]
-        known = set(names.values())
-        unexpected = [key for key in state_dict if key not in known]
-        differing = [
-            f"{theirs} is {tuple(state_dict[theirs].shape)}, the network has {tuple(own[ours].shape)}"
-            for ours, theirs in names.items()
-            if theirs in state_dict and state_dict[theirs].shape != own[ours].shape
-        ]
-        problems = [
-            f"{title} ({len(entries)}): {', '.join(entries[:_LISTED])}{', ...' if len(entries) > _LISTED else ''}"
-            for title, entries in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of another shape", differing),
-            )
-            if entries
-        ]
-        if problems:
-            raise CheckpointError(
-                "the state dict does not fit this MonaiAttentionUNet; " + "; ".join(problems) + ". Build the "
-                "network with the channels, strides and kernel sizes of the MONAI network"
-            )
+        check_fits(
+            self.state_dict(),
+            names,
+            state_dict,
+            "does not fit this MonaiAttentionUNet",
+            "Build the network with the channels, strides and kernel sizes of the MONAI network",
+        )
         self.load_state_dict({ours: state_dict[theirs] for ours, theirs in names.items()})
 
     @classmethod

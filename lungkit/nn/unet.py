@@ -16,6 +16,7 @@ from lungkit.nn.convolution import CONVOLUTIONS
 from lungkit.nn.norms import NORMS
 from lungkit.nn.pyramid import InputPyramid
 from lungkit.nn.recalibration import SpatialChannelSqueezeExcite
+from lungkit.nn.residual_stage import ResidualStage
 
 Logits = Tensor | tuple[Tensor, ...]
 
@@ -41,6 +42,11 @@ class UNet(nn.Module):
         groups: groups of the group norm; divides every entry of ``features``.
         activation: "leaky_relu" (slope 0.01), "relu", "elu", "gelu" or "silu".
         residual: residual blocks in place of plain ones.
+        residual_encoder: residual blocks of two convolutions per level of the encoder, an integer or one per level,
+            behind one convolution as a stem (nnU-Net's residual encoder U-Net); ``convolutions`` is then the decoder's.
+            None is an encoder of the decoder's kind.
+        decoder_convolutions: convolutions per block of the decoder, an integer or one per level but the coarsest,
+            finest first; None is ``convolutions``.
         deep_supervision: in training return logits of every decoder level, each from features that the gated skip of
             its level has entered where there are gates (as in Abraham and Khan, 2019).
         dropout: probability of dropping a channel at the end of each block, in training.
@@ -63,7 +69,8 @@ class UNet(nn.Module):
     Raises:
         UsageError: an argument out of range, or an input that does not fit: the message names it.
 
-    Source: Ronneberger et al., "U-Net", MICCAI 2015; Cicek et al., "3D U-Net", MICCAI 2016; strided
+    Source: Isensee et al., "nnU-Net Revisited", MICCAI 2024 (residual encoder).
+    Ronneberger et al., "U-Net", MICCAI 2015; Cicek et al., "3D U-Net", MICCAI 2016; strided
     convolutions, instance norm, leaky ReLU and deep supervision as in Isensee et al., "nnU-Net", 2021.
 
     Example:
@@ -93,6 +100,8 @@ class UNet(nn.Module):
         groups: int = 8,
         activation: str = "leaky_relu",
         residual: bool = False,
+        residual_encoder: int | Sequence[int] | None = None,
+        decoder_convolutions: int | Sequence[int] | None = None,
         deep_supervision: bool = False,
         dropout: float = 0.0,
         input_pyramid: bool = False,
@@ -120,6 +129,14 @@ class UNet(nn.Module):
             rule="an odd integer",
         )
         counts = _options.per_level("convolutions", convolutions, levels=levels)
+        decoder_counts = counts[:-1]
+        if decoder_convolutions is not None:
+            decoder_counts = _options.per_level(
+                "decoder_convolutions", decoder_convolutions, levels=levels - 1
+            )
+        blocks: list[int] | None = None
+        if residual_encoder is not None:
+            blocks = _options.per_level("residual_encoder", residual_encoder, levels=levels)
         block: dict[str, Any] = {
             "norm": self.norm,
             "groups": _options.check_integer("groups", groups),
@@ -141,6 +158,8 @@ class UNet(nn.Module):
             "kernel_size": kernels,
             "convolutions": counts,
             **block,
+            "residual_encoder": blocks,
+            "decoder_convolutions": None if decoder_convolutions is None else decoder_counts,
             "deep_supervision": self.deep_supervision,
             "input_pyramid": bool(input_pyramid),
             "decoder_scse": bool(decoder_scse),
@@ -150,15 +169,7 @@ class UNet(nn.Module):
         }
         with seeded(seed):
             self.encoder = nn.ModuleList(
-                ConvBlock(
-                    self.dims,
-                    self.features[level - 1] if level else self.in_channels,
-                    self.features[level],
-                    kernel_size=kernels[level],
-                    stride=self.strides[level - 1] if level else None,
-                    convolutions=counts[level],
-                    **block,
-                )
+                self._encoder_level(level, kernels[level], counts[level], blocks, block)
                 for level in range(levels)
             )
             self.upsample = nn.ModuleList(
@@ -177,7 +188,7 @@ class UNet(nn.Module):
                     2 * self.features[level],
                     self.features[level],
                     kernel_size=kernels[level],
-                    convolutions=counts[level],
+                    convolutions=decoder_counts[level],
                     **block,
                 )
                 for level in range(levels - 1)
@@ -207,6 +218,33 @@ class UNet(nn.Module):
                     for level in range(levels - 1)
                 )
                 self.recalibration.apply(initialise)
+
+    def _encoder_level(
+        self,
+        level: int,
+        kernel_size: tuple[int, ...],
+        convolutions: int,
+        blocks: list[int] | None,
+        options: dict[str, Any],
+    ) -> nn.Module:
+        place: dict[str, Any] = {
+            "kernel_size": kernel_size,
+            "stride": self.strides[level - 1] if level else None,
+        }
+        channels = self.features[level - 1] if level else self.in_channels
+        if blocks is None:
+            return ConvBlock(
+                self.dims, channels, self.features[level], convolutions=convolutions, **place, **options
+            )
+        return ResidualStage(
+            self.dims,
+            channels,
+            self.features[level],
+            blocks=blocks[level],
+            stem=level == 0,
+            **place,
+            **options,
+        )
 
     @property
     def config(self) -> dict[str, Any]:

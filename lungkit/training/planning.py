@@ -201,7 +201,7 @@ def check_resampled_sizes(fingerprint: Fingerprint, preprocessing: Preprocessing
     cases = zip(fingerprint.case_ids, fingerprint.shapes, fingerprint.spacings_mm, strict=True)
     for case_id, shape, spacing in cases:
         voxels = math.prod(
-            1 if size == 1 else max(1.0, size * own / wanted)
+            1 if size == 1 else size if wanted is None else max(1.0, size * own / wanted)
             for size, own, wanted in zip(shape, spacing, target, strict=True)
         )
         # Whole numbers of voxels differ a little from this; the cache counts them.

@@ -127,7 +127,7 @@ def test_the_form_of_older_checkpoints_is_read() -> None:
     assert Preprocessing.from_dict(json.loads(old)) == expected
 
 
-@pytest.mark.parametrize("change", [{"mean": "x"}, {"window": None}, {"std": 0.0}, {"units": ...}])
+@pytest.mark.parametrize("change", [{"mean": "x"}, {"window": "lung"}, {"std": 0.0}, {"units": ...}])
 def test_a_channel_that_makes_no_sense_is_a_data_error(change: dict[str, Any]) -> None:
     (channel,) = LUNG.to_dict()["channels"]
     broken = {name: value for name, value in (channel | change).items() if value is not ...}

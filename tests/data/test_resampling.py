@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lungkit.data.resampling import linear_weights, resample_nearest
+from lungkit.data.resampling import axis_weights, resample_nearest
 from lungkit.data.slices import ResampledSlices, TensorSlices
 
 
@@ -81,7 +81,7 @@ def test_a_few_slices_at_a_time_are_those_of_the_whole(shape: tuple[int, int, in
 @pytest.mark.parametrize(("old", "new"), [(5, 5), (5, 12), (12, 5), (1, 4), (4, 1), (7, 3), (40, 41)])
 def test_the_weights_along_z_are_those_of_torch_along_the_others(old: int, new: int) -> None:
     values = torch.randn(old, generator=torch.Generator().manual_seed(1))
-    low, high, weights = linear_weights(old, new, 0, new)
+    low, high, weights = axis_weights(old, new, 0, new)
     expected = F.interpolate(
         values.reshape(1, 1, 1, old), (1, new), mode="bilinear", align_corners=False, antialias=True
     )
