@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 import torch
+from nnunet_cases import write_nnunet_model
 
 from lungkit.data import make_phantom, write_nifti, write_phantom_dataset
 
@@ -87,7 +88,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of: DATASET, scans, labels, predictions, trained runs, a DICOM series and an archive."""
+    """What the pages speak of: DATASET, scans, labels, predictions, trained runs, a DICOM series, an archive, a model."""
     folder = tmp_path_factory.mktemp("workplace")
     dataset = write_phantom_dataset(folder / "DATASET", cases=5, shape=(3, 48, 48))
     (dataset / "splits_final.json").unlink()
@@ -105,6 +106,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "scans" / "patient-1.nii.gz", folder / "scan.nii.gz")
     for name in ("a.nii.gz", "b.nii.gz"):
         shutil.copy(folder / "labels" / "patient-1.nii.gz", folder / name)
+    write_nnunet_model(folder)
     (folder / "examples").symlink_to(ROOT / "examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -32,6 +32,7 @@ def test_exit_codes_are_those_that_scripts_rely_on() -> None:
         "LabelError": 2,
         "DataError": 3,
         "CheckpointError": 4,
+        "UnsupportedModelError": 4,
         "ResourceError": 5,
         "Interrupted": 75,
     }

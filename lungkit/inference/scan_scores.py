@@ -89,7 +89,7 @@ def scan_scores(
     )
     parts = _finite(parts, model.name)
     regions = model.regions is not None
-    channels = cast(int, network.out_channels) if as_logits else len(model.labels)
+    channels = int(model.description["model"]["out_channels"]) if as_logits else len(model.labels)
     if not as_logits:
         parts = (
             (first, last, class_probabilities(logits, attention, regions=regions))

@@ -68,7 +68,9 @@ def with_initial(config: TrainConfig, initial: TrainedModel, *, named: Collectio
     spacing = initial.preprocessing.target_spacing_mm
     data = replace(config.data, dims=initial.dims, context_slices=initial.context_slices)  # type: ignore[arg-type]
     if data.spacing_mm == "auto" and spacing is not None:
-        data = replace(data, spacing_mm=spacing)
+        depth, *plane = spacing
+        if depth is not None:  # a 2D model of nnU-Net leaves it to each scan
+            data = replace(data, spacing_mm=(depth, plane[0], plane[1]))
     return replace(config, data=data)
 
 
