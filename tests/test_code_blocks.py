@@ -88,7 +88,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of: DATASET, scans, labels, predictions, trained runs, a DICOM series, an archive, a model."""
+    """What the pages speak of: DATASET, scans, labels, predictions, trained runs, DICOM, a model of nnU-Net."""
     folder = tmp_path_factory.mktemp("workplace")
     dataset = write_phantom_dataset(folder / "DATASET", cases=5, shape=(3, 48, 48))
     (dataset / "splits_final.json").unlink()
