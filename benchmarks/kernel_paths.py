@@ -86,12 +86,18 @@ class Gate:
     def weight_bytes(self) -> int:
         return 2 * 16 * self.size * (32 * self.size + 8)
 
+    def phi_tile_bytes(self) -> int:
+        return 0 if self.by_voxel else 2 * 16 * self.size * (56 if self.size == 1 else 52)
+
     def theta_products(self) -> int:
         """Of a run: inner blocks x blocks of 8 voxels x blocks of 16 channels."""
         return self.size * 4 * 2 * self.size
 
     def interpolation_products(self) -> float:
-        """Of a run: two rows of phi a product, in 3D two planes of them but for the first and the last plane of x."""
+        """Of a run: by channel one product with rows that are interpolated along z and y before; by voxel two rows of
+        phi a product, in 3D two planes of them but for the first and the last plane of x."""
+        if not self.by_voxel:
+            return self.size * 4
         planes = 1.0 if len(self.fine) == 2 else 2 - 2 / self.fine[0]
         return self.size * 4 * planes
 
@@ -102,7 +108,7 @@ SLOW_ROWS = (
     "for (int row = first_row; row < rows; row += step",
     "for (int i = row; i < in_.inner(); i += 8",
 )
-GENERAL = ("Products::template interpolate<false>",)
+GENERAL = ("Products::template interpolate<false>", "min(column + 2 * j, ax.coarse - 2)")
 
 
 def _mangled(name: str, gate: Gate) -> str:
@@ -119,7 +125,7 @@ def gate_forward(gate: Gate) -> Configuration:
         kernel=_mangled("gate_rows_forward_kernel", gate),
         blocks=blocks,
         threads=128,
-        shared_bytes=gate.weight_bytes() + 4 * (2 * gate.tile_bytes() + 128),
+        shared_bytes=gate.weight_bytes() + 4 * (2 * gate.tile_bytes() + (gate.phi_tile_bytes() or 16) + 128),
         trips={
             "while (run.valid)": gate.runs / warps,
             "for (int k = threadIdx.x; k < elements": 16 * gate.size * (32 * gate.size + 8) / 128,
@@ -146,7 +152,8 @@ def gate_backward(gate: Gate) -> Configuration:
         kernel=_mangled("gate_rows_backward_kernel", gate),
         blocks=blocks,
         threads=128,
-        shared_bytes=gate.weight_bytes() + 4 * (4 * gate.tile_bytes() + 2 * 16 * gate.size * 40 + 384),
+        shared_bytes=gate.weight_bytes()
+        + 4 * (4 * gate.tile_bytes() + (gate.phi_tile_bytes() or 2 * 16 * gate.size * 40) + 384),
         trips={
             "while (run.valid)": gate.runs / warps,
             "for (int k = threadIdx.x; k < elements": 16 * gate.size * (32 * gate.size + 8) / 128,
@@ -193,7 +200,7 @@ def _adjoint(gate: Gate, moved_bytes: float) -> Launch:
     for taken in (8, 4, 2):
         segments = -(-planes // taken)
         threads = int(gate.images * groups * rows_and_columns * segments)
-        if threads >= 50_000:
+        if threads >= 150_000:
             break
     read = (2 * planes + 2 * segments) / segments  # planes of up(phi), of a thread
     flags = (gate.by_voxel, True, len(gate.fine) == 3)
@@ -204,7 +211,7 @@ def _adjoint(gate: Gate, moved_bytes: float) -> Launch:
         blocks=-(-threads // 256),
         threads=256,
         shared_bytes=0,
-        trips={"for (int z = part.begin; z <= part.end; ++z)": read / 2},
+        trips={"for (int z = part.begin; z <= part.begin + task.planes; ++z)": read / 2},
         skipped=(
             "if (first + 8 > ax.fine) {",
             *(["for (int i = 0; i < width; ++i) {"] if gate.by_voxel else []),

@@ -11,7 +11,7 @@
 
 namespace lungkit {
 
-constexpr int64_t enough_adjoint_threads = 50'000;
+constexpr int64_t enough_adjoint_threads = 150'000;
 
 inline bool is_by_voxel(const VoxelLayout& layout) {
   return layout.voxel_stride != 1;
@@ -35,10 +35,12 @@ GateInputs<Stored> rows_of(GateInputs<Stored> in) {
 }
 
 // Weights along an axis are multiples of 1 / (2 * its ratio); with whole ratios that are powers of two a
-// product of three is a whole multiple, below 256, of a power of two: no more bits than bfloat16 has.
-inline bool has_exact_weights(const GateAxis (&axes)[3]) {
+// product of those of several axes is a whole multiple, below 256, of a power of two: no more bits than
+// bfloat16 has.
+inline bool has_exact_weights(const GateAxis* first, const GateAxis* end) {
   int steps = 1;
-  for (const GateAxis& axis : axes) {
+  for (; first != end; ++first) {
+    const GateAxis& axis = *first;
     const int ratio = axis.fine / axis.coarse;
     if (axis.fine % axis.coarse != 0 || (ratio & (ratio - 1)) != 0) return false;
     steps *= ratio == 1 ? 1 : 2 * ratio - 1;
@@ -46,12 +48,11 @@ inline bool has_exact_weights(const GateAxis (&axes)[3]) {
   return steps <= 256;
 }
 
-// Whether what a lane loads of phi at once is aligned.
+// Whether what a lane loads of phi at once is aligned: `word` elements.
 template <class Stored, int size, bool by_voxel>
-bool has_phi_words(const GateInputs<Stored>& in) {
+bool has_phi_words(const GateInputs<Stored>& in, int64_t word = by_voxel ? 2 * size : 2) {
   const VoxelLayout& phi = in.phi_layout;
   if (is_by_voxel(phi) != by_voxel) return false;
-  const int64_t word = by_voxel ? 2 * size : 2;
   return reinterpret_cast<uintptr_t>(in.phi) % (2 * word) == 0 && phi.batch_stride % word == 0 &&
          (by_voxel ? phi.channels : in.axes[2].coarse) % word == 0 &&
          (by_voxel ? phi.voxel_stride : phi.channel_stride) % word == 0;
@@ -73,7 +74,10 @@ RowGrid row_grid(const GateInputs<Stored>& in) {
           .height = Divisor(in.axes[1].fine),
           .runs_per_row = Divisor(static_cast<int>(per_row)),
           .depth = Divisor(in.axes[0].fine),
-          .fast = fits && 2 * along_x.coarse <= along_x.fine && has_exact_weights(in.axes),
+          // PhiRows interpolates along z and y in float.
+          .fast = fits && 2 * along_x.coarse <= along_x.fine &&
+                  has_exact_weights(in.axes + (by_voxel ? 0 : 2), in.axes + 3),
+          .phi_pieces = has_phi_words<Stored, size, by_voxel>(in, 4),
           .x_pieces = are_pieces(in.x, in.x_layout, along_x.fine, sizeof(Stored))};
 }
 

@@ -66,8 +66,9 @@ struct RowGrid {
   int runs;  // of all images
   RowAxis z, y, x;
   Divisor height, runs_per_row, depth;
-  bool fast;      // RunProducts::interpolate<true> will do
-  bool x_pieces;  // every run starts on 16 bytes and ends on them, in x and in what is laid out like it
+  bool fast;        // RunProducts::interpolate<true> or PhiRows will do
+  bool phi_pieces;  // PhiRows may load 4 columns at once, otherwise 2
+  bool x_pieces;    // every run starts on 16 bytes and ends on them, in x and in what is laid out like it
 };
 
 struct Run {

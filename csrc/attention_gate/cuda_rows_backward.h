@@ -40,7 +40,8 @@ struct RowsBackwardShared {
   struct Warp {
     alignas(16) Stored x[2][Tile::elements];
     alignas(16) Stored grad[2][Tile::elements];  // grad_out, then grad_x
-    alignas(16) Stored theta[16 * size * inner_stride];
+    // phi's rows, until q is known.
+    alignas(16) Stored theta[by_voxel ? 16 * size * inner_stride : PhiRows<Stored, size>::elements];
     alignas(16) float alpha[run_voxels];
     float dot[run_voxels];
     float grad_psi[run_voxels];
@@ -83,13 +84,14 @@ class RowsBackward {
     const int step = gridDim.x * row_warps;
     int index = blockIdx.x * row_warps + threadIdx.x / 32, stage = 0;
     Run run = run_at(grid_, index);
+    if (!by_voxel && grid_.fast && run.valid) phi_.load(in_, grid_, run);
     start(run, stage);
 #pragma unroll 1
     while (run.valid) {
       index += step;
       const Run next = run_at(grid_, index);
       start(next, stage ^ 1);
-      add(run, own_.x[stage], own_.grad[stage]);
+      add(run, next, own_.x[stage], own_.grad[stage]);
       __syncwarp();  // before the next copies into this stage
       stage ^= 1;
       run = next;
@@ -152,17 +154,21 @@ class RowsBackward {
     close_copies();
   }
 
-  __device__ void add(const Run& run, const Stored* x, Stored* grad) {
+  __device__ void add(const Run& run, const Run& next, const Stored* x, Stored* grad) {
     const int first = first_voxel(grid_, run), own = own_voxel();
     float total = 0;
     if (out_.grad_alpha != nullptr && own < run.count) {
       total = static_cast<float>(out_.grad_alpha[int64_t{run.image} * in_.voxels() + first + own]);
     }
     float q[size][4][4];
-    if (grid_.fast) {
+    if (!grid_.fast) {
+      Products::template interpolate<false>(in_, grid_, run, q);
+    } else if constexpr (by_voxel) {
       Products::template interpolate<true>(in_, grid_, run, q);
     } else {
-      Products::template interpolate<false>(in_, grid_, run, q);
+      phi_.put_down(own_.theta);
+      __syncwarp();
+      phi_.interpolate(grid_, run, own_.theta, q);
     }
     wait_for_copies<1>();
     __syncwarp();
@@ -188,6 +194,7 @@ class RowsBackward {
 
     uint32_t theta[size][4][2];
     differentiate(q, theta);
+    if (!by_voxel && grid_.fast && next.valid) phi_.load(in_, grid_, next);  // q is gone
     __syncwarp();
     if (out_.theta.data != nullptr) {
       if constexpr (by_voxel) {
@@ -360,6 +367,7 @@ class RowsBackward {
   typename Shared::Warp& own_;
   const float b_psi_;
   const int lane_ = threadIdx.x % 32, g_ = lane_ / 4, t_ = lane_ % 4;
+  PhiRows<Stored, size> phi_;  // of features by channel
   float w_psi_[2 * size];
   float grad_w_x_[size][4 * size][4] = {};
   float grad_w_psi_[2 * size] = {};

@@ -14,6 +14,7 @@ struct RowsForwardShared {
   using Tile = RunTile<Stored, size, by_voxel>;
   struct Warp {
     alignas(16) Stored x[2][Tile::elements];
+    alignas(16) Stored phi[by_voxel ? 8 : PhiRows<Stored, size>::elements];
     alignas(16) float alpha[run_voxels];
   };
   alignas(16) Stored w_x[RowWeights<Stored, size, by_voxel>::elements];
@@ -50,6 +51,9 @@ __global__ void __launch_bounds__(gate_threads, rows_forward_blocks<size>)
   };
   int index = blockIdx.x * row_warps + threadIdx.x / 32, stage = 0;
   Run run = run_at(grid, index);
+  [[maybe_unused]] PhiRows<Stored, size> phi;
+  [[maybe_unused]] const bool phi_rows = !by_voxel && grid.fast;
+  if (phi_rows && run.valid) phi.load(in, grid, run);
   start(run, stage);
 #pragma unroll 1
   while (run.valid) {
@@ -58,10 +62,14 @@ __global__ void __launch_bounds__(gate_threads, rows_forward_blocks<size>)
     start(next, stage ^ 1);
 
     float q[size][4][4], none[4][4];
-    if (grid.fast) {
+    if (!grid.fast) {
+      Products::template interpolate<false>(in, grid, run, q);
+    } else if constexpr (by_voxel) {
       Products::template interpolate<true>(in, grid, run, q);
     } else {
-      Products::template interpolate<false>(in, grid, run, q);
+      phi.put_down(own.phi);
+      __syncwarp();
+      phi.interpolate(grid, run, own.phi, q);
     }
     wait_for_copies<1>();
     __syncwarp();
@@ -76,6 +84,7 @@ __global__ void __launch_bounds__(gate_threads, rows_forward_blocks<size>)
         for (int j = 0; j < 4; ++j) psi[n][j % 2] += w_psi[2 * m + j / 2] * relu(q[m][n][j]);
       }
     }
+    if (phi_rows && next.valid) phi.load(in, grid, next);  // q is gone: there are registers for it
     own.alpha[own_voxel()] = fast_sigmoid(sum_over_rows_of_run(psi) + b_psi);
     __syncwarp();
 

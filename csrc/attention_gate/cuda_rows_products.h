@@ -43,39 +43,28 @@ inline __device__ uint32_t pair_of_halves(uint32_t first, uint32_t second, int h
 }
 
 // Columns `column` (even) and `column` + 1 of a row of phi, of the inner channels that a lane holds, as they
-// are loaded; beyond the last column whatever lies there, where the weights are 0.
-template <class Stored, int size, bool by_voxel>
+// are loaded where they lie by voxel; beyond the last column whatever lies there, where the weights are 0.
+template <class Stored, int size>
 struct PhiColumns {
   uint32_t word[2 * size];
 
-  // `row`: of channels-first features of each channel; otherwise of the lane's first one.
-  template <int rows>
-  __device__ __forceinline__ void load(const Stored* const (&row)[rows], int64_t offset, int step, int column,
-                                       int columns) {
-    if constexpr (by_voxel) {
-      using Words = InnerWords<size>;
+  // `row`: of the lane's first channel.
+  __device__ __forceinline__ void load(const Stored* row, int step, int column, int columns) {
+    using Words = InnerWords<size>;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const Words words =
-            *reinterpret_cast<const Words*>(row[0] + offset + min(column + j, columns - 1) * step);
+    for (int j = 0; j < 2; ++j) {
+      const Words words = *reinterpret_cast<const Words*>(row + min(column + j, columns - 1) * step);
 #pragma unroll
-        for (int m = 0; m < size; ++m) word[j * size + m] = words.word[m];
-      }
-    } else {
-#pragma unroll
-      for (int h = 0; h < 2 * size; ++h) {
-        word[h] = *reinterpret_cast<const uint32_t*>(row[h] + offset + min(column, columns - 2));
-      }
+      for (int m = 0; m < size; ++m) word[j * size + m] = words.word[m];
     }
   }
   // The pair of columns of row 8 h + g.
   __device__ __forceinline__ uint32_t pair(int h) const {
-    if constexpr (by_voxel) return pair_of_halves(word[h / 2], word[size + h / 2], h % 2);
-    return word[h];
+    return pair_of_halves(word[h / 2], word[size + h / 2], h % 2);
   }
 };
 
-// The same of one channel, anywhere in memory.
+// Two columns of one channel, anywhere in memory.
 template <class Stored>
 __device__ __forceinline__ uint32_t phi_pair(const Stored* row, int64_t column_step, int column,
                                              int columns) {
@@ -104,15 +93,131 @@ struct Reach {
   }
 };
 
+// The rows of phi that a run reads, of features by channel: loaded in whole pieces, interpolated along z and
+// y in float, and put down as the sum of two half numbers, whose product with the weights along x takes both
+// at once. For grids whose ratio along x is a power of two, so that the half type holds those weights. An
+// infinity of phi becomes NaN.
+template <class Stored, int size>
+class PhiRows {
+ public:
+  static constexpr int columns =
+      24;  // a run reads 18, from any of 4 on; a block of voxels 8, from an even one on
+  // 8 would keep all banks apart, but the backward pass of size 2 has to fit devices with 99 KB.
+  static constexpr int stride = 2 * columns + (size == 1 ? 8 : 4);
+  static constexpr int elements = 16 * size * stride;
+
+  // Starts to load; nothing waits for it before put_down().
+  __device__ __forceinline__ void load(const GateInputs<Stored>& in, const RowGrid& grid, const Run& run) {
+    const GateAxis &ay = grid.y.axis, &ax = grid.x.axis;
+    const auto [lower_z, weight_z] = grid.z.at(run.z);
+    const auto [lower_y, weight_y] = grid.y.at(run.y);
+    of_z_ = weight_z;
+    of_y_ = weight_y;
+    const int first = grid.x.at(run.x).lower & ~3, next_row = weight_y != 0 ? ax.coarse : 0;
+    const int next_plane = weight_z != 0 ? ay.coarse * ax.coarse : 0;
+    const Stored* phi =
+        image_of(in.phi, in.phi_layout, run.image).at(0, (lower_z * ay.coarse + lower_y) * ax.coarse);
+#pragma unroll
+    for (int k = 0; k < pieces; ++k) {
+      const int i = min(channel(k), in.inner() - 1), column = first + 4 * piece(k);
+      const Stored* from = phi + i * in.phi_layout.channel_stride;
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        if (corner == 2 && next_plane == 0) break;
+        const Stored* row = from + (corner / 2 * next_plane + corner % 2 * next_row);
+        if (grid.phi_pieces) {
+          const Bytes8 both = *reinterpret_cast<const Bytes8*>(row + min(column, ax.coarse - 4));
+          raw_[k][corner][0] = both.word[0];
+          raw_[k][corner][1] = both.word[1];
+        } else {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            raw_[k][corner][j] = *reinterpret_cast<const uint32_t*>(row + min(column + 2 * j, ax.coarse - 2));
+          }
+        }
+      }
+    }
+  }
+
+  // The rows interpolated along z and y, for the whole warp.
+  __device__ __forceinline__ void put_down(Stored* tile) const {
+    const float share[4] = {(1.f - of_z_) * (1.f - of_y_), (1.f - of_z_) * of_y_, of_z_ * (1.f - of_y_),
+                            of_z_ * of_y_};
+#pragma unroll
+    for (int k = 0; k < pieces; ++k) {
+      float2 sum[2] = {};
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        if (corner == 2 && of_z_ == 0) break;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float2 pair = unpack<Stored>(raw_[k][corner][j]);
+          sum[j].x += share[corner] * pair.x;
+          sum[j].y += share[corner] * pair.y;
+        }
+      }
+      Bytes8 held, rest;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        held.word[j] = pack<Stored>(sum[j].x, sum[j].y);
+        const float2 rounded = unpack<Stored>(held.word[j]);
+        rest.word[j] = pack<Stored>(sum[j].x - rounded.x, sum[j].y - rounded.y);
+      }
+      Stored* to = tile + channel(k) * stride + 4 * piece(k);
+      *reinterpret_cast<Bytes8*>(to) = held;
+      *reinterpret_cast<Bytes8*>(to + columns) = rest;
+    }
+  }
+
+  // sum = up(phi), from what the warp put down.
+  __device__ __forceinline__ static void interpolate(const RowGrid& grid, const Run& run, const Stored* tile,
+                                                     float (&sum)[size][4][4]) {
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    const auto [own_lower, own_weight] = grid.x.at(min(run.x + lane, grid.x.axis.fine - 1));
+    const int first = __shfl_sync(all_lanes, own_lower, 0) & ~3;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const Reach reach(own_lower, own_weight, n);
+      const uint32_t weights = pack<Stored>(reach.weight(0), reach.weight(1));
+      const uint32_t b[2] = {weights, weights};
+      const Stored* from = tile + g * stride + (reach.column - first);
+#pragma unroll
+      for (int m = 0; m < size; ++m) {
+        uint32_t a[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          a[j] = *reinterpret_cast<const uint32_t*>(from + (16 * m + j % 2 * 8) * stride + j / 2 * columns);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[m][n][j] = 0;
+        multiply_add<Stored>(sum[m][n], a, b);
+      }
+    }
+  }
+
+ private:
+  struct alignas(8) Bytes8 {
+    uint32_t word[2];
+  };
+  static constexpr int per_row = columns / 4;
+  static constexpr int pieces = 16 * size * per_row / 32;  // of a lane
+
+  __device__ static int channel(int k) { return (static_cast<int>(threadIdx.x) % 32 + 32 * k) / per_row; }
+  __device__ static int piece(int k) { return (static_cast<int>(threadIdx.x) % 32 + 32 * k) % per_row; }
+
+  uint32_t raw_[pieces][4][2];
+  float of_z_, of_y_;
+};
+
 // q before its relu: q[m][n] is the block of inner channels 16 m .. and voxels 8 n .. of the run.
 template <class Stored, int size, bool by_voxel>
 struct RunProducts {
   using Tile = RunTile<Stored, size, by_voxel>;
 
   // sum = up(phi). A lane's share of the weights of the interpolation is 1 - |distance|, in columns of phi.
-  // `fast`: the half type holds every weight and 8 voxels read 8 columns at most, so that one product takes
-  // two rows of phi; otherwise it takes 16 columns of one row, and what rounding takes from the weights is
-  // another product: the sign of q decides about gradients.
+  // `fast`: phi lies by voxel, the half type holds every weight and 8 voxels read 8 columns at most, so that
+  // one product takes two rows of phi; otherwise it takes 16 columns of one row, and what rounding takes from
+  // the weights is another product: the sign of q decides about gradients.
   template <bool fast>
   __device__ __forceinline__ static void interpolate(const GateInputs<Stored>& in, const RowGrid& grid,
                                                      const Run& run, float (&sum)[size][4][4]) {
@@ -127,13 +232,14 @@ struct RunProducts {
     // The lower row of phi, of the channels that this lane holds; one of them, or their whole group, where
     // they lie beyond the last one, whose weights are 0.
     const Stored* corner[2 * size];
-    const int last = in.inner() - (fast && by_voxel ? 2 * size : 1);
+    const int last = in.inner() - (fast ? 2 * size : 1);
 #pragma unroll
     for (int h = 0; h < 2 * size; ++h) {
       corner[h] = phi.at(min(inner_of_row<size, by_voxel>(8 * h + g), last), 0) + row * row_step;
     }
 
     if constexpr (fast) {
+      static_assert(by_voxel);
       const int step = static_cast<int>(column_step);
       int column[4];
       float near[4][2];
@@ -154,11 +260,11 @@ struct RunProducts {
         if (dz == 1 && wz == 0) continue;
         const int64_t first = dz * row_step * ay.coarse, second = wy != 0 ? first + row_step : first;
         const float of_z = dz ? wz : 1.f - wz, low = of_z * (1.f - wy), high = of_z * wy;
-        PhiColumns<Stored, size, by_voxel> of_first[4], of_second[4];
+        PhiColumns<Stored, size> of_first[4], of_second[4];
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          of_first[n].load(corner, first, step, column[n], ax.coarse);
-          of_second[n].load(corner, second, step, column[n], ax.coarse);
+          of_first[n].load(corner[0] + first, step, column[n], ax.coarse);
+          of_second[n].load(corner[0] + second, step, column[n], ax.coarse);
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
