@@ -49,6 +49,22 @@ def make_activation(activation: str) -> nn.Module:
     return _ACTIVATIONS[activation]()
 
 
+def concatenate(first: Tensor, second: Tensor) -> Tensor:
+    """``torch.cat`` along the channels, fast for channels-last volumes on a GPU, which torch copies one by one.
+
+    Example:
+        >>> import torch
+        >>> from lungkit.nn.blocks import concatenate
+        >>> concatenate(torch.zeros(1, 2, 4, 4), torch.ones(1, 3, 4, 4)).shape
+        torch.Size([1, 5, 4, 4])
+    """
+    if first.is_cuda and first.dim() == 5:
+        order = torch.channels_last_3d
+        if first.is_contiguous(memory_format=order) and second.is_contiguous(memory_format=order):
+            return torch.cat((first.movedim(1, -1), second.movedim(1, -1)), dim=-1).movedim(-1, 1)
+    return torch.cat((first, second), dim=1)
+
+
 class ConvUnit(nn.Sequential):
     """Convolution, norm, activation; the last two as asked for.
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from lungkit.errors import UsageError
 from lungkit.nn import _options
 from lungkit.nn._grid import check_image, crop_to, pad_to_multiple, scales_of
-from lungkit.nn.blocks import ACTIVATIONS, UPSAMPLINGS, ConvBlock, Upsample, initialise, seeded
+from lungkit.nn.blocks import (
+    ACTIVATIONS,
+    UPSAMPLINGS,
+    ConvBlock,
+    Upsample,
+    concatenate,
+    initialise,
+    seeded,
+)
 from lungkit.nn.convolution import CONVOLUTIONS
 from lungkit.nn.norms import NORMS
 from lungkit.nn.pyramid import InputPyramid
@@ -270,7 +278,7 @@ class UNet(nn.Module):
         for level in reversed(range(len(self.decoder))):
             skip, alpha = self._gate(level, skips[level], x)
             # The upsampled features come first, as in nnU-Net.
-            x = self.decoder[level](torch.cat((self.upsample[level](x), skip), dim=1))
+            x = self.decoder[level](concatenate(self.upsample[level](x), skip))
             if self.recalibration is not None:
                 x = self.recalibration[level](x)
             if level == 0 or deep:
