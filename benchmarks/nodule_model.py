@@ -1,6 +1,9 @@
 """How well the packaged model segments held-out nodules that somebody points at, by size and by offset of the click.
 
-    python benchmarks/nodule_model.py LIDC_FOLDER [--fold 0] [--output benchmarks/results/nodule-model.md]
+    python benchmarks/nodule_model.py LIDC_FOLDER --folds WORK_FOLDER/runs [--output benchmarks/results/nodule-model.md]
+
+With ``--folds`` every nodule is segmented by the run that was trained without its patient (fold-0, fold-1 ... of
+benchmarks/train_nodule_model.py); with ``--fold K`` those of one fold by ``--model``.
 
 Every nodule of the fold's validation stacks is clicked at its centroid (the voxel of it that is nearest), and 2.5, 5,
 7.5 and 10 mm beside that in a direction drawn at random, the same for all rows. The truth is what at least two readers
@@ -37,43 +40,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--model", default="lidc-nodules")
+    parser.add_argument("--folds", type=Path, help="folder of the runs fold-0, fold-1 ...")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--limit", type=int, help="only so many stacks, to try this program")
     options = parser.parse_args(arguments)
     folds = json.loads((options.data / "splits_final.json").read_text())
-    cases = sorted(folds[options.fold]["val"])[: options.limit]
-    text = _table(options.data, cases, options.model)
+    models = {options.fold: options.model}
+    if options.folds is not None:
+        models = {fold: str(options.folds / f"fold-{fold}") for fold in range(len(folds))}
+    parts = [(model, sorted(folds[fold]["val"])[: options.limit]) for fold, model in models.items()]
+    text = _table(options.data, parts, options.device)
     print(text)  # noqa: T201
     if options.output is not None:
         options.output.write_text(text, encoding="utf-8")
 
 
-def _table(data: Path, cases: list[str], model: str) -> str:
-    plain = Predictor.from_run(model_folder(model), device="cpu")
-    mirrored = Predictor.from_run(model_folder(model), device="cpu", mirror=True)
-    rows = {offset: [] for offset in OFFSETS_MM}
-    with_tta, sizes, seconds = [], [], []
-    for index, case in enumerate(cases):
-        scan = read_volume(data / "imagesTr" / f"{case}_0000.nii.gz")
-        geometry = plan_geometry(scan)
-        truth = orient(read_volume(data / "labelsTr" / f"{case}.nii.gz").array, geometry) > 0
-        numbered, count = label_lesions(truth)
-        for lesion in range(1, count + 1):
-            own = numbered == lesion
-            voxels = np.argwhere(own)
-            centre = voxels[np.linalg.norm(voxels - voxels.mean(0), axis=1).argmin()]
-            angle = np.random.default_rng([index, lesion]).uniform(0, 2 * math.pi)
-            sizes.append(len(voxels) * math.prod(geometry.spacing_mm) / 1000)
-            for offset in OFFSETS_MM:
-                click = (
-                    centre + np.array([0, math.sin(angle), math.cos(angle)]) * offset / geometry.spacing_mm
-                )
-                click = np.clip(click, 0, np.array(truth.shape) - 1)
-                started = time.perf_counter()
-                rows[offset].append(_dice(plain, scan, click, own))
-                seconds.append(time.perf_counter() - started)
-            with_tta.append(_dice(mirrored, scan, centre, own))
-    return _text(model, plain, len(cases), sizes, rows, with_tta, float(np.median(seconds)))
+def _table(data: Path, parts: list[tuple[str, list[str]]], device: str) -> str:
+    rows: dict[float, list[float]] = {offset: [] for offset in OFFSETS_MM}
+    with_tta: list[float] = []
+    sizes: list[float] = []
+    seconds: list[float] = []
+    for model, cases in parts:
+        plain = Predictor.from_run(model_folder(model), device=device)
+        mirrored = Predictor.from_run(model_folder(model), device=device, mirror=True)
+        for index, case in enumerate(cases):
+            scan = read_volume(data / "imagesTr" / f"{case}_0000.nii.gz")
+            geometry = plan_geometry(scan)
+            truth = orient(read_volume(data / "labelsTr" / f"{case}.nii.gz").array, geometry) > 0
+            numbered, count = label_lesions(truth)
+            for lesion in range(1, count + 1):
+                own = numbered == lesion
+                voxels = np.argwhere(own)
+                centre = voxels[np.linalg.norm(voxels - voxels.mean(0), axis=1).argmin()]
+                angle = np.random.default_rng([index, lesion]).uniform(0, 2 * math.pi)
+                sizes.append(len(voxels) * math.prod(geometry.spacing_mm) / 1000)
+                for offset in OFFSETS_MM:
+                    aside = np.array([0, math.sin(angle), math.cos(angle)]) * offset / geometry.spacing_mm
+                    click = np.clip(centre + aside, 0, np.array(truth.shape) - 1)
+                    started = time.perf_counter()
+                    rows[offset].append(_dice(plain, scan, click, own))
+                    seconds.append(time.perf_counter() - started)
+                with_tta.append(_dice(mirrored, scan, centre, own))
+    digests = ", ".join(Predictor.from_run(model_folder(model)).models[0].digest for model, _ in parts)
+    count = sum(len(cases) for _, cases in parts)
+    return _text(digests, device, count, sizes, rows, with_tta, float(np.median(seconds)))
 
 
 def _dice(predictor: Predictor, scan, click: np.ndarray, truth: np.ndarray) -> float:
@@ -89,7 +100,7 @@ def _dice(predictor: Predictor, scan, click: np.ndarray, truth: np.ndarray) -> f
     return 2 * float((found & truth).sum()) / float(found.sum() + truth.sum())
 
 
-def _text(model, predictor, cases, sizes, rows, with_tta, seconds) -> str:
+def _text(digests, device, cases, sizes, rows, with_tta, seconds) -> str:
     sizes_ml = np.array(sizes)
 
     def cell(values) -> str:
@@ -100,12 +111,11 @@ def _text(model, predictor, cases, sizes, rows, with_tta, seconds) -> str:
         mean = f"{values.mean():.3f} [{interval.low:.3f}, {interval.high:.3f}]"
         return f"{mean} | {np.median(values):.3f} | {(values == 0).sum()}"
 
-    digest = predictor.models[0].digest
     lines = [
-        f"# Model {model}: Dice on held-out nodules",
+        "# The model of nodules: Dice on held-out nodules",
         "",
-        f"{len(sizes)} nodules of {cases} stacks; SHA-256 of the model's manifest {digest};",
-        f"a click takes {seconds:.2f} s in the median ({predictor.device.type}, without those for stability).",
+        f"{len(sizes)} nodules of {cases} stacks; SHA-256 of the manifest of each model: {digests};",
+        f"a click takes {seconds:.2f} s in the median ({device}, without those for stability).",
         "",
         "| nodules | number | mean Dice [95 % interval] | median | not found |",
         "| --- | ---: | ---: | ---: | ---: |",
