@@ -54,6 +54,7 @@ TESTED_IN = {
     "losses/dice_ce.py": "losses/test_dice_ce_loss.py",
     "losses/focal.py": "losses/test_overlap.py",
     "metrics/_surface_numpy.py": "metrics/test_surface.py",
+    "interop/nnunet_trainer/": "interop/test_nnunet_package.py",
     "interop/nnunet_plans.py": "interop/test_nnunet_import.py",
     "nn/_foreign_weights.py": "nn/test_monai.py",
     "nn/_grid.py": "nn/test_unet.py",
