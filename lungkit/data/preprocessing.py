@@ -176,8 +176,8 @@ def plan_preprocessing(
         >>> fingerprint = Fingerprint(("a",), ((60, 512, 512),), ((2.5, 0.7, 0.7),), (ct,), (0.01,),
         ...     (15_571_353, 157_287), {0: 0, 1: 1}, ())
         >>> plan = plan_preprocessing(fingerprint, window="mediastinum")
-        >>> plan.channels, plan.target_spacing_mm
-        ((ChannelNormalisation(window=(-160.0, 240.0), mean=-38.0, std=200.0, units='HU'),), None)
+        >>> plan.channels[0].window, plan.channels[0].mean, plan.target_spacing_mm
+        ((-160.0, 240.0), -38.0, None)
     """
     in_hu = any(channel.units == "HU" for channel in fingerprint.channels)
     channels = []
