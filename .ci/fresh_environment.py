@@ -40,7 +40,7 @@ with tempfile.TemporaryDirectory() as name:
         "--no-report",
     ]
     subprocess.run([commands / "lungkit-predict", *arguments], check=True)
-    mask = np.asarray(read_volume(folder / "nodule.nii.gz").array) > 0
+    mask = np.asarray(read_volume(folder / "nodule.nii.gz").array).transpose(2, 1, 0) > 0
 overlap = 2 * (mask & ball).sum() / (mask.sum() + ball.sum())
 assert overlap > 0.7, f"the ball is found with a Dice of {overlap:.2f} only"
 sys.stdout.write(f"a ball is pointed at and found with a Dice of {overlap:.2f}\n")

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import option_choices
 
 if TYPE_CHECKING:
+    from lungkit.training.run_folder import RunFolder
     from lungkit.training.trainer import Trainer
 
 _LOG = logging.getLogger("lungkit")
@@ -66,7 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train a U-Net or an Attention U-Net on CT scans.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN|auto",
+        help="continue the run in this folder; auto: that of --name where there is one, else begin it, so that a "
+        "scheduler can start the same command again and again",
+    )
     parser.add_argument(
         "--checkpoint",
         choices=("last", "previous"),
@@ -112,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from lungkit.training.config_io import config_to_yaml, describe_options, parse_arguments
+    from lungkit.training.config_io import config_to_yaml, describe_options, load_config, parse_arguments
     from lungkit.training.trainer import Trainer
 
     if options.fold is not None and options.fold != "all":
@@ -126,6 +133,17 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError("--checkpoint says which checkpoint --resume continues; give --resume RUN too")
     if options.no_report:
         rest = [*rest, "--report", "false"]
+    if options.resume == "auto":
+        found = _run_to_continue(parse_arguments(rest))
+        if (
+            found is not None
+            and found.is_finished
+            and parse_arguments(["--config", str(found.path / "config.yaml"), *rest]).epochs
+            == load_config(found.path / "config.yaml").epochs
+        ):
+            _LOG.info("%s is finished; nothing is left to do", found.path)
+            return 0
+        options.resume = None if found is None else str(found.path)
     if options.resume is not None:
         others = ("print_config", "dry_run", "preview_augmentation", "fold")
         given = ["--" + name.replace("_", "-") for name in others if getattr(options, name)]
@@ -185,15 +203,25 @@ def _all_folds(config: TrainConfig, options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_to_continue(config: TrainConfig) -> RunFolder | None:
+    from lungkit.training.run_folder import RunFolder
+
+    if config.name is None:
+        raise UsageError("--resume auto finds the run by its name; give --name too")
+    return RunFolder.latest(config.runs, config.name)
+
+
 def _resumed(options: argparse.Namespace, rest: Sequence[str]) -> Trainer:
     from lungkit.checkpoint import LAST
     from lungkit.training.config_io import EXTENSIBLE, MOVABLE, config_differences, parse_arguments
+    from lungkit.training.initialisation import absolute_or_name
     from lungkit.training.run_folder import RunFolder
     from lungkit.training.trainer import Trainer
 
     path = RunFolder.open(options.resume).path / "config.yaml"
     saved = parse_arguments(["--config", str(path)])
     asked = parse_arguments(["--config", str(path), *rest])
+    asked = replace(asked, init=replace(asked.init, model=absolute_or_name(asked.init.model)))
     changes = config_differences(saved, asked)
     refused = [change for name, change in changes.items() if name not in (*MOVABLE, *EXTENSIBLE)]
     if refused:

@@ -172,8 +172,10 @@ class EngineConfig:
 
     Args:
         accelerator: "auto", "cpu", "cuda", "mps" ..., or one device of several by its number, as "cuda:1".
-        devices: processes per node; more than one is distributed data parallel.
+        devices: processes per node.
         nodes: machines.
+        strategy: of several processes: "ddp" (distributed data parallel) gives each the whole network, "fsdp" (fully
+            sharded, FSDP2) a part of every weight, gradient and moment, for networks that do not fit one device.
         precision: "fp32", "bf16" or "fp16" (mixed); "auto" is bf16 where the device computes with it (GPUs from Ampere
             on, CPUs with AVX-512 BF16 or AMX), fp16 on older GPUs, else fp32.
         compile: torch.compile the network.
@@ -188,6 +190,7 @@ class EngineConfig:
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     channels_last: bool | None = None
@@ -302,6 +305,7 @@ class TrainConfig:
             raise UsageError(f"max_minutes is {self.max_minutes}; give a number above 0")
         for name in ("devices", "nodes"):
             _at_least(f"engine.{name}", getattr(self.engine, name), 1)
+        _check_sharding(self.engine)
         accelerator, colon, number = self.engine.accelerator.partition(":")
         if colon and (
             accelerator not in ("cuda", "gpu", "mps") or not number.isascii() or not number.isdigit()
@@ -322,6 +326,15 @@ class TrainConfig:
         _check_word("data.spacing_mm", self.data.spacing_mm, ("auto", "native"), "z, y and x in mm")
         if self.name is not None and (self.name in ("", ".", "..") or {"/", "\\", "\0"} & set(self.name)):
             raise UsageError(f"name is {self.name!r}; give the name of a folder, without a path")
+
+
+def _check_sharding(engine: EngineConfig) -> None:
+    if engine.strategy != "fsdp":
+        return
+    if engine.precision == "fp16":
+        raise UsageError("engine.strategy is 'fsdp', which scales no fp16 losses; use bf16 or fp32")
+    if engine.compile:
+        raise UsageError("engine.strategy is 'fsdp', which is not compiled here; leave out engine.compile")
 
 
 def _check_gates(model: ModelConfig) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import torch.distributed
 from lungkit.errors import ResourceError, UsageError
 from lungkit.inference.precision import automatic_precision
 from lungkit.training.config import EngineConfig
+from lungkit.training.sharding import shard_network
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("lungkit")
 
 T = TypeVar("T")
+
+_SECONDS_BETWEEN_LOOKS = 2.0
 
 _PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -68,7 +73,7 @@ def start_engine(config: EngineConfig) -> Fabric:
             devices=[int(number)] if number else devices,
             num_nodes=nodes,
             precision=_PRECISIONS[config.precision],
-            strategy="ddp" if devices * nodes > 1 else "auto",
+            strategy=_strategy(config, devices * nodes),
         )
         if config.precision == "fp16" and fabric.device.type == "cpu":
             raise UsageError("engine.precision is 'fp16', which needs a GPU; use 'bf16' or 'fp32' on the CPU")
@@ -82,6 +87,8 @@ def start_engine(config: EngineConfig) -> Fabric:
     obstacle = why_no_cuda_graph(config, fabric)
     if config.cuda_graph and obstacle is not None:
         raise UsageError(f"engine.cuda_graph is true, but {obstacle}; change that or leave the option out")
+    if fabric.local_rank > 0 and not _started_by_others(fabric):
+        _watch_parent()
     if fabric.global_rank > 0:
         _LOG.setLevel(logging.ERROR)  # every process comes to the same lines; one of them says them
     if fabric.world_size > 1:
@@ -181,6 +188,41 @@ def memory_errors() -> Iterator[None]:
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _strategy(config: EngineConfig, processes: int) -> Any:
+    if processes == 1:
+        return "auto"
+    if config.strategy == "ddp":
+        return "ddp"
+    if config.precision == "fp16":  # of engine.precision auto on a GPU without bf16
+        raise UsageError("engine.strategy is 'fsdp', which scales no fp16 losses; use engine.precision fp32")
+    from lightning_fabric.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(shard_network, data_parallel_size=processes, tensor_parallel_size=1)
+
+
+def _started_by_others(fabric: Fabric) -> bool:
+    """Whether torchrun, Slurm or the like started this process, and not the first process itself."""
+    environment = getattr(fabric.strategy, "cluster_environment", None)
+    return environment is None or bool(environment.creates_processes_externally)
+
+
+def _watch_parent() -> None:
+    """End this process within seconds of the one that started it: on its own it would wait for it without an end.
+
+    A collective on GPUs notices a process that is gone after minutes only. The first process of a machine is watched by
+    the others here, they are watched by it (Fabric), and torchrun watches all.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        _LOG.error("the first process has ended, so this one does")
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lungkit-parent", daemon=True).start()
 
 
 def _processes(config: EngineConfig) -> tuple[int, int]:

@@ -93,6 +93,7 @@ class Run:
                 self.display.step(lambda: session.mean_loss)
                 self._look_at_clock()
                 if self._must_stop():
+                    session.gather()
                     on_first_process(self.fabric, self._save_and_stop)
                 if position.step % steps == 0 or session.is_over:
                     self._end_epoch()
@@ -220,6 +221,7 @@ class Run:
             self.draw_curves(now=False)
             self.write_status("running")
 
+        session.gather()
         on_first_process(self.fabric, save)
         seconds_left = None
         if self._budget is not None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -96,6 +97,25 @@ class RunFolder:
             folder.overlays.mkdir()
             describe(folder)
         return cls(new.path)
+
+    @classmethod
+    def latest(cls, runs: str | os.PathLike[str], name: str) -> RunFolder | None:
+        """The last run called ``name``, or ``name-2`` and so on, that has a checkpoint; None without one."""
+        found = []
+        for path in Path(runs).glob("*"):
+            number = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", path.name)
+            checkpoints = [path / "checkpoints" / kept / "manifest.json" for kept in (LAST, PREVIOUS)]
+            if number and (path / "config.yaml").is_file() and any(file.is_file() for file in checkpoints):
+                found.append((int(number[1] or 1), path))
+        return cls.open(max(found)[1]) if found else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        try:
+            return bool(json.loads((self.path / "status.json").read_bytes())["state"] == "finished")
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:

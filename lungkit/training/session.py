@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from lungkit.training.initialisation import check_frozen_is_trained, copy_weight
 from lungkit.training.planning import Plan, Prepared, build_network, codes_of_labels
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
+from lungkit.training.sharding import ShardedWeightAverage, gathered, load_whole, shared_out_moments
 from lungkit.training.time_budget import Pace
 from lungkit.training.validation import validate
 
@@ -99,9 +101,17 @@ class Session:
             self._initialised_from = {**initial.to_dict(), "copied": copied.numbers, "new": list(copied.new)}
         self._frozen = freeze_encoder(network) if config.init.freeze == "encoder" else []
         self.network = network.to(fabric.device)
-        if config.engine.channels_last:
-            self.network = self.network.to(memory_format=CHANNELS_LAST[self.plan.dims])  # type: ignore[call-overload]
-        self.average = WeightAverage(self.network, decay=config.optimiser.ema_decay)
+        self._is_sharded = config.engine.strategy == "fsdp" and fabric.world_size > 1
+        self._whole: dict[str, Any] | None = None
+        self.average: WeightAverage | ShardedWeightAverage
+        if self._is_sharded:
+            whole = copy.deepcopy(self.network)
+            self.wrapped: Any = fabric.setup_module(self.network)
+            self.average = ShardedWeightAverage(self.network, whole, decay=config.optimiser.ema_decay)
+        else:
+            if config.engine.channels_last:
+                self.network = self.network.to(memory_format=CHANNELS_LAST[self.plan.dims])  # type: ignore[call-overload]
+            self.average = WeightAverage(self.network, decay=config.optimiser.ema_decay)
         # fp16 scales the loss; without the scale a resumed run would skip steps to find it again.
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
         optimiser = make_optimiser(
@@ -111,8 +121,11 @@ class Session:
             # Fabric clips no gradients that the optimiser itself has to bring back to scale.
             fused=fabric.device.type == "cuda" and self._scaler is None,
         )
-        forward: Any = torch.compile(self.network) if config.engine.compile else self.network
-        self.wrapped, self.optimiser = fabric.setup(forward, optimiser)
+        if self._is_sharded:
+            self.optimiser: Any = fabric.setup_optimizers(optimiser)
+        else:
+            forward: Any = torch.compile(self.network) if config.engine.compile else self.network
+            self.wrapped, self.optimiser = fabric.setup(forward, optimiser)
         self._codes = codes_of_labels(config, prepared.dataset)
         self.criterion = make_criterion(
             config.loss,
@@ -238,6 +251,8 @@ class Session:
         """Metrics of ``cases`` with the averaged weights, on the grid of training, see :func:`validate`."""
         if self._captured is not None:
             self._captured.release()  # activations that training keeps are memory for validation
+        if isinstance(self.average, ShardedWeightAverage):
+            self.average.gather()
         with self.fabric.autocast():
             return validate(
                 self.average.network,
@@ -250,8 +265,15 @@ class Session:
                 after_case=after_case,
             )
 
+    def gather(self) -> None:
+        """Bring what the processes hold shares of together, for :meth:`save`; for every process."""
+        if isinstance(self.average, ShardedWeightAverage):
+            self.average.gather()
+            state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+            self._whole = gathered(state)
+
     def save(self, folder: RunFolder, name: str) -> None:
-        """Write the checkpoint ``name``; for the first process."""
+        """Write the checkpoint ``name``, after :meth:`gather`; for the first process."""
         save_checkpoint(
             folder.checkpoints / name,
             weights=self.average.network.state_dict(),
@@ -274,8 +296,10 @@ class Session:
                 **({} if self._initialised_from is None else {"initialised_from": self._initialised_from}),
             },
             trainer={
-                "network": self.network.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
+                **(
+                    self._whole
+                    or {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+                ),
                 "position": asdict(self.position),
                 "loss_sum": float(self.loss_sum),
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
@@ -306,9 +330,15 @@ class Session:
                 f"{folder}: was saved under another configuration than the run's config.yaml: {', '.join(changed)}"
             )
         try:
-            self.network.load_state_dict(state["network"])
-            self.optimiser.load_state_dict(_computed_as(self.optimiser, state["optimiser"]))
-            self.average.network.load_state_dict(checkpoint.weights)
+            moments = _computed_as(self.optimiser, state["optimiser"])
+            if isinstance(self.average, ShardedWeightAverage):
+                load_whole(self.network, state["network"])
+                self.optimiser.load_state_dict(shared_out_moments(self.optimiser, moments))
+                self.average.load(checkpoint.weights)
+            else:
+                self.network.load_state_dict(state["network"])
+                self.optimiser.load_state_dict(moments)
+                self.average.network.load_state_dict(checkpoint.weights)
             if self._scaler is not None:
                 self._scaler.load_state_dict(state["scaler"])
             position = state["position"]

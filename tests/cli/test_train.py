@@ -295,3 +295,21 @@ def test_a_run_begins_with_the_weights_of_another(options: Options, tmp_path: Pa
     # Named, though it is the default: the run's network is another.
     assert main([*arguments, "--model", "attention-unet"]) == 2
     assert "model.name is 'attention-unet'" in capsys.readouterr().err
+
+
+def test_the_same_command_begins_goes_on_and_ends(options: Options, tmp_path: Path, capsys):
+    command = options("--no-report", "--resume=auto")
+    assert main(command) == 0  # begins
+    run = tmp_path / "runs" / "run"
+    assert main(command) == 0
+    assert f"{run} is finished; nothing is left to do" in capsys.readouterr().err
+    (run / "status.json").write_text(json.dumps({"state": "running"}))  # as a killed process leaves it
+    assert main(command) == 0
+    assert "continuing after step 2" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(options: Options, tmp_path: Path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    assert main(options("--no-report", "--resume=auto")) == 0
+    assert status(tmp_path / "runs" / "run-2")["state"] == "finished"
