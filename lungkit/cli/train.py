@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from lungkit.training.config_io import config_to_yaml, describe_options, load_config, parse_arguments
+    from lungkit.training.config_io import config_to_yaml, describe_options, parse_arguments
     from lungkit.training.trainer import Trainer
 
     if options.fold is not None and options.fold != "all":
@@ -135,14 +135,11 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         rest = [*rest, "--report", "false"]
     if options.resume == "auto":
         found = _run_to_continue(parse_arguments(rest))
-        if (
-            found is not None
-            and found.is_finished
-            and parse_arguments(["--config", str(found.path / "config.yaml"), *rest]).epochs
-            == load_config(found.path / "config.yaml").epochs
-        ):
-            _LOG.info("%s is finished; nothing is left to do", found.path)
-            return 0
+        if found is not None and found.is_finished:
+            saved = ["--config", str(found.path / "config.yaml")]
+            if parse_arguments(saved).epochs == parse_arguments([*saved, *rest]).epochs:
+                _LOG.info("%s is finished; nothing is left to do", found.path)
+                return 0
         options.resume = None if found is None else str(found.path)
     if options.resume is not None:
         others = ("print_config", "dry_run", "preview_augmentation", "fold")
