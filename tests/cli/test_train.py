@@ -310,6 +310,7 @@ def test_the_same_command_begins_goes_on_and_ends(options: Options, tmp_path: Pa
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(options: Options, tmp_path: Path):
-    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "config.yaml").touch()
     assert main(options("--no-report", "--resume=auto")) == 0
     assert status(tmp_path / "runs" / "run-2")["state"] == "finished"
