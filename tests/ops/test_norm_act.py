@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_kernels import CPU, EMULATED, on_kernels, on_the_cpu
+from op_kernels import CPU, EMULATED, kernel_param, on_cuda_kernels, on_kernels, on_the_cpu
 from torch import Tensor
 
 from lungkit.errors import UsageError
@@ -26,8 +26,17 @@ SHAPES = [
     ((1, 300, 3, 4), 300),
     ((1, 2, 64, 128), 2),
 ]
-# The emulator runs thread by thread: the same kinds in fewer voxels, two chunks included.
-EMULATED_SHAPES = [((2, 3, 5, 7), 3), ((2, 33, 3, 5), 33), ((1, 24, 3, 4, 4), 3), ((1, 1, 95, 97), 1)]
+# The emulator runs thread by thread: the same kinds in fewer voxels, two chunks included. Channels-last, a block
+# holds all voxels of the last four, of the very last in the forward alone.
+EMULATED_SHAPES = [
+    ((1, 24, 3, 4, 4), 3),
+    ((1, 1, 95, 97), 1),
+    ((1, 32, 5, 7), 8),
+    ((2, 3, 5, 7), 3),
+    ((2, 33, 3, 5), 33),
+    ((1, 24, 5, 7), 24),
+    ((1, 16, 33, 35), 16),
+]
 # As a share of the largest value: half types round once, on the way out; float sums over a chunk.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SLOPE = 0.1
@@ -116,12 +125,37 @@ def test_the_same_bits_however_the_parts_are_scheduled(schedules, channels_last)
     schedules.assert_same_bits(both)
 
 
-@pytest.mark.parametrize(("extent", "launches"), [(32, 1), (96, 3)])
-def test_a_channel_that_a_block_holds_takes_one_launch(emulator, extent, launches):
-    x = draw((1, 4, extent, extent), torch.float32, 0)
+@on_cuda_kernels
+@pytest.mark.parametrize(("channels", "dtype"), [(264, torch.bfloat16), (520, torch.float64)])
+def test_more_channels_than_a_warp_or_a_block_takes_at_a_time_equal_the_twin(kernels, channels, dtype):
+    x, grad = (draw((1, channels, 2, 3), dtype, seed, channels_last=True, offset=3.0) for seed in (0, 1))
+    check(x, grad, channels // 2)
+
+
+# Blocks that a large tensor would fill many times over read several batches one after the other; the last one is short.
+@pytest.mark.parametrize(
+    ("kernels", "channels_last"),
+    [kernel_param("emulated-forward", True), kernel_param("cuda", True), kernel_param("cuda", False)],
+    indirect=["kernels"],
+)
+def test_blocks_that_read_several_batches_equal_the_twin(kernels, channels_last):
+    shape = (1, 3, 839, 841) if channels_last else (1, 64, 181, 181)
+    x, grad = (draw(shape, torch.float32, seed, channels_last=channels_last, offset=300.0) for seed in (0, 1))
+    check(x, grad, shape[1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("extent", "forward", "backward"), [(30, 1, 2), (96, 3, 3)])
+def test_a_channel_that_a_block_holds_takes_one_launch(emulator, extent, forward, backward, channels_last):
+    x = draw((1, 4, extent, extent), torch.float32, 0, channels_last=channels_last)
+    weight, bias = parameters(4, torch.float32)
+    ops = torch.ops.lungkit_emulated
     with emulator.counted() as counts:
-        torch.ops.lungkit_emulated.norm_act(x, None, None, None, 4, 1e-5, SLOPE)
-    assert counts.launches == launches
+        _, mean, rstd = ops.norm_act(x, weight, bias, None, 4, 1e-5, SLOPE)
+    assert counts.launches == forward
+    with emulator.counted() as counts:
+        ops.norm_act_backward(x, x, None, mean, rstd, weight, bias, SLOPE, False)
+    assert counts.launches == backward  # the parameters' gradients, sums over images, take one of their own
 
 
 @pytest.mark.parametrize(
@@ -131,8 +165,9 @@ def test_a_channel_that_a_block_holds_takes_one_launch(emulator, extent, launche
         lambda t: t.transpose(3, 4).contiguous().transpose(3, 4),
         lambda t: t.repeat(1, 2, 1, 1, 1).contiguous(memory_format=torch.channels_last_3d)[:, : t.shape[1]],
         lambda t: t[:1].expand_as(t),
+        lambda t: t.repeat_interleave(2, 1)[:, ::2],
     ],
-    ids=["channel slice", "transposed", "slice of channels-last", "one image"],
+    ids=["channel slice", "transposed", "slice of channels-last", "one image", "every second channel"],
 )
 @pytest.mark.parametrize("which", range(3))
 def test_any_strides_equal_the_twin(kernels, which, view):
