@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lungkit._temporary import remove_leftovers, temporary_name
-from lungkit.errors import ResourceError, UsageError, is_full
+from lungkit.errors import ResourceError, UsageError, final_name, is_full, reason_of_full
 
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 
@@ -189,7 +189,7 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
     except OSError as error:
         if is_full(error):
             raise ResourceError(
-                f"{folder}: cannot be made, the disk or quota is full; free some space and run again"
+                f"{final_name(folder)}: cannot be made, {reason_of_full(error)}; free some space and run again"
             ) from error
         raise UsageError(
             f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
@@ -307,15 +307,13 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any, *, indent: int |
 def _translate(error: BaseException, temporary: Path, final: Path) -> Exception | None:
     """The error to raise in place of ``error``, or None where it is not about writing this file."""
     if is_full(error):
-        if isinstance(error, OSError) and error.errno == errno.EFBIG:
-            return ResourceError(f"{final}: not written, it would be larger than a limit allows (ulimit -f)")
         return ResourceError(
-            f"{final}: not written, the disk or quota is full ({error}); free some space and run again"
+            f"{final_name(final)}: not written, {reason_of_full(error)} ({error}); free some space and run again"
         )
     if isinstance(error, OSError) and error.errno in _REFUSED:
         mine = {str(temporary), str(final), str(final.parent)}
         if {str(error.filename), str(error.filename2)} & mine:
             return UsageError(
-                f"{final}: cannot be written ({error.strerror}); name a folder that exists and is writable"
+                f"{final_name(final)}: cannot be written ({error.strerror}); name a folder that exists and is writable"
             )
     return None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lungkit
 from lungkit._atomic import atomic_folder, flush, write_text_atomic
-from lungkit.errors import CheckpointError, ResourceError
+from lungkit.errors import CheckpointError, ResourceError, reason_of_full
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "last", "previous", "best"
@@ -66,7 +66,7 @@ def save_checkpoint(
         _write(new, weights, description, trainer)
     except ResourceError as error:
         raise ResourceError(
-            f"{folder}: checkpoint not written, the disk or quota is full; what was there before is untouched: "
+            f"{folder}: checkpoint not written, {reason_of_full(error.__cause__)}; what was there before is untouched: "
             "free some space and go on with --resume"
         ) from error
     _put_in_place(new, folder)
@@ -174,7 +174,7 @@ def _write(
         _save_weights(
             {name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary / _WEIGHTS
         )
-        torch.save(dict(trainer), temporary / _TRAINER)
+        _save_trainer(dict(trainer), temporary / _TRAINER)
         # safetensors lets nobody but the owner read its files; the other file has the mode that the umask asks for.
         shutil.copymode(temporary / _TRAINER, temporary / _WEIGHTS)
         manifest: dict[str, Any] = {
@@ -197,6 +197,18 @@ def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
         # safetensors hides the errno of a full disk in its message.
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+
+
+def _save_trainer(trainer: dict[str, Any], path: Path) -> None:
+    # Through Python, whose errors say why a write fails; those of torch's own files do not.
+    with path.open("wb") as file:
+        try:
+            torch.save(trainer, file)
+        except RuntimeError as error:
+            reason = error.__context__
+            if isinstance(reason, OSError):
+                raise OSError(reason.errno, reason.strerror, str(path)) from error
+            raise
 
 
 def _load_trainer(path: Path) -> dict[str, Any]:

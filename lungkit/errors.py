@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterable
 
 
@@ -63,7 +64,8 @@ _ADVICE = {
     errno.EIO: "; the disk or the network file system fails",
     errno.EAGAIN: "; too many processes or threads: raise the limit (ulimit -u)",
 }
-_FILE_TOO_LARGE = "the file would be larger than a limit allows (ulimit -f)"
+# See lungkit._temporary and lungkit.checkpoint.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}-[0-9a-f]{6}-[0-9a-f]+\.tmp-|\.[0-9a-f]{12}\.new-")
 _SHORT_WRITES = ("PytorchStreamWriter", "unexpected pos", "basic_ios", "iostream error", "basic_filebuf")
 _NO_THREADS = ("can't start new thread", "Resource temporarily unavailable", "thread creation failed")
 _NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "out of memory")
@@ -95,9 +97,7 @@ def of_system(error: BaseException) -> LungkitError | None:
         error, RuntimeError
     ):  # what C++ raises is one of these, and its text alone says what it was
         if is_full(error):
-            return ResourceError(
-                f"the disk, the quota or a limit of files is full ({text}); free some space and run again"
-            )
+            return ResourceError(f"{reason_of_full(error)} ({text}); free some space and run again")
         if any(sign in text for sign in _NO_THREADS):
             return ResourceError(f"no more threads can be started ({text}); raise the limit (ulimit -u)")
         if any(sign in text for sign in _NO_MEMORY):
@@ -114,18 +114,37 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in _SHORT_WRITES)
 
 
+def reason_of_full(error: BaseException | None) -> str:
+    """Which of them is full, as far as an error tells for which :func:`is_full` is true."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EFBIG:
+        return "a file would be larger than a limit allows (ulimit -f)"
+    return (
+        "the disk or quota is full" if number else "the disk, quota or a limit on files (ulimit -f) is full"
+    )
+
+
+def final_name(path: str | os.PathLike[str]) -> str:
+    """A path for a message; a file that is being written is told by the name that it was to have.
+
+    Example:
+        >>> final_name("runs/.0a1b2c3d-e4f5a6-1f2e.tmp-run/config.yaml")
+        'runs/run/config.yaml'
+    """
+    return _TEMPORARY.sub("", readable(path))
+
+
 def _named(error: OSError) -> str:
     """The file or files, where there are any, and the reason."""
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason = f"the disk or quota is full ({reason})"
-    if error.errno == errno.EFBIG:
-        reason = _FILE_TOO_LARGE
+    if is_full(error):
+        reason = f"{reason_of_full(error)} ({reason})"
     names = [
-        readable(os.fsdecode(name))
+        final_name(os.fsdecode(name))
         for name in (error.filename, error.filename2)
         if isinstance(name, (str, bytes))
     ]
+    names = list(dict.fromkeys(names))
     return f"{' -> '.join(names)}: {reason}" if names else reason
 
 

@@ -127,7 +127,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-_FULL_DISK = """
+_LIMITED = """
 import resource, sys, torch
 from lungkit.errors import ResourceError
 from lungkit.checkpoint import save_checkpoint
@@ -143,11 +143,11 @@ except ResourceError as error:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits on file sizes are POSIX")
 @pytest.mark.parametrize("what", ["weights", "trainer"])
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, what):
+def test_a_limit_on_files_is_told_and_leaves_the_old_checkpoint(tmp_path, what):
     save(tmp_path / "last", 1.0)
-    command = [sys.executable, "-c", _FULL_DISK, str(tmp_path / "last"), what]
+    command = [sys.executable, "-c", _LIMITED, str(tmp_path / "last"), what]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert "last: checkpoint not written, the disk or quota is full" in done.stderr
+    assert "last: checkpoint not written, a file would be larger than a limit allows" in done.stderr
     assert names(tmp_path) == ["last"]
     assert load_checkpoint(tmp_path / "last").trainer["step"] == 1
 

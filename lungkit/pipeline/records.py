@@ -71,8 +71,12 @@ class Records:
         Raises:
             ResourceError: the disk is full.
         """
-        # A scan that fails leaves the files of the time before where they are, and they stay ours.
-        row = {"files": self._rows.get(row["scan"], {}).get("files", {}), **row}
+        # A scan that fails leaves the files of the time before where they are, and some of this time: they stay ours.
+        ours = dict(self._rows.get(row["scan"], {}).get("files") or {})
+        for file in self._writing.get(row["scan"], ()):
+            if file not in ours and (self.folder / file).exists():
+                ours[file] = None
+        row = {"files": ours, **row}
         self._rows[row["scan"]] = row
         with self._lock:
             with self.path.open("a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, NanPolicy
-from lungkit.errors import Interrupted, LungkitError, ResourceError, UsageError, shorten
+from lungkit.errors import Interrupted, LungkitError, ResourceError, UsageError, of_system, shorten
 from lungkit.inference import Predictor
 from lungkit.pipeline.inputs import LoadedScan, ScanInput
 from lungkit.pipeline.outputs import OutputFiles, write_results
@@ -230,12 +230,12 @@ class _Run:
         self._finished(scan.name)
 
     def _failed(self, scan: ScanInput, error: Exception) -> None:
-        known = isinstance(error, (LungkitError, MemoryError, OSError))
-        message = str(error) if known else f"{type(error).__name__}: {error}"
+        known = error if isinstance(error, LungkitError) else of_system(error)
+        message = str(known) if known is not None else f"{type(error).__name__}: {error}"
         # An error that lungkit does not know is a mistake of ours: its traceback helps to mend it.
-        _LOG.error("%s: not predicted: %s", scan.name, message, exc_info=None if known else error)
+        _LOG.error("%s: not predicted: %s", scan.name, message, exc_info=error if known is None else None)
         self.outcome.failed[scan.name] = message
-        self.outcome.exit_code = max(self.outcome.exit_code, getattr(error, "exit_code", 1))
+        self.outcome.exit_code = max(self.outcome.exit_code, 1 if known is None else known.exit_code)
         if self.records is not None:
             self.records.add({"scan": scan.name, "status": "failed", "error": message})
         self._finished(scan.name)

@@ -168,7 +168,7 @@ def as_resource_error(error: BaseException) -> ResourceError | None:
     if isinstance(error, torch.OutOfMemoryError):
         return ResourceError(f"the GPU is out of memory: {advice} ({error})")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return ResourceError(f"out of memory: {advice} ({error})")
+        return ResourceError(f"out of memory: {advice}" + (f" ({error})" if str(error) else ""))
     return None
 
 

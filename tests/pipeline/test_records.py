@@ -36,6 +36,16 @@ def test_a_failed_scan_is_tried_again(tmp_path):
     assert not Records(tmp_path, (0, 1)).is_done("a", "f")
 
 
+def test_what_a_scan_that_failed_has_written_stays_ours(tmp_path):
+    records = Records(tmp_path, (0, 1))
+    files = [tmp_path / "a.nii.gz", tmp_path / "a.json"]
+    records.start("a", files)
+    files[0].touch()
+    records.add({"scan": "a", "status": "failed", "error": "the disk fails"})
+    files[1].touch()  # somebody else's
+    assert Records(tmp_path, (0, 1)).not_ours("a", files) == [files[1]]
+
+
 def test_a_line_cut_short_by_a_crash_costs_its_own_scan_only(tmp_path):
     records = Records(tmp_path, (0, 1))
     records.add(row(tmp_path, "a"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reliability_cases import Case, digests, predicted, resume, run_of
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -33,6 +34,10 @@ class Commands:
 
     def run(self, command: str, *arguments: object, folder: Path, **job: Any) -> Done:
         """Run ``lungkit-COMMAND`` in ``folder``; the other options are those of server.py."""
+        return self.together(1, command, *arguments, folder=folder, **job)[0]
+
+    def together(self, count: int, command: str, *arguments: object, folder: Path, **job: Any) -> list[Done]:
+        """As :meth:`run`, ``count`` times at once."""
         if self._server is None:
             single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             self._server = subprocess.Popen(
@@ -43,17 +48,27 @@ class Commands:
                 env={**os.environ, **single},
             )
         assert self._server.stdin is not None and self._server.stdout is not None
-        output = folder.parent / f"{folder.name}.output"
-        output.unlink(missing_ok=True)
-        content = {"command": command, "arguments": [str(word) for word in arguments], "folder": str(folder)}
-        self._server.stdin.write(json.dumps({**content, "output": str(output), **job}) + "\n")
+        content = {
+            "command": command,
+            "arguments": [str(word) for word in arguments],
+            "folder": str(folder),
+            **job,
+        }
+        outputs = [folder.parent / f"{folder.name}.output-{number}" for number in range(count)]
+        for output in outputs:
+            output.unlink(missing_ok=True)
+        self._server.stdin.write(
+            json.dumps([{**content, "output": str(output)} for output in outputs]) + "\n"
+        )
         self._server.stdin.flush()
-        code = os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
-        return Done(code, output.read_text(errors="replace"))
+        codes = [os.waitstatus_to_exitcode(status) for status in json.loads(self._server.stdout.readline())]
+        texts = [output.read_text(errors="replace") for output in outputs]
+        return [Done(code, text) for code, text in zip(codes, texts, strict=True)]
 
     def events(self, command: str, *arguments: object, folder: Path, reads: bool = False) -> list[str]:
         """The file events of a command that nothing happens to; it must end well."""
         log = folder.parent / f"{folder.name}.events"
+        log.unlink(missing_ok=True)
         done = self.run(
             command, *arguments, folder=folder, fault={"kind": "count", "reads": reads, "log": str(log)}
         )
@@ -132,3 +147,36 @@ def folder(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return build
+
+
+@pytest.fixture(scope="session")
+def two_scans(phantoms, tmp_path_factory) -> Path:
+    scans = tmp_path_factory.mktemp("scans")
+    for name, source in zip("ab", sorted((phantoms / "imagesTr").iterdir()), strict=False):
+        shutil.copy(source, scans / f"{name}.nii.gz")
+    return scans
+
+
+@pytest.fixture(scope="session")
+def cases(phantoms, training, finished, two_scans, tmp_path_factory) -> dict[str, Case]:
+    other = shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "other")
+    labels = phantoms / "labelsTr"
+    bare = ["--no-report", "--no-preview"]
+    return {
+        "train": Case("train", training("--epochs=1"), run_of, resume),
+        "predict": Case(
+            "predict",
+            ["-i", two_scans, "-o", "out", "--model", finished, "--device", "cpu", *bare],
+            predicted,
+        ),
+        "evaluate": Case(
+            "evaluate",
+            [labels, labels, "-o", "out", "--no-report", "--metrics", "overlap"],
+            lambda place: digests(place, "out/metrics*"),
+        ),
+        "compare": Case(
+            "compare",
+            ["--runs", finished, other, "-o", "out", "--no-report", "--device", "cpu"],
+            lambda place: digests(place, "out/table.*", "out/cases/*.csv"),
+        ),
+    }

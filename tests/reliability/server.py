@@ -1,6 +1,6 @@
 """Runs commands of lungkit under faults, each in a fork of one warm process: a second of imports is paid once.
 
-Reads one job a line from standard input, as JSON, and answers with the child's wait status:
+Reads a list of jobs a line from standard input, as JSON, runs them at once and answers with their wait statuses. A job:
 
     command, arguments: as on the command line: "train", ["--epochs", "1"]
     folder: where the child works, and whose files count as file events
@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,13 @@ def serve() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            answers.close()
-            _run(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        answers.write(f"{status}\n")
+        children = []
+        for job in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                _run(job)
+            children.append(child)
+        answers.write(json.dumps([os.waitpid(child, 0)[1] for child in children]) + "\n")
 
 
 def _run(job: dict[str, Any]) -> None:
@@ -172,10 +174,6 @@ def _arm(
             raise RuntimeError("can't start new thread")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if kind == "thread":
-            if event == "_thread.start_new_thread":
-                strike(event, place)
-            return
         path = path_of(event, arguments)
         if path is not None and path.startswith(place):
             strike(event, path)
@@ -186,9 +184,17 @@ def _arm(
         strike("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         flush(descriptor)
 
-    if kind != "thread":
+    start = threading._start_new_thread  # type: ignore[attr-defined]
+
+    def start_thread(*arguments: Any) -> Any:
+        strike("thread", place)
+        return start(*arguments)
+
+    if kind == "thread":
+        threading._start_new_thread = start_thread  # type: ignore[attr-defined]
+    else:
         os.fsync = fsync
-    sys.addaudithook(hook)
+        sys.addaudithook(hook)
 
 
 if __name__ == "__main__":
