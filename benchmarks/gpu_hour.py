@@ -51,10 +51,19 @@ def steps(folder: Path, *, rehearse: bool) -> list[Step]:
     run = str(folder / "benchmarks.json")
     bench = (*pytest, "benchmarks", f"--benchmark-json={run}")
     summary = (python, "benchmarks/summary.py", run, "--results", str(folder), "--name", "benchmarks")
-    ops = ("tests/ops/test_attention_gate.py", "tests/ops/test_dice_ce.py", "tests/ops/test_norm_act.py")
+    ops = (
+        "tests/ops/test_attention_gate.py",
+        "tests/ops/test_dice_ce.py",
+        "tests/ops/test_norm_act.py",
+        "tests/ops/test_on_device.py",
+    )
     if rehearse:
         return [
-            Step("environment", (python, "-m", "lungkit.cli.info"), 60),
+            Step(
+                "environment",
+                (python, "-c", "import sys; from lungkit.cli.info import main; sys.exit(main())"),
+                60,
+            ),
             Step(
                 "tests", (*pytest, "-x", "-m", "cuda", "tests/ops", "tests/metrics/test_surface_cuda.py"), 300
             ),
@@ -83,7 +92,11 @@ def steps(folder: Path, *, rehearse: bool) -> list[Step]:
         ("ncu",),
     )  # fmt: skip
     return [
-        Step("environment", (python, "-m", "lungkit.cli.info"), 60),
+        Step(
+            "environment",
+            (python, "-c", "import sys; from lungkit.cli.info import main; sys.exit(main())"),
+            60,
+        ),
         Step("tests", (*pytest, "-m", "cuda"), 600),
         *sanitizers,
         Step("kernel times", times, 600),

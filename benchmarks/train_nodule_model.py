@@ -23,6 +23,7 @@ from pathlib import Path
 
 STEPS_PER_EPOCH = 800
 FOLDS = 5
+_TRAIN = (sys.executable, "-c", "import sys; from lungkit.cli.train import main; sys.exit(main())")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def _runs() -> dict[str, int]:
 def _start(options: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
     work: Path = options.work
     command = [
-        sys.executable, "-m", "lungkit.cli.train", "--data", str(work / "data"), "--data.cache", str(work / "cache"),
+        *_TRAIN, "--data", str(work / "data"), "--data.cache", str(work / "cache"),
         "--data.fold", str(_runs()[name]), "--epochs", str(options.epochs), "--steps_per_epoch", str(STEPS_PER_EPOCH),
         "--validate_every", str(options.epochs), "--runs", str(work / "runs"), "--name", name, "--quiet",
         *options.more,
