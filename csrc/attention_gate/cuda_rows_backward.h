@@ -84,7 +84,7 @@ class RowsBackward {
     const int step = gridDim.x * row_warps;
     int index = blockIdx.x * row_warps + threadIdx.x / 32, stage = 0;
     Run run = run_at(grid_, index);
-    if (!by_voxel && grid_.fast && run.valid) phi_.load(in_, grid_, run);
+    if (early_ && run.valid) phi_.load(in_, grid_, run);
     start(run, stage);
 #pragma unroll 1
     while (run.valid) {
@@ -166,9 +166,15 @@ class RowsBackward {
     } else if constexpr (by_voxel) {
       Products::template interpolate<true>(in_, grid_, run, q);
     } else {
-      phi_.put_down(own_.theta);
+      if constexpr (size == 1) {
+        phi_.put_down(own_.theta);
+      } else {
+        PhiRows<Stored, size> phi;
+        phi.load(in_, grid_, run);
+        phi.put_down(own_.theta);
+      }
       __syncwarp();
-      phi_.interpolate(grid_, run, own_.theta, q);
+      PhiRows<Stored, size>::interpolate(grid_, run, own_.theta, q);
     }
     wait_for_copies<1>();
     __syncwarp();
@@ -194,7 +200,7 @@ class RowsBackward {
 
     uint32_t theta[size][4][2];
     differentiate(q, theta);
-    if (!by_voxel && grid_.fast && next.valid) phi_.load(in_, grid_, next);  // q is gone
+    if (early_ && next.valid) phi_.load(in_, grid_, next);  // q is gone
     __syncwarp();
     if (out_.theta.data != nullptr) {
       if constexpr (by_voxel) {
@@ -367,7 +373,9 @@ class RowsBackward {
   typename Shared::Warp& own_;
   const float b_psi_;
   const int lane_ = threadIdx.x % 32, g_ = lane_ / 4, t_ = lane_ % 4;
-  PhiRows<Stored, size> phi_;  // of features by channel
+  // Of the next run, of features by channel; a warp of size 2 has no registers for it.
+  const bool early_ = size == 1 && !by_voxel && grid_.fast;
+  PhiRows<Stored, size> phi_;
   float w_psi_[2 * size];
   float grad_w_x_[size][4 * size][4] = {};
   float grad_w_psi_[2 * size] = {};
