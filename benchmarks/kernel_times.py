@@ -31,7 +31,8 @@ from lungkit.ops.confusion_counts import confusion_counts
 from lungkit.ops.gate_tail import gate_psi, gate_scale
 
 _ROTATING_BYTES = 512 * 2**20
-_REPEATS = 30
+_REPEATS = 30  # and no more than fit into
+_SECONDS = 0.3
 
 Call = Callable[[], Any]
 
@@ -161,16 +162,21 @@ def time_one(measurement: Measurement, device: str) -> dict[str, Any]:
     return row
 
 
+def _turns(times: Sequence[float]) -> bool:
+    """Whether there is time for another turn after those of ``times``: three at least."""
+    return len(times) < 3 or (len(times) < _REPEATS and sum(times) < _SECONDS)
+
+
 def _wall(calls: Sequence[Call], device: str) -> float:
-    times = []
-    for _ in range(_REPEATS if device == "cuda" else 3):
+    times: list[float] = []
+    while _turns(times) and (device == "cuda" or len(times) < 3):
         _synchronise(device)
         start = time.perf_counter()
         for call in calls:
             call()
         _synchronise(device)
-        times.append((time.perf_counter() - start) / len(calls))
-    return statistics.median(times)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / len(calls)
 
 
 def _graph(calls: Sequence[Call]) -> float:
@@ -182,16 +188,16 @@ def _graph(calls: Sequence[Call]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         kept = [call() for call in calls]
-    times = []
-    for _ in range(_REPEATS):
+    times: list[float] = []
+    while _turns(times):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         marks[0].record()
         graph.replay()
         marks[1].record()
         torch.cuda.synchronize()
-        times.append(marks[0].elapsed_time(marks[1]) / 1e3 / len(calls))
+        times.append(marks[0].elapsed_time(marks[1]) / 1e3)
     del kept
-    return statistics.median(times)
+    return statistics.median(times) / len(calls)
 
 
 def _synchronise(device: str) -> None:
