@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lungkit.ops import _library
 
-SANITIZED = "LUNGKIT_TEST_SANITIZED"  # set by test_sanitized.py for the tests that it runs again
 CPU = ("baseline", "avx2", "avx512")
 EMULATED = ("emulated-forward", "emulated-reverse", "emulated-random")
 CUDA = ("cuda",)

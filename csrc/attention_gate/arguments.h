@@ -46,6 +46,7 @@ inline GateArguments check_attention_gate(const Tensor& x, const Tensor& phi, co
                                           const Tensor& w_psi, const Tensor& b_psi) {
   LUNGKIT_CHECK(x.dim() == 4 || x.dim() == 5,
                 "attention_gate: x must be (B, Cx, Y, X) or (B, Cx, Z, Y, X), got ", shape_of(x));
+  dispatch_floating(x.scalar_type(), "attention_gate", [](auto) {});
   bool fits = phi.dim() == x.dim() && phi.size(0) == x.size(0);
   for (int64_t d = 2; fits && d < x.dim(); ++d)
     fits = phi.size(d) <= x.size(d) && (phi.size(d) > 0 || x.size(d) == 0);

@@ -111,8 +111,6 @@ void pack_weights(const Tensor& w_x, const Tensor& w_psi, const Tensor& b_psi, P
 
 PreparedGate prepare(const GateArguments& a, const Tensor& w_x, const Tensor& w_psi, const Tensor& b_psi) {
   const ScalarType type = a.x.scalar_type();
-  dispatch_floating(type, "attention_gate",
-                    [](auto) {});  // the kernels trust the dtype: refuse what they lack
   const int64_t real_size = type == ScalarType::Double ? 8 : 4;
   const int64_t channels = a.x_layout.channels, inner = a.phi_layout.channels;
   PreparedGate gate{.problem = {.type = type,

@@ -34,6 +34,9 @@ inline ConfusionArguments check_confusion_counts(const Tensor& pred, const Tenso
                 "confusion_counts: num_classes must be between 2 and ", max_classes, ", got ", num_classes);
   LUNGKIT_CHECK(on_same_device(pred, labels), "confusion_counts: pred and labels must be on the same device");
   const bool logits = is_floating(pred.scalar_type());
+  // The kernels trust their dtypes: refuse what no dispatch knows.
+  dispatch_labels(labels.scalar_type(), "confusion_counts", [](auto) {});
+  if (!logits) dispatch_labels(pred.scalar_type(), "confusion_counts", [](auto) {});
   LUNGKIT_CHECK(pred.dim() >= (logits ? 3 : 2),
                 "confusion_counts: pred must be (B, C, *S) logits or (B, *S) class"
                 " indices with at least one spatial axis, got ",

@@ -46,9 +46,6 @@ int64_t class_at(const Tensor& tensor, const VoxelLayout& layout, int64_t b, int
 std::tuple<Tensor, Tensor> confusion_counts_cpu(const Tensor& pred, const Tensor& labels, int64_t num_classes,
                                                 std::optional<int64_t> ignore_index) {
   const ConfusionArguments a = check_confusion_counts(pred, labels, num_classes, ignore_index);
-  // The kernel trusts its dtypes: refuse what neither dispatch knows.
-  dispatch_labels(labels.scalar_type(), "confusion_counts", [](auto) {});
-  if (!a.logits) dispatch_labels(pred.scalar_type(), "confusion_counts", [](auto) {});
 
   const VoxelLayout& p = a.pred_layout;
   const VoxelLayout& l = a.label_layout;

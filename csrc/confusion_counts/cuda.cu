@@ -395,13 +395,10 @@ std::tuple<Tensor, Tensor> confusion_counts_cuda(const Tensor& pred, const Tenso
   const DeviceGuard guard(a.labels);
   auto [counts, voxels] = new_confusion_outputs(a.labels, a.label_layout.batch, num_classes);
   if (a.label_layout.batch * a.label_layout.voxels == 0) return {counts, voxels};
-  // The kernels trust the dtypes of class indices: refuse what they do not know.
-  dispatch_labels(a.labels.scalar_type(), "confusion_counts", [](auto) {});
   if (a.logits) {
     dispatch_floating(a.pred.scalar_type(), "confusion_counts",
                       [&](auto zero) { launch_confusion_counts<decltype(zero)>(a, counts, voxels); });
   } else {
-    dispatch_labels(a.pred.scalar_type(), "confusion_counts", [](auto) {});
     launch_confusion_counts<void>(a, counts, voxels);
   }
   return {counts, voxels};

@@ -62,9 +62,8 @@ inline bool covers(const Tensor& tensor, const Tensor& logits, int64_t channels)
   return true;
 }
 
-// The op runs where the logits are; the dispatcher does not ask where the other tensors are.
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& logits) {
-  LUNGKIT_CHECK(tensor.device() == logits.device(), "dice_ce: ", name,
+  LUNGKIT_CHECK(on_same_device(tensor, logits), "dice_ce: ", name,
                 " must be on the device of the logits, but their device types and indices are ",
                 static_cast<int>(tensor.device().type()), ":", static_cast<int>(tensor.device().index()),
                 " and ", static_cast<int>(logits.device().type()), ":",

@@ -1,7 +1,10 @@
 // Checks that the CPU and the CUDA side of the norm share.
 #pragma once
 
+#include <algorithm>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "../support/check.h"
 #include "../support/dispatch.h"
@@ -12,8 +15,7 @@ namespace lungkit {
 using MaybeTensor = std::optional<Tensor>;
 
 inline void check_beside(const char* op, const Tensor& x, const char* name, const Tensor& other) {
-  LUNGKIT_CHECK(other.is_cuda() == x.is_cuda() && other.get_device_index() == x.get_device_index(), op,
-                ": x and ", name, " must be on the same device");
+  LUNGKIT_CHECK(on_same_device(x, other), op, ": x and ", name, " must be on the same device");
 }
 
 inline void check_features_like(const char* op, const Tensor& x, const char* name, const Tensor& other) {
@@ -43,12 +45,28 @@ inline void check_norm_act(const char* op, const Tensor& x, const MaybeTensor& w
   LUNGKIT_CHECK(x.dim() >= 3 && x.dim() <= 5, op,
                 ": x must be (B, C, *S) with one to three spatial axes, got ", shape_of(x));
   dispatch_floating(x.scalar_type(), op, [](auto) {});
-  LUNGKIT_CHECK(groups >= 1 && x.size(1) % groups == 0, op, ": groups must divide the ", x.size(1),
-                " channels of x, got ", groups);
+  LUNGKIT_CHECK(groups >= 1 && groups <= std::max<int64_t>(1, x.size(1)) && x.size(1) % groups == 0, op,
+                ": groups must divide the ", x.size(1), " channels of x, got ", groups);
   LUNGKIT_CHECK(slope >= 0, op, ": slope must be at least 0, got ", slope);
   check_parameter(op, x, "weight", weight);
   check_parameter(op, x, "bias", bias);
   if (residual) check_features_like(op, x, "residual", *residual);
+}
+
+// Two elements of x in one place would each be read after the other was written.
+inline void check_written(const char* op, const Tensor& x) {
+  if (x.numel() == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) > 1) axes.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t last = 0;  // offset of the last element of the axes so far
+  for (const auto& [stride, size] : axes) {
+    LUNGKIT_CHECK(stride > last, op,
+                  ": x is written to, but several of its elements share their memory; pass x.clone()");
+    last += (size - 1) * stride;
+  }
 }
 
 inline void check_norm_act_backward(const Tensor& grad_y, const Tensor& x, const MaybeTensor& y,

@@ -351,6 +351,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_cpu(const Tensor& x, const MaybeTens
 void norm_act_in_place_cpu(Tensor x, const MaybeTensor& weight, const MaybeTensor& bias,
                            const MaybeTensor& residual, int64_t groups, double eps, double slope) {
   check_norm_act("norm_act_", x, weight, bias, residual, groups, slope);
+  check_written("norm_act_", x);
   const Tensor values = with_runs(x);
   into(values, values, weight, bias, residual, groups, eps, slope);
   if (values.const_data_ptr() != x.const_data_ptr()) torch::stable::copy_(x, values);

@@ -219,6 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_cuda(const Tensor& x, const MaybeTen
 void norm_act_in_place_cuda(Tensor x, const MaybeTensor& weight, const MaybeTensor& bias,
                             const MaybeTensor& residual, int64_t groups, double eps, double slope) {
   check_norm_act("norm_act_", x, weight, bias, residual, groups, slope);
+  check_written("norm_act_", x);
   LUNGKIT_CHECK(on_device(x), "norm_act_: x must be on the GPU");
   const DeviceGuard guard(x);
   const Tensor values = with_runs(x);

@@ -25,10 +25,10 @@ inline std::string shape_of(const torch::stable::Tensor& tensor) {
   return text.str();
 }
 
-// The same kind of device, and the same one of several.
+// The same kind of device, and the same one of several: an op runs where one of its tensors is, and the
+// dispatcher does not ask where the others are.
 inline bool on_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
-  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() &&
-         a.get_device_index() == b.get_device_index();
+  return a.device() == b.device();
 }
 
 }  // namespace lungkit

@@ -55,6 +55,10 @@ inline Tensor in_order_of(const Tensor& x, const Tensor& grad) {
   const Tensor readable = with_unit_stride(grad);
   if (is_by_voxel(readable) == is_by_voxel(x)) return readable;
   if (!is_by_voxel(x)) return torch::stable::contiguous(readable);
+  if (x.dim() == 3) {  // PyTorch names no memory format for (B, C, X)
+    const Tensor turned = torch::stable::contiguous(torch::stable::transpose(readable, 1, 2));
+    return torch::stable::transpose(turned, 1, 2);
+  }
   return torch::stable::contiguous(readable,
                                    x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
 }

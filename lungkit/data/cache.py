@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ from lungkit.data.open_arrays import OpenArrays
 from lungkit.data.preprocessing import Preprocessing, ScanSlices, preprocess_label, quantise
 from lungkit.data.readers import ReaderCodes, read_codes
 from lungkit.data.slices import chunks
-from lungkit.data.source_hash import SourceHashes
+from lungkit.data.source_hash import SETTLED_NS, SourceHashes
 from lungkit.data.volume import DEFAULT_MAX_VOXELS, NanPolicy
 from lungkit.errors import ResourceError, UsageError
 
@@ -37,10 +38,8 @@ _MAX_FOREGROUND = 20_000
 _ARRAYS = ("image", "label", "foreground")
 _OPEN_ARRAYS = OpenArrays()
 _TOKENS = itertools.count()
-# Files up to this size are checked whole when they are opened, larger ones in evenly spaced blocks.
-_CHECK_WHOLE_BYTES = 8 << 20
-_CHECK_BLOCK_BYTES = 64 << 10
-_CHECK_BLOCKS = 16
+# Files whose contents this process has checked, and what told them from others then.
+_CHECKED: dict[Path, tuple[int, ...]] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +111,8 @@ class CaseCache:
     An entry is keyed by the contents of the source files (BLAKE2b), the preprocessing (labels included) and
     the version of this format, so a changed file or option gives another entry and never a stale one. Several
     processes may prepare the same case at once: each writes a folder of its own and the first to finish
-    stays. Entries carry checksums; one that is damaged is made again, with a warning.
+    stays. Entries carry checksums (CRC-32, 2 GB a second and core) over every byte, which are compared when a
+    process first opens an entry; one that is damaged is made again, with a warning.
 
     Args:
         directory: where entries go; made where absent.
@@ -305,34 +305,29 @@ def _foreground(label: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def _checksums(path: Path) -> dict[str, int]:
-    size = path.stat().st_size
-    return {
-        "bytes": size,
-        "crc32": _crc_of_file(path, size, whole=True),
-        "blocks_crc32": _crc_of_file(path, size, whole=False),
-    }
+    return {"bytes": path.stat().st_size, "crc32": _crc_of_file(path)}
 
 
 def _damage(path: Path, expected: dict[str, int]) -> str:
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"has {size} bytes, expected {expected['bytes']}"
-    whole = size <= _CHECK_WHOLE_BYTES
-    if _crc_of_file(path, size, whole=whole) != expected["crc32" if whole else "blocks_crc32"]:
+    """What is wrong with a file; every byte of it is read, once in a process while the file stays as it is."""
+    status = path.stat()
+    if status.st_size != expected["bytes"]:
+        return f"has {status.st_size} bytes, expected {expected['bytes']}"
+    identity = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, expected["crc32"])
+    if _CHECKED.get(path) == identity:
+        return ""
+    if _crc_of_file(path) != expected["crc32"]:
         return "does not match its checksum"
+    if time.time_ns() - status.st_mtime_ns > SETTLED_NS:
+        _CHECKED[path] = identity
     return ""
 
 
-def _crc_of_file(path: Path, size: int, *, whole: bool) -> int:
+def _crc_of_file(path: Path) -> int:
     crc = 0
     with path.open("rb", buffering=0) as file:
-        if whole:
-            while block := file.read(1 << 20):
-                crc = zlib.crc32(block, crc)
-        else:
-            for block_index in range(_CHECK_BLOCKS):
-                file.seek(max(0, size - _CHECK_BLOCK_BYTES) * block_index // (_CHECK_BLOCKS - 1))
-                crc = zlib.crc32(file.read(_CHECK_BLOCK_BYTES), crc)
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
     return crc
 
 

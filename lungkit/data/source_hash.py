@@ -13,7 +13,7 @@ from lungkit.errors import DataError, UsageError
 
 # A file written within this time of being hashed may change again without its time stamp changing
 # (time stamps are as coarse as 2 s on some file systems), so its hash is not remembered.
-_SETTLED_NS = 4_000_000_000
+SETTLED_NS = 4_000_000_000
 
 
 class SourceHashes:
@@ -49,7 +49,7 @@ class SourceHashes:
             changed_during_hash = _identity(path) != identity
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); name a readable file") from error
-        settled = time.time_ns() - max(identity[1], identity[2]) > _SETTLED_NS
+        settled = time.time_ns() - max(identity[1], identity[2]) > SETTLED_NS
         if settled and not changed_during_hash:
             # A cache that somebody else made may be read-only; then the hash is computed each time.
             with contextlib.suppress(UsageError), atomic_path(record, durable=False) as temporary:

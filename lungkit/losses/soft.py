@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lungkit.errors import UsageError
 from lungkit.losses._options import check_choice, check_not_negative
 from lungkit.losses._ranks import sums_over_ranks
+from lungkit.ops._labels import equal_to
 
 
 class SoftDiceCELoss(nn.Module):
@@ -164,6 +165,6 @@ class CodedLabelsLoss(nn.Module):
             raise UsageError(
                 f"codes of shape {tuple(codes.shape)} do not fit logits of shape {tuple(logits.shape)}"
             )
-        mask = codes != self.ignore_index
+        mask = ~equal_to(codes, self.ignore_index)
         vectors = self.vectors.to(logits.device)[codes.long() * mask].movedim(-1, 1)
         return self.loss(logits, vectors, mask.unsqueeze(1))

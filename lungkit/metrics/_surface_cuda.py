@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lungkit.ops._labels import equal_to
+
 _log = logging.getLogger("lungkit")
 
 
@@ -31,7 +33,7 @@ def surface_distances(
     """As the native function of the same name, for two label maps on one device; see ``csrc/geometry``."""
     results = []
     for label in labels:
-        boundaries = [boundary_of(volume == label) for volume in (prediction, truth)]
+        boundaries = [boundary_of(equal_to(volume, label)) for volume in (prediction, truth)]
         box = _box(boundaries[0] | boundaries[1])
         first, second = (boundary[box] for boundary in boundaries)
         results.append((_distances(first, second, spacing_mm), _distances(second, first, spacing_mm)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
+from torch import Tensor
 
 from lungkit.errors import UsageError
 from lungkit.metrics.lesions import lesion_metrics, match_lesions
@@ -22,6 +23,7 @@ from lungkit.metrics.surface import (
     label_surface_distances,
     surface_dice,
 )
+from lungkit.ops._labels import equal_to
 
 
 class MetricGroup(str, Enum):
@@ -184,7 +186,7 @@ def measure_case(
             decided[name] |= overlap.decided_in_class(labels[name])
     if set(options.groups) != {MetricGroup.OVERLAP}:
         if ignore_index is not None:
-            kept = truth != ignore_index
+            kept = ~equal_to(truth, ignore_index) if isinstance(truth, Tensor) else truth != ignore_index
             prediction, truth = prediction * kept, truth * kept
         # Pixels of a 2D image have no volume; a single slice of a scan has.
         voxel_ml = volume_ml(np.ones((1, 1, 1)), spacing_mm) if len(spacing_mm) == 3 else math.nan

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lungkit.errors import DataError, UsageError
 from lungkit.ops import confusion_counts
+from lungkit.ops._labels import equal_to
 
 ArrayLike = Tensor | np.ndarray
 
@@ -158,7 +159,7 @@ def evaluate_case(
     seen = int(voxels)
     if pred.is_cuda:
         # The kernel leaves stray class indices out instead of raising; a difference in the total shows them.
-        expected = truth.numel() - (0 if ignore_index is None else int((truth == ignore_index).sum()))
+        expected = truth.numel() - (0 if ignore_index is None else int(equal_to(truth, ignore_index).sum()))
         if seen != expected:
             raise DataError(
                 f"{expected - seen} voxels of prediction or label hold a class outside 0..{num_classes - 1}"

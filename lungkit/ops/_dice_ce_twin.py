@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lungkit.errors import LabelError
 from lungkit.ops._dice_ce_tensors import accumulate_dtype, empty_gradient, has_class_indices
+from lungkit.ops._labels import equal_to
 from lungkit.ops.dice_ce_arithmetic import DiceCEOptions, loss_from_statistics
 
 # A floating class index may be so far from a whole number: what resampling or a rescaled file leaves behind.
@@ -116,7 +117,7 @@ def _chunks(
     """The voxels in runs, as (B, C, V), (B, V) or (B, C, V), and (B, V); at least one."""
     z = logits.flatten(2)
     labels = labels.flatten(2) if labels.dim() == logits.dim() else labels.flatten(1)
-    mask = None if mask is None else mask.reshape(len(z), -1)
+    mask = None if mask is None else mask.flatten(1)
     chunk = _CHUNK if z.device.type == "cpu" else _CHUNK_ON_DEVICES
     step = max(1, chunk // max(1, z.shape[0] * z.shape[1]))
     for first in range(0, max(1, z.shape[2]), step):
@@ -172,7 +173,7 @@ def _voxel_labels(
     if not indices.is_floating_point() and (indices.dtype == torch.bool or classes > 127):
         indices = indices.long()  # a narrow type does not hold the number of every class
     if ignore_index is not None:
-        kept = (indices != ignore_index).to(z.dtype)
+        kept = (~equal_to(indices, ignore_index)).to(z.dtype)
         valid = kept if valid is None else valid * kept
     _check_indices(values, indices, valid, classes, ignore_index)
     first = 1 if classes == 1 else 0  # one channel is the probability of class 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lungkit.errors import UsageError
+from lungkit.ops._labels import equal_to
 from lungkit.ops._library import define_op
 
 _MAX_CLASSES = 0xFFFE
@@ -53,9 +56,11 @@ def reference(
     """Twin of :func:`confusion_counts` in plain PyTorch."""
     if pred.is_floating_point():
         pred = (pred[:, 0] > 0).long() if pred.shape[1] == 1 else pred.argmax(1)
-    pred = pred.reshape(pred.shape[0], -1).long()
-    labels = labels.reshape(labels.shape[0], -1).long()
-    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    pred = pred.reshape(pred.shape[0], math.prod(pred.shape[1:])).long()
+    labels = labels.reshape(labels.shape[0], math.prod(labels.shape[1:])).long()
+    kept = (
+        torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else ~equal_to(labels, ignore_index)
+    )
     for name, indices in (("labels", labels), ("pred", pred)):
         outside = kept & ((indices < 0) | (indices >= num_classes))
         if outside.any():

@@ -12,6 +12,7 @@ from torch import Tensor
 from lungkit.errors import LabelError, UsageError
 from lungkit.ops._dice_ce_tensors import accumulate_dtype, empty_gradient, has_class_indices
 from lungkit.ops._dice_ce_twin import backward_twin, loss_twin, statistics_in_chunks, statistics_twin
+from lungkit.ops._labels import equal_to
 from lungkit.ops._library import define_op
 from lungkit.ops.dice_ce_arithmetic import DiceCEOptions, Statistics, loss_from_statistics
 
@@ -249,7 +250,7 @@ def _prepare(
     if ignore_index is None or has_class_indices(logits, labels):
         return mask, options
     if labels.shape[1] == 1:
-        kept = labels != ignore_index
+        kept = ~equal_to(labels, ignore_index)
     elif 0 <= ignore_index < labels.shape[1]:
         kept = labels[:, ignore_index : ignore_index + 1] == 0
     else:

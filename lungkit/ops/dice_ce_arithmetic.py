@@ -105,7 +105,7 @@ def loss_from_statistics(
         statistics, over_ranks = over_ranks(statistics.sum(1, keepdim=True)), None
     s = Statistics(*statistics)
     overlap, total = s.intersection, s.prediction + s.label
-    if options.batch:
+    if options.batch and len(overlap):  # a batch of no image has no term
         overlap, total = overlap.sum(0, keepdim=True), total.sum(0, keepdim=True)
     dice_weight = weight
     if not options.include_background and overlap.shape[1] > 1:

@@ -112,7 +112,7 @@ def _check(
         raise UsageError(f"x must be (B, C, *S) with one to three spatial axes, got shape {tuple(x.shape)}")
     if x.dtype not in _DTYPES:
         raise UsageError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
-    if groups < 1 or x.shape[1] % groups:
+    if not 1 <= groups <= max(1, x.shape[1]) or x.shape[1] % groups:
         raise UsageError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
     if not 0 <= slope < math.inf:
         raise UsageError(f"slope must be at least 0, got {slope}")
@@ -149,7 +149,7 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of the op under :func:`norm_act` in plain PyTorch: y, and mean and rstd (B, groups)."""
     wide = _wide(x)
-    rows = wide.reshape(x.shape[0], groups, -1)
+    rows = wide.reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(x.shape[2:]))
     variance, mean = torch.var_mean(rows, dim=2, correction=0)
     rstd = (variance + eps).rsqrt()
     return _activated(_normalised(wide, mean, rstd), weight, bias, residual, slope).to(x.dtype), mean, rstd

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,22 +212,40 @@ def test_damaged_entry_is_made_again_with_a_warning(
     assert entries(tmp_path / "cache") == [directory]
 
 
-def test_large_arrays_are_checked_in_blocks(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_every_byte_of_a_large_array_is_checked(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache, "_CHECK_WHOLE_BYTES", 100)
-    monkeypatch.setattr(cache, "_CHECK_BLOCK_BYTES", 16)
-    image = CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a").directory / "image.npy"
-    step = (image.stat().st_size - 16) // 15
-    flip_byte(image, step + 40)  # between two blocks
-    with caplog.at_level(logging.WARNING, logger="lungkit"):
-        CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a")
-        assert "damaged" not in caplog.text
-    flip_byte(image, image.stat().st_size - 1)  # in the last block
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="lungkit"):
-        CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a")
-    assert "image.npy does not match its checksum" in caplog.text
+    folder = CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a").directory
+    image, record = folder / "image.npy", folder / "case.json"
+    np.save(image, np.random.default_rng(0).integers(-1000, 1000, (1, 40, 400, 300)).astype(np.int16))
+    entry = json.loads(record.read_text())["entry"]
+    entry["files"]["image"] = cache._checksums(image)
+    written = {record: json.dumps({"entry": entry, "crc32": zlib.crc32(json.dumps(entry).encode())}).encode()}
+    written |= {path: path.read_bytes() for path in folder.glob("*.npy")}
+    size = image.stat().st_size
+    for position in (130, size // 3 + 1, size // 2 + 40_000, size - 1):
+        for path, content in written.items():
+            path.write_bytes(content)
+        flip_byte(image, position)
+        with caplog.at_level(logging.WARNING, logger="lungkit"):
+            assert CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a").image.shape != (
+                1,
+                40,
+                400,
+                300,
+            )
+        assert "image.npy does not match its checksum" in caplog.text
+        caplog.clear()
+
+
+def test_an_array_is_read_once_in_a_process_to_be_checked(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a").directory.iterdir():
+        os.utime(path, (0, 0))  # a file of this moment may change again and keep its time
+    CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a")
+    monkeypatch.setattr(cache, "_crc_of_file", lambda path: pytest.fail(f"{path} is read again"))
+    CaseCache(tmp_path / "cache", dataset, PLAN).prepare("case_a")
 
 
 def test_interrupted_build_leaves_nothing(

@@ -15,7 +15,7 @@ from lungkit.errors import DataError
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(source_hash, "_SETTLED_NS", -1)  # as if the file were old
+    monkeypatch.setattr(source_hash, "SETTLED_NS", -1)  # as if the file were old
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(b"voxels")
     return path

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_on_cpu.emulator import Emulator
+from native_build import SANITIZED, build, build_sanitized
 from op_kernels import (
     CPU,
     CUDA,
     EMULATED,
-    SANITIZED,
     Schedules,
     device_op,
     emulated_op,
@@ -28,39 +24,12 @@ from op_kernels import (
 
 from lungkit.ops import _library
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def build_emulated(folder: Path, *options: str) -> Path:
-    """Compiles csrc's CUDA kernels for the CPU emulator, incrementally; returns the library."""
-    # The environment's own CMake, where there is one: the machine's may be too old.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    missing = [tool for tool in ("g++", "cmake") if shutil.which(tool, path=path) is None]
-    if missing:
-        pytest.skip(f"the CUDA emulator needs {' and '.join(missing)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    torch_folder = Path(torch.__file__).parent
-    generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
-    with (folder / "lock").open("w") as lock:  # several pytest workers share one build
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (
-            ["cmake", "-S", str(REPOSITORY), "-B", str(folder), *generator, "-DLUNGKIT_CUDA=OFF",
-             "-DLUNGKIT_EMULATOR=ON", f"-DLUNGKIT_TORCH_DIR={torch_folder}", *options],
-            ["cmake", "--build", str(folder), "--target", "lungkit_emulated"],
-        ):  # fmt: skip
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=False
-            )
-            assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
-    return folder / "lungkit_emulated.so"
-
 
 @pytest.fixture(scope="session")
 def emulated_library() -> Path:
     """The emulated kernels; under ASan and UBSan in the process that test_sanitized.py starts."""
-    if SANITIZED in os.environ:
-        return build_emulated(REPOSITORY / "build" / "emulator-sanitized", "-DLUNGKIT_SANITIZE=ON")
-    return build_emulated(REPOSITORY / "build" / "emulator")
+    folder = build_sanitized("lungkit_emulated") if SANITIZED in os.environ else build("lungkit_emulated")
+    return folder / "lungkit_emulated.so"
 
 
 @pytest.fixture(params=[kernel_param(kernel) for kernel in (*CPU, *EMULATED, *CUDA)])

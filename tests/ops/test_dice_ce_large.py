@@ -10,7 +10,8 @@ import torch
 from dice_ce_cases import Form, assert_matches_twin, gradient_of, random_indices, random_logits
 from dice_ce_providers import DiceCECase
 from harness import OURS
-from op_kernels import SANITIZED, on_kernels, on_the_emulator
+from native_build import SANITIZED
+from op_kernels import on_kernels, on_the_emulator
 from peak_memory import MemoryWorker
 
 from lungkit.ops import _library

@@ -366,3 +366,17 @@ def test_the_kernels_check_what_they_get(kernels, index, value, message):
     arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
         OPS.norm_act(*arguments)
+
+
+def test_a_residual_in_another_order_of_memory_than_a_channels_last_line(kernels):
+    x = draw((2, 5, 12), torch.float32, 0).transpose(1, 2).contiguous().transpose(1, 2)
+    residual = draw((2, 5, 12), torch.float32, 1)
+    expected = norm_act(x.contiguous(), groups=1, residual=residual)
+    torch.testing.assert_close(norm_act(x, groups=1, residual=residual), expected)
+
+
+@in_place_kernels
+def test_in_place_refuses_elements_that_share_their_memory(kernels):
+    x = torch.ones(1, 3, 8).expand(2, 3, 8)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="share their memory"):
+        norm_act(x, in_place=True)
