@@ -73,9 +73,9 @@ class Records:
         """
         # A scan that fails leaves the files of the time before where they are, and some of this time: they stay ours.
         ours = dict(self._rows.get(row["scan"], {}).get("files") or {})
-        for file in self._writing.get(row["scan"], ()):
-            if file not in ours and (self.folder / file).exists():
-                ours[file] = None
+        for name in self._writing.get(row["scan"], ()):
+            if name not in ours and (self.folder / name).exists():
+                ours[name] = None
         row = {"files": ours, **row}
         self._rows[row["scan"]] = row
         with self._lock:
