@@ -153,6 +153,27 @@ def on_first_process(fabric: Fabric, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def on_every_process(fabric: Fabric, work: Callable[[], T]) -> T:
+    """``work()``, done by every process, each its own part; where it raises in one, all end.
+
+    The first process raises the error, whoever met it, and the others leave with exit code 0.
+    """
+    if fabric.world_size == 1:
+        return work()
+    result: T | None = None
+    failure: BaseException | None = None
+    try:
+        result = work()
+    except BaseException as error:
+        failure = error
+    failures = [found for found in gather_objects(failure, fabric.world_size) if found is not None]
+    if failures and fabric.is_global_zero:
+        raise failures[0]
+    if failures:
+        raise SystemExit(0)
+    return result  # type: ignore[return-value]
+
+
 def gather_objects(value: Any, world_size: int) -> list[Any]:
     """``value`` of every process, in the order of their ranks."""
     if world_size == 1:

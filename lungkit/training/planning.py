@@ -257,6 +257,19 @@ def prepare_cases(
     prepared: Prepared, config: TrainConfig, *, progress: Progress | None = None
 ) -> tuple[list[CachedCase], list[CachedCase]]:
     """Preprocess the training and validation cases into the cache, or open them from it."""
+    cases = fill_cache(prepared, config, progress=progress)
+    return cases[: len(prepared.split.train)], cases[len(prepared.split.train) :]
+
+
+def fill_cache(
+    prepared: Prepared,
+    config: TrainConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+) -> list[CachedCase]:
+    """Preprocess every ``world_size``-th case from number ``rank`` on, training cases first: a process's share."""
     cache = CaseCache(
         cache_folder(config) / "cases",
         prepared.dataset,
@@ -265,14 +278,13 @@ def prepare_cases(
         nan_policy=NanPolicy(config.data.nan),
         codes=codes_of_labels(config, prepared.dataset),
     )
-    names = [*prepared.split.train, *prepared.split.val]
 
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress("preprocessing", done, total)
 
-    cases = cache.prepare_all(names, progress=report)
-    return cases[: len(prepared.split.train)], cases[len(prepared.split.train) :]
+    names = [*prepared.split.train, *prepared.split.val]
+    return cache.prepare_all(names[rank::world_size], progress=report)
 
 
 def make_plan(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from lungkit.training.config_io import config_to_yaml, flat_options, load_config
 from lungkit.training.engine import (
     describe_engine,
     memory_errors,
+    on_every_process,
     on_first_process,
     resolve_engine,
     start_engine,
@@ -32,7 +34,7 @@ from lungkit.training.engine import (
 from lungkit.training.finishing import finish
 from lungkit.training.initialisation import load_initial
 from lungkit.training.loggers import RunLogger, check_logger, open_logger
-from lungkit.training.planning import Plan, Prepared, prepare, prepare_cases, resolve
+from lungkit.training.planning import Plan, Prepared, fill_cache, prepare, prepare_cases, resolve
 from lungkit.training.progress import Display
 from lungkit.training.run import Run, has_foreground
 from lungkit.training.run_folder import RunFolder
@@ -173,12 +175,19 @@ class Trainer:
     def _prepare(
         self, fabric: Fabric, display: Display, initial: TrainedModel | None
     ) -> tuple[Prepared, list[CachedCase], list[CachedCase]]:
-        def read() -> tuple[Prepared, list[CachedCase], list[CachedCase]]:
+        def read() -> Prepared:
             known = None if self.resume is None else self.resume.dataset()
-            prepared = prepare(self.config, known=known, initial=initial, progress=display.preparing)
-            return prepared, *prepare_cases(prepared, self.config, progress=display.preparing)
+            return prepare(self.config, known=known, initial=initial, progress=display.preparing)
 
-        prepared, train, val = on_first_process(fabric, read)
+        prepared = on_first_process(fabric, read)
+        rank, world_size = fabric.global_rank, fabric.world_size
+        if world_size > 1:
+            share = partial(fill_cache, rank=rank, world_size=world_size, progress=display.preparing)
+            on_every_process(fabric, lambda: share(prepared, self.config))
+        # Of several processes the first finds what all have made.
+        train, val = on_first_process(
+            fabric, lambda: prepare_cases(prepared, self.config, progress=display.preparing)
+        )
         if fabric.local_rank == 0 and not fabric.is_global_zero:
             # Another machine may have a cache of its own.
             train, val = prepare_cases(prepared, self.config)

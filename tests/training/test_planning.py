@@ -13,7 +13,16 @@ from lungkit.data.fingerprint import ChannelFingerprint
 from lungkit.errors import DataError, UsageError
 from lungkit.training import DataConfig, ModelConfig, OptimiserConfig, TrainConfig, load_config
 from lungkit.training.config_io import config_to_yaml
-from lungkit.training.planning import Plan, check_resampled_sizes, make_plan, open_folds, resolve
+from lungkit.training.planning import (
+    Plan,
+    check_resampled_sizes,
+    fill_cache,
+    make_plan,
+    open_folds,
+    prepare,
+    prepare_cases,
+    resolve,
+)
 
 
 def plan_for(
@@ -161,3 +170,18 @@ def test_training_scans_too_large_after_resampling_are_refused_before_any_is_pre
     ):
         check_resampled_sizes(fingerprint, plan, max_voxels=2**29)
     check_resampled_sizes(fingerprint, plan_preprocessing(fingerprint, spacing_mm="native"), max_voxels=2**29)
+
+
+def test_the_shares_of_processes_fill_the_cache_that_one_would(make_dataset, tmp_path):
+    root = make_dataset(cases=5, validation=2)
+    config = TrainConfig(data=DataConfig(root=str(root), cache=str(tmp_path / "shared")))
+    prepared = prepare(config)
+    shares = [fill_cache(prepared, config, rank=rank, world_size=2) for rank in range(2)]
+    assert [[case.case_id for case in share] for share in shares] == [
+        ["case_2", "case_4", "case_1"],
+        ["case_3", "case_0"],
+    ]
+    made = {path.name for path in (tmp_path / "shared" / "cases").iterdir()}
+    train, val = prepare_cases(prepared, config)
+    assert {path.name for path in (tmp_path / "shared" / "cases").iterdir()} == made
+    assert [case.case_id for case in (*train, *val)] == ["case_2", "case_3", "case_4", "case_0", "case_1"]
