@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lungkit._reading import read_json
 from lungkit._temporary import remove_leftovers, temporary_name
 from lungkit.errors import ResourceError, UsageError, final_name, is_full, reason_of_full
 
@@ -248,7 +249,7 @@ def claim_folder(
         _write_first(path, content)
     remove_leftovers(folder)
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
     except ValueError as error:
         raise UsageError(f"{path}: not readable as JSON ({error}); {advice}") from error
     wanted = json.loads(json.dumps(content))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import lungkit
 from lungkit._atomic import atomic_folder, flush, write_text_atomic
+from lungkit._reading import check_regular, read_json
 from lungkit.errors import CheckpointError, ResourceError, reason_of_full
 
 FORMAT = 1
@@ -229,11 +230,11 @@ def _load_trainer(path: Path) -> dict[str, Any]:
 
 def _verified_manifest(folder: Path, files: tuple[str, ...] = (_WEIGHTS, _TRAINER)) -> dict[str, Any]:
     path = folder / _MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path.name} is missing")
     try:
-        manifest = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        manifest = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path.name} is not of format {FORMAT}")
@@ -270,7 +271,8 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's contents, in hex."""
+    """Hash of a file's contents, in hex; a ValueError where it is a pipe or a device."""
+    check_regular(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

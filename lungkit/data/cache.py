@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lungkit._atomic import atomic_folder
+from lungkit._reading import check_regular, read_json
 from lungkit.data.dataset import IGNORE_INDEX, Case, Dataset, read_case
 from lungkit.data.geometry import plan_geometry
 from lungkit.data.open_arrays import OpenArrays
@@ -266,7 +267,7 @@ class CaseCache:
     def _open(self, folder: Path, case_id: str, key: str) -> tuple[CachedCase | None, str]:
         """The case in ``folder``, or None and what is wrong with it."""
         try:
-            content = json.loads((folder / "case.json").read_bytes())
+            content = read_json(folder / "case.json")
             entry = content["entry"]
             if zlib.crc32(json.dumps(entry).encode()) != content["crc32"] or entry["key"] != key:
                 return None, "case.json does not match its checksum"
@@ -310,6 +311,7 @@ def _checksums(path: Path) -> dict[str, int]:
 
 def _damage(path: Path, expected: dict[str, int]) -> str:
     """What is wrong with a file; every byte of it is read, once in a process while the file stays as it is."""
+    check_regular(path)
     status = path.stat()
     if status.st_size != expected["bytes"]:
         return f"has {status.st_size} bytes, expected {expected['bytes']}"

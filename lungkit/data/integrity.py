@@ -24,7 +24,8 @@ with contextlib.suppress(ImportError):  # about twice as fast as zlib, same resu
     _CODEC = isal_zlib
 
 _CODEC_ERRORS: tuple[type[Exception], ...] = (zlib.error, _CODEC.error)
-_INPUT_BYTES = 1 << 18
+_INPUT_BYTES = 1 << 14  # what follows a member is copied with each: small, or many members take for ever
+_LONGEST_TEXT = 1 << 16  # of a name or comment in a gzip header
 _OUTPUT_BYTES = 1 << 20
 # Deflate cannot expand further (258 bytes for 2 bits, RFC 1951): a header that asks for more is lying.
 _MAX_DEFLATE_RATIO = 1032
@@ -183,6 +184,17 @@ class _GzipStream:
         taken, self._pending = self._pending[:count], self._pending[count:]
         return taken
 
+    def _take_text(self) -> bytes:
+        """Text of a gzip header, with the zero byte that ends it."""
+        while b"\0" not in self._pending:
+            if len(self._pending) > _LONGEST_TEXT:
+                raise self._damaged(f"a name or comment of more than {_LONGEST_TEXT} bytes in a gzip header")
+            more = self._file.read(_INPUT_BYTES)
+            if not more:
+                raise self._damaged("the file ends inside a gzip header")
+            self._pending += more
+        return self._take(self._pending.index(b"\0") + 1, "a gzip header")
+
     def _start_member(self) -> Any:
         """Parse the header of the next member; None at the end of the file, where zero padding is allowed."""
         if not self._pending:
@@ -198,11 +210,9 @@ class _GzipStream:
         if flags & 4:  # FEXTRA
             length = self._take(2, "a gzip header")
             header += length + self._take(struct.unpack("<H", length)[0], "a gzip header")
-        for flag in (8, 16):  # FNAME, FCOMMENT: text that ends with a zero byte
-            while flags & flag:
-                header += self._take(1, "a gzip header")
-                if header[-1] == 0:
-                    break
+        for flag in (8, 16):  # FNAME, FCOMMENT
+            if flags & flag:
+                header += self._take_text()
         if flags & 2:  # FHCRC
             (stored,) = struct.unpack("<H", self._take(2, "a gzip header"))
             if stored != zlib.crc32(header) & 0xFFFF:

@@ -11,7 +11,6 @@ Folders: ``images`` and ``masks`` (or ``labels``) with files of the same names, 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -19,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from lungkit._reading import read_json
 from lungkit.data.dataset import Case, Dataset, Readers
 from lungkit.data.declared_labels import Regions, as_int, parse_labels
 from lungkit.data.nifti_names import SUFFIXES, nifti_by_stem, nifti_files, split_channel, split_suffix
@@ -235,10 +235,10 @@ def _open_folders(root: Path) -> Dataset:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; this layout needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")

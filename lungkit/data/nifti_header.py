@@ -24,6 +24,7 @@ _LOG = logging.getLogger("lungkit")
 _NIFTI1_BYTES = 348
 _NIFTI2_BYTES = 540
 _MAX_EXTENSION_BYTES = 1 << 28
+_BYTES_A_VOXEL = 4  # max_voxels is a limit on memory, and scans need no wider type
 _DTYPES = {
     2: np.uint8,
     4: np.int16,
@@ -69,7 +70,8 @@ def read_header(stream: VerifiedStream, path: Path, *, max_voxels: int) -> Nifti
 
     Raises:
         DataError: not NIfTI, an unsupported kind of voxel, more than three axes, more than ``max_voxels``,
-            more voxels than the file can hold, or a geometry that cannot be used.
+            more voxels than the file can hold, more than four bytes for each of ``max_voxels``, or a geometry
+            that cannot be used.
     """
     from nibabel.nifti1 import Nifti1Header
     from nibabel.nifti2 import Nifti2Header
@@ -99,6 +101,11 @@ def read_header(stream: VerifiedStream, path: Path, *, max_voxels: int) -> Nifti
     dtype = _dtype(header, path)
     skip_bytes = _skip_bytes(header, path, len(block))
     claimed = math.prod(shape) * dtype.itemsize
+    if claimed > _BYTES_A_VOXEL * max_voxels:
+        raise DataError(
+            f"{path}: {shape} voxels of {dtype.name} take {claimed} bytes, more than {_BYTES_A_VOXEL} * max_voxels = "
+            f"{_BYTES_A_VOXEL * max_voxels}; write int16 or float32, or raise max_voxels"
+        )
     if claimed > stream.capacity:
         raise DataError(
             f"{path}: the header describes {shape} voxels of {dtype.name} ({claimed} bytes), more than the "

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from lungkit._atomic import atomic_path
+from lungkit._reading import read_json
 from lungkit.errors import DataError, UsageError
 
 # A file written within this time of being hashed may change again without its time stamp changing
@@ -39,7 +40,7 @@ class SourceHashes:
             record = self._directory / f"{_digest(str(path).encode())}.json"
             # Whatever is wrong with a remembered hash, it can be computed again.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                known = json.loads(record.read_bytes())
+                known = read_json(record)
                 if known["identity"] == identity:
                     return str(known["digest"])
             hasher = hashlib.blake2b(digest_size=32)

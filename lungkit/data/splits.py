@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lungkit._atomic import write_json_atomic
+from lungkit._reading import read_json
 from lungkit.data.dataset import Dataset
 from lungkit.errors import DataError, UsageError, shorten
 
@@ -151,8 +151,8 @@ def _make(groups: dict[str, str], folds: int, seed: int) -> list[Split]:
 
 def _load(path: Path, dataset: Dataset) -> list[Split]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, list) or not content:
         raise DataError(f"{path}: expected a list of folds, each {{train, val}}")

@@ -234,10 +234,20 @@ def _scale(stored: np.ndarray, header: NiftiHeader) -> np.ndarray:
         for dtype in (np.int16, np.int32):
             if np.iinfo(dtype).min <= min(ends) and max(ends) <= np.iinfo(dtype).max:
                 return _scale_whole(stored, int(slope), int(intercept), np.dtype(dtype))
-    floats = stored.astype(np.float64 if stored.dtype.itemsize >= 4 else np.float32)
-    floats *= slope
-    floats += intercept
-    return floats.astype(np.float32, copy=False)
+    return _scale_floats(stored, slope, intercept)
+
+
+def _scale_floats(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """``stored * slope + intercept`` in float32; wide types are computed in float64, a part at a time."""
+    result = np.empty_like(stored, np.float32)
+    wide = np.float64 if stored.dtype.itemsize >= 4 else np.float32
+    flat, target = stored.reshape(-1, order="F"), result.reshape(-1, order="F")
+    for start in range(0, flat.size, 1 << 20):
+        part = flat[start : start + (1 << 20)].astype(wide)
+        part *= slope
+        part += intercept
+        target[start : start + (1 << 20)] = part
+    return result
 
 
 def _scale_whole(stored: np.ndarray, slope: int, intercept: int, dtype: np.dtype[Any]) -> np.ndarray:

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lungkit.errors import UsageError
 from lungkit.experiments.arms import Arm
 from lungkit.training.config_io import named_options, parse_arguments
+from lungkit.training.safe_yaml import load_yaml
 
 _OF_THE_EXPERIMENT = ("data.fold", "seed", "runs", "name")
 
@@ -114,8 +113,8 @@ def arms_from_overrides(
 
 def _read_arms(path: str | os.PathLike[str], options: Sequence[str]) -> list[Arm]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        content = load_yaml(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     arms = content.get("arms") if isinstance(content, dict) else None
     if not isinstance(arms, dict) or not arms or set(content) - {"arms", "options"}:
@@ -124,7 +123,7 @@ def _read_arms(path: str | os.PathLike[str], options: Sequence[str]) -> list[Arm
     overrides = {str(name): changes or {} for name, changes in arms.items()}
     for name, changes in {"options": common, **overrides}.items():
         if not isinstance(changes, dict):
-            raise UsageError(f"{path}: {name} is {changes!r}; give options and their values, or {{}}")
+            raise UsageError(f"{path}: {name} is {changes!r:.80}; give options and their values, or {{}}")
     try:
         return arms_from_overrides(overrides, options, common)
     except UsageError as error:

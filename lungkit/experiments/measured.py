@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lungkit._reading import read_json
 from lungkit.checkpoint import sha256_of
 from lungkit.experiments.runs import FinishedRun
 from lungkit.metrics import CaseTable, MetricOptions
@@ -60,7 +60,7 @@ def _key_of(run: FinishedRun, options: MetricOptions) -> dict[str, Any]:
 
 def _read(path: Path, key: dict[str, Any]) -> CaseTable | None:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         return case_table_from_dict(content) if content.get(_KEY) == key else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lungkit._reading import read_json
 from lungkit.checkpoint import LAST
 from lungkit.data import Dataset, NanPolicy, open_dataset
 from lungkit.data.splits import patients
@@ -63,7 +63,7 @@ def _latest(runs: Path, name: str) -> Path | None:
 
 def _state(run: Path) -> str:
     try:
-        return str(json.loads((run / "status.json").read_bytes())["state"])
+        return str(read_json(run / "status.json")["state"])
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lungkit._reading import read_json
 from lungkit.errors import UsageError, shorten
 
 PACKAGED = Path(__file__).resolve().parents[1] / "models" / "registry.json"
@@ -77,7 +77,7 @@ def model_folder(name: str | os.PathLike[str]) -> Path:
 
 def _read(registry: Path) -> dict[str, KnownModel]:
     try:
-        entries = json.loads(registry.read_text(encoding="utf-8"))["models"].items()
+        entries = read_json(registry)["models"].items()
     except OSError as error:
         raise UsageError(f"{registry}: cannot be read ({error.strerror}); correct {VARIABLE}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from lungkit._reading import read_json
 from lungkit.checkpoint import BEST, LAST, Checkpoint, load_checkpoint
 from lungkit.data.dataset import MAX_LABEL_VALUE
 from lungkit.data.fingerprint import ChannelFingerprint
@@ -167,7 +167,7 @@ def model_folders(path: str | os.PathLike[str]) -> list[Path]:
     if not record.is_file():
         return [Path(path)]
     try:
-        content = json.loads(record.read_bytes())
+        content = read_json(record)
         found = [
             Path(path) / Path(name).name / "checkpoints" / content["checkpoint"] for name in content["folds"]
         ]

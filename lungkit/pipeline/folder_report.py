@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lungkit._reading import read_json, read_text
 from lungkit.errors import DataError
 from lungkit.metrics import CaseTable
 from lungkit.pipeline.labelled import representative_cases
@@ -366,13 +366,13 @@ def _pictures(summary: Summary, title: str, folder: Path) -> None:
 def _file(path: Path) -> Markup | None:
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_text(path, errors="replace")
     return element("details", element("summary", path.name), element("pre", text))
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

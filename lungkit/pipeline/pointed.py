@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lungkit._atomic import write_text_atomic
+from lungkit._reading import read_text
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.data.volume import Volume
 from lungkit.errors import DataError, UsageError
@@ -59,8 +60,8 @@ def read_points(path: Path, coordinates: Coordinates) -> list[Point]:
         DataError: no such columns, a line without three numbers (names the line), or no line.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table of points ({error})") from error
     rows = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     names = {name.strip().lower(): name for name in rows.fieldnames or () if name}

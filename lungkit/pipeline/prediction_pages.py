@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lungkit._reading import read_json
 from lungkit.data import Volume, read_volume
 from lungkit.errors import DataError, LungkitError, ResourceError, shorten
 from lungkit.pipeline.inputs import ScanInput, find_scans
@@ -97,7 +97,7 @@ def _write(
 
 def _report(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lungkit._atomic import claim_folder, write_json_atomic, write_text_atomic
+from lungkit._reading import read_json
 from lungkit.checkpoint import sha256_of
 from lungkit.errors import DataError
 
@@ -38,7 +39,7 @@ class Records:
         self._journal = folder / f".{self.path.stem}-unfinished.json"
         self._writing: dict[str, list[str]] = {}
         with contextlib.suppress(OSError, ValueError):
-            self._writing = json.loads(self._journal.read_bytes())
+            self._writing = read_json(self._journal)
         self._mend()
 
     def is_done(self, name: str, fingerprint: str) -> bool:
@@ -51,7 +52,7 @@ class Records:
             return bool(files) and all(
                 digest in (None, sha256_of(self.folder / file)) for file, digest in files.items()
             )
-        except OSError:
+        except (OSError, ValueError):
             return False
 
     def not_ours(self, name: str, files: Iterable[Path]) -> list[Path]:

@@ -16,13 +16,13 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from lungkit.errors import UsageError
 from lungkit.training.config import MODEL_NAMES, TrainConfig
+from lungkit.training.safe_yaml import load_yaml, parse_yaml
 
 # Where things lie does not change the weights, nor does how steps are launched, nor what follows the last epoch: these
 # may differ when a run is continued.
@@ -245,10 +245,8 @@ def _from_words(name: str, words: list[str]) -> Any:
     """The value that words of a command line stand for: YAML, or text where the option takes text."""
     values: list[Any] = list(words)
     for index, word in enumerate(words):
-        with contextlib.suppress(
-            yaml.YAMLError, ValueError, RecursionError
-        ):  # "[", a date that does not exist
-            values[index] = yaml.safe_load(word) if word else word
+        with contextlib.suppress(ValueError):  # "[", a date that does not exist
+            values[index] = parse_yaml(word) if word else word
     option, value = options()[name], values[0]
     if len(words) > 1 or (option.takes(tuple) and isinstance(value, (int, float))):
         return _checked(name, values)
@@ -261,8 +259,8 @@ def _from_words(name: str, words: list[str]) -> Any:
 def _read_file(path: str) -> dict[str, Any]:
     """The options that a YAML file sets, by their dotted names; errors begin with the file's name."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        content = load_yaml(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected options and their values, as --print-config shows them")

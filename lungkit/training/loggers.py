@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import logging
 import math
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lungkit._atomic import write_json_atomic
+from lungkit._reading import read_json
 from lungkit.checkpoint import BEST
 from lungkit.errors import UsageError
 from lungkit.training.run_folder import RunFolder
@@ -270,7 +270,7 @@ class _Wandb:
 def _known(folder: RunFolder, name: str) -> str | None:
     """The run of a logger that a resumed run goes on in."""
     try:
-        found = json.loads((folder.path / _RECORD).read_bytes())
+        found = read_json(folder.path / _RECORD)
     except (OSError, ValueError):
         return None
     return found.get(name) if isinstance(found, dict) else None

@@ -21,6 +21,7 @@ import torch
 
 import lungkit
 from lungkit._atomic import new_folder, write_json_atomic, write_text_atomic
+from lungkit._reading import read_json
 from lungkit.checkpoint import LAST, PREVIOUS
 from lungkit.data import Split, write_splits
 from lungkit.errors import CheckpointError, UsageError
@@ -153,8 +154,8 @@ class RunFolder:
         """
         path = self.path / "dataset.json"
         try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
+            content = read_json(path)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: expected an object")

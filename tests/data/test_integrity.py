@@ -176,3 +176,39 @@ def test_gzip_content_under_a_plain_name_is_refused(scan: tuple[Path, np.ndarray
     path.rename(renamed)
     with pytest.raises(DataError, match=r"does not end with \.gz"):
         read_volume(renamed)
+
+
+def with_gzip_header(content: bytes, *, flags: int, text: bytes) -> bytes:
+    """Gzip data with another header in front of the same compressed bytes."""
+    return content[:3] + bytes([flags]) + content[4:10] + text + content[10:]
+
+
+@pytest.mark.parametrize("flags", [8, 16])
+def test_a_name_or_comment_without_end_is_refused_before_it_is_read(
+    scan: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch, flags: int
+) -> None:
+    path, _ = scan
+    path.write_bytes(with_gzip_header(path.read_bytes(), flags=flags, text=b"n" * 20_000_000 + b"\0"))
+    taken = []
+    original = integrity._GzipStream._take
+    monkeypatch.setattr(integrity._GzipStream, "_take", lambda *a: (taken.append(a[1]), original(*a))[1])
+    with pytest.raises(DataError, match="a name or comment of more than 65536 bytes"):
+        read_volume(path)
+    assert len(taken) < 10
+
+
+def test_a_header_with_name_comment_and_checksum_is_read(scan: tuple[Path, np.ndarray]) -> None:
+    path, array = scan
+    content = path.read_bytes()
+    text = b"a" * 30_000 + b"\0" + b"b\0"
+    head = content[:3] + bytes([8 + 16 + 2]) + content[4:10] + text
+    path.write_bytes(head + (zlib.crc32(head) & 0xFFFF).to_bytes(2, "little") + content[10:])
+    np.testing.assert_array_equal(read_volume(path).array, array)
+
+
+def test_many_members_cost_as_much_each_as_few(scan: tuple[Path, np.ndarray]) -> None:
+    path, array = scan
+    plain = plain_bytes(path)
+    path.write_bytes(b"".join(gzip.compress(plain[n : n + 1], 0, mtime=0) for n in range(len(plain))))
+    np.testing.assert_array_equal(read_volume(path).array, array)
+    assert integrity._INPUT_BYTES <= 1 << 14  # is copied with every member

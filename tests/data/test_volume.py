@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -404,3 +405,27 @@ def test_volume_takes_lists() -> None:
     volume = Volume([[[1, 2]], [[3, 4]]], AFFINE.tolist())  # type: ignore[arg-type]
     assert volume.array.shape == (2, 1, 2)
     np.testing.assert_array_equal(volume.affine, AFFINE)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_max_voxels_counts_bytes_of_wide_types(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"wide{suffix}"
+    write_nifti(path, np.ones((8, 8, 8)), np.eye(4))
+    with pytest.raises(
+        DataError, match=r"\(8, 8, 8\) voxels of float64 take 4096 bytes, more than 4 \* max_voxels"
+    ):
+        read_volume(path, max_voxels=1023)
+    assert read_volume(path, max_voxels=1024).array.dtype == np.float32
+    write_nifti(path, np.ones((8, 8, 8), np.float32), np.eye(4))
+    assert read_volume(path, max_voxels=512).array.size == 512
+
+
+def test_a_scaled_volume_is_computed_in_parts_as_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "scaled.nii"
+    stored = np.random.default_rng(0).integers(-(2**31), 2**31 - 1, (128, 128, 70), dtype=np.int32)
+    write_nifti(path, stored, np.eye(4))
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<ff", content, 112, 0.37, -11.5)  # scl_slope, scl_inter
+    path.write_bytes(content)
+    slope = float(np.float32(0.37))
+    np.testing.assert_array_equal(read_volume(path).array, (stored * slope - 11.5).astype(np.float32))

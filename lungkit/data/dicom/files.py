@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 _FILE_META = (0x00020002, 0x00020010)  # MediaStorageSOPClassUID, TransferSyntaxUID
 DICOMDIR = "1.2.840.10008.1.3.10"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_MOST_INFLATED = 1 << 30
+_MAX_DEFLATE_RATIO = 1032  # as in lungkit.data.integrity
+_CHUNK = 1 << 20
 
 # Names that DICOM files go by; some archives give them none, or end the name with a part of a UID.
 _DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
@@ -131,6 +136,7 @@ def read_dataset(path: Path, *, pixels: bool = True, keywords: Sequence[str] | N
     pydicom = require("pydicom")
     try:
         with quiet:
+            _check_inflated_size(path)
             dataset = pydicom.dcmread(
                 path,
                 stop_before_pixels=not pixels,
@@ -142,7 +148,7 @@ def read_dataset(path: Path, *, pixels: bool = True, keywords: Sequence[str] | N
             return dataset
     except FileNotFoundError:
         raise DataError(f"{path.name}: no such file") from None
-    except MemoryError:
+    except (DataError, MemoryError):
         raise
     except OSError as error:
         raise DataError(
@@ -152,6 +158,28 @@ def read_dataset(path: Path, *, pixels: bool = True, keywords: Sequence[str] | N
         raise DataError(
             f"{path.name}: not a readable DICOM file ({type(error).__name__}); export or copy it again"
         ) from None
+
+
+def _check_inflated_size(path: Path) -> None:
+    """Refuse a deflated file that unpacks to more than images do: pydicom unpacks all of it, pixels wanted or not."""
+    filereader = require("pydicom.filereader")
+    if path.stat().st_size <= _MOST_INFLATED // _MAX_DEFLATE_RATIO:
+        return
+    with path.open("rb") as file:
+        filereader.read_preamble(file, force=True)
+        meta = filereader._read_file_meta_info(file)
+        if meta.get("TransferSyntaxUID") != _DEFLATED:
+            return
+        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        source = file.read(_CHUNK)
+        while source and not inflate.eof:
+            total += len(inflate.decompress(source, _CHUNK))
+            if total > _MOST_INFLATED:
+                raise DataError(
+                    f"{path.name}: {path.stat().st_size} bytes that unpack to more than {_MOST_INFLATED}; do not trust "
+                    "this file, or write it without compression"
+                )
+            source = inflate.unconsumed_tail or file.read(_CHUNK)
 
 
 @contextlib.contextmanager

@@ -77,3 +77,31 @@ def test_without_pydicom_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(UsageError, match=r"pip install 'lungkit\[dicom\]'"):
         read_series(tmp_path / "ct")
+
+
+def test_a_deflated_file_that_unpacks_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zlib
+
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    from lungkit.data.dicom import files as module
+
+    def deflate(dataset: Any, k: int) -> None:
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+
+    folder = tmp_path / "ct"
+    hu = write_ct(folder, edit=deflate)
+    np.testing.assert_array_equal(read_series(folder).volume.array, hu)
+    path = files(folder)[2]
+    content = path.read_bytes()
+    start = 132 + 12 + int.from_bytes(content[140:144], "little")
+    inflated = zlib.decompress(content[start:], -15)
+    deflater = zlib.compressobj(9, wbits=-15)
+    bomb = deflater.compress(inflated) + deflater.compress(bytes(3 << 20)) + deflater.flush()
+    path.write_bytes(content[:start] + bomb)
+    monkeypatch.setattr(module, "_MOST_INFLATED", 1 << 20)
+    monkeypatch.setattr("pydicom.dcmread", lambda *_, **__: pytest.fail("it is unpacked"))
+    with pytest.raises(DataError, match=rf"{path.name}: .* bytes that unpack to more than 1048576"):
+        module.read_dataset(path, pixels=False)
