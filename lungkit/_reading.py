@@ -66,7 +66,7 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES) -> 
 
     Raises:
         OSError: it cannot be read.
-        ValueError: as :func:`read_bytes`, or it is not JSON, or deeper.
+        ValueError: as :func:`read_bytes`, or it is not JSON, or deeper, or text in it cannot be written.
 
     Example:
         >>> import tempfile
@@ -79,6 +79,8 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES) -> 
     content = read_bytes(path, most_bytes=most_bytes)
     try:
         found = json.loads(content)
+        if b"\\ud" in content.lower():  # a pair stands for one letter, and half of one for none
+            json.dumps(found, ensure_ascii=False).encode()
         level = [[found]]
         for _ in range(_DEEPEST + 1):
             level = [
@@ -91,4 +93,6 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES) -> 
                 return found
     except RecursionError:
         pass
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{Path(path).name} holds half of a surrogate pair, which is no letter") from error
     raise ValueError(f"{Path(path).name} is nested more than {_DEEPEST} levels deep") from None

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
+
+from lungkit._text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 _STYLES = {"red": "31", "yellow": "33"}
 _quiet = False
+
+
+class SafeFormatter(logging.Formatter):
+    """Messages without what a terminal would obey: names of files and classes come from elsewhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
 
 
 def set_quiet(quiet: bool) -> None:

@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from lungkit._text import printable
+
 
 class LungkitError(Exception):
     """Base of every error that lungkit raises on purpose; ``exit_code`` is what a command returns."""
@@ -149,8 +151,8 @@ def _named(error: OSError) -> str:
 
 
 def readable(name: str | os.PathLike[str]) -> str:
-    """A name as text for a message, whatever its bytes are."""
-    return os.fspath(name).encode(errors="backslashreplace").decode()
+    """A name as text for a message, whatever its bytes are: on one line, and nothing in it that a terminal obeys."""
+    return printable(os.fspath(name))
 
 
 def shorten(names: Iterable[str | os.PathLike[str]], limit: int = 5) -> str:

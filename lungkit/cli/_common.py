@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lungkit._allocator import keep_freed_memory
-from lungkit._terminal import coloured, set_quiet
+from lungkit._terminal import SafeFormatter, coloured, set_quiet
 from lungkit.cli._streams import lasting_streams
 from lungkit.errors import Interrupted, LungkitError, ResourceError, of_system
 
@@ -126,7 +126,7 @@ def _log_to_terminal() -> None:
             handler.setLevel(logging.NOTSET)
             return
     handler = _TerminalHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(SafeFormatter("%(message)s"))
     _LOG.addHandler(handler)
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False

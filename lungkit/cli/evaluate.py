@@ -15,7 +15,7 @@ from lungkit._atomic import check_new, new_folder
 from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
 from lungkit.cli._parser import CommandParser
-from lungkit.errors import DataError, UsageError, shorten
+from lungkit.errors import DataError, UsageError, readable, shorten
 
 if TYPE_CHECKING:
     from lungkit.data import Dataset
@@ -306,4 +306,4 @@ class _Bar:
 
     def update(self, case_id: str, done: int, total: int) -> None:
         """``done`` of ``total`` cases are measured, the last one is ``case_id``."""
-        self._bars.update(self._task, completed=done, total=total, description=case_id)
+        self._bars.update(self._task, completed=done, total=total, description=readable(case_id))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import lungkit
 from lungkit._terminal import progress_bars
+from lungkit._text import csv_cell
 from lungkit.cli._common import run_command
 from lungkit.cli._parser import CommandParser
 from lungkit.errors import DataError, UsageError
@@ -194,7 +195,9 @@ def _table(result: Import) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["case", "folder", "masks", "note"])
     for case in result.cases:
-        writer.writerow([case.case_id, case.series, "; ".join(map(str, case.masks)), ""])
+        writer.writerow(
+            [*map(csv_cell, (case.case_id, str(case.series), "; ".join(map(str, case.masks)))), ""]
+        )
     for path, reason in {**result.unlabelled, **result.failed}.items():
-        writer.writerow(["", path, "", reason])
+        writer.writerow(["", csv_cell(str(path)), "", csv_cell(reason)])
     return text.getvalue()

@@ -405,7 +405,7 @@ class _Bars:
 
     def patches(self, name: str, done: int, total: int) -> None:
         """Patches of the scan that is being predicted."""
-        self._bars.update(self._patches, description=name, completed=done, total=total)
+        self._bars.update(self._patches, description=readable(name), completed=done, total=total)
 
     def scan_done(self, name: str, done: int, total: int) -> None:
         """Scans done."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lungkit._text import is_printable
 from lungkit.data.dataset import IGNORE_INDEX, MAX_LABEL_VALUE
 from lungkit.errors import DataError
 
@@ -41,6 +42,8 @@ def parse_labels(content: dict[str, Any], path: Path) -> tuple[dict[str, int], i
         parsed = as_int(number)
         if parsed is None or parsed < 0 or not isinstance(name, str):
             raise DataError(f"{path}: label {key!r}: {value!r} is not a name with a whole number >= 0")
+        if not is_printable(name):
+            raise DataError(f"{path}: label {name!r} holds what is no letter; give the class another name")
         if parsed > MAX_LABEL_VALUE:
             raise DataError(
                 f"{path}: label {name!r} has the value {parsed}; masks hold values up to {MAX_LABEL_VALUE} (uint16): "

@@ -15,6 +15,7 @@ import torch
 
 import lungkit
 from lungkit._atomic import claim_folder, write_json_atomic, write_text_atomic
+from lungkit._text import markdown
 from lungkit.checkpoint import LAST
 from lungkit.data import open_dataset
 from lungkit.errors import UsageError
@@ -202,8 +203,8 @@ def _measure_and_write(
     of_first_arm = next(iter(runs.values()))
     ceiling = readers_ceiling([run.scans for run in of_first_arm], readers=of_first_arm[0].readers)
     notes = _notes(experiment, runs, tables, patients) + ceiling
-    markdown = [format_comparison(rows, style="markdown"), "", *(f"- {note}" for note in notes)]
-    write_text_atomic(output / "table.md", "\n".join(markdown) + "\n")
+    page = [format_comparison(rows, style="markdown"), "", *(f"- {markdown(note)}" for note in notes)]
+    write_text_atomic(output / "table.md", "\n".join(page) + "\n")
     write_json_atomic(
         output / "comparison.json",
         {

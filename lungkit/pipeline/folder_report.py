@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lungkit._reading import read_json, read_text
+from lungkit._text import from_csv_cell
 from lungkit.errors import DataError
 from lungkit.metrics import CaseTable
 from lungkit.pipeline.labelled import representative_cases
@@ -86,7 +87,7 @@ def read_case_table(path: Path) -> CaseTable:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                case_id, label = row.pop("case"), row.pop("label")
+                case_id, label = from_csv_cell(row.pop("case")), from_csv_cell(row.pop("label"))
                 decided = frozenset((row.pop("decided_by_policy", "") or "").split())
                 table.add_row(case_id, label, {name: float(cell) for name, cell in row.items()}, decided)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
@@ -383,7 +384,14 @@ def _json(path: Path) -> dict[str, Any]:
 def _csv(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+            return [
+                {
+                    from_csv_cell(name): from_csv_cell(cell or "")
+                    for name, cell in row.items()
+                    if name is not None
+                }
+                for row in csv.DictReader(file)
+            ]
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a table ({error})") from error
 

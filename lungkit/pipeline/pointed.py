@@ -13,6 +13,7 @@ import numpy as np
 
 from lungkit._atomic import write_text_atomic
 from lungkit._reading import read_text
+from lungkit._text import csv_cell
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.data.volume import Volume
 from lungkit.errors import DataError, UsageError
@@ -144,7 +145,9 @@ def write_points(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The rows as CSV, whole or not at all."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    table = csv.DictWriter(text, names, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(map(csv_cell, names))
+    for row in rows:
+        cells = [row.get(name, "") for name in names]
+        table.writerow([csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
     write_text_atomic(path, text.getvalue())

@@ -15,6 +15,7 @@ from typing import Any
 
 from lungkit._atomic import claim_folder, write_json_atomic, write_text_atomic
 from lungkit._reading import read_json
+from lungkit._text import csv_cell
 from lungkit.checkpoint import sha256_of
 from lungkit.errors import DataError
 
@@ -184,11 +185,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         columns += [f"{name}: volume_ml", f"{name}: longest_diameter_mm", f"{name}: lesions"]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*columns, "error"])
+    writer.writerow([*map(csv_cell, columns), "error"])
     for row in rows:
-        cells = [row["scan"], row.get("status", ""), row.get("seconds", "")]
+        cells = [csv_cell(row["scan"]), row.get("status", ""), row.get("seconds", "")]
         for name in classes:
             found = row.get("classes", {}).get(name, {})
             cells += [found.get(key, "") for key in ("volume_ml", "longest_diameter_mm", "lesions")]
-        writer.writerow([*cells, row.get("error", "")])
+        writer.writerow([*cells, csv_cell(row.get("error", ""))])
     return table.getvalue()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lungkit._atomic import write_json_atomic, write_text_atomic
+from lungkit._text import csv_cell, markdown, printable
 from lungkit.errors import UsageError
 from lungkit.metrics import CaseTable, EmptyPolicy, MetricSummary
 
@@ -242,7 +243,7 @@ def write_case_table(
         lines = [
             format_case_table(table, style=style, metrics=metrics),
             "",
-            *(bullet + note for note in notes),
+            *(bullet + (markdown(note) if style == "markdown" else printable(note)) for note in notes),
         ]
         write_text_atomic(folder / f"{name}{suffix}", "\n".join(lines).rstrip() + "\n")
 
@@ -293,6 +294,7 @@ def _numeric_columns(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
 
 
 def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    header, rows = [printable(cell) for cell in header], [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     numeric = _numeric_columns(rows, len(header))
 
@@ -305,9 +307,7 @@ def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---:" if right else "---" for right in _numeric_columns(rows, len(header))]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (header, rule, *rows)
-    )
+    return "\n".join("| " + " | ".join(map(markdown, row)) + " |" for row in (header, rule, *rows))
 
 
 def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -335,7 +335,7 @@ _LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
 def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([header, *rows])
+    writer.writerows([[csv_cell(cell) for cell in row] for row in (header, *rows)])
     return buffer.getvalue()
 
 

@@ -10,6 +10,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
 
+from lungkit._terminal import SafeFormatter
 from lungkit.errors import LungkitError, UsageError
 
 _LOG = logging.getLogger("lungkit")
@@ -41,7 +42,7 @@ class RunLog:
             _LOG.setLevel(logging.INFO)
         if not _LOG.hasHandlers():
             self._terminal = logging.StreamHandler()
-            self._terminal.setFormatter(logging.Formatter("%(message)s"))
+            self._terminal.setFormatter(SafeFormatter("%(message)s"))
             _LOG.addHandler(self._terminal)
         _LOG.addHandler(self._memory)
         return self
@@ -75,7 +76,7 @@ class RunLog:
         except BaseException:
             file.close()
             raise
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
         self._file = file
         self._memory.setTarget(file)
         self._memory.flush()

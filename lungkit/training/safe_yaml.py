@@ -62,6 +62,7 @@ def _look_through(text: str) -> None:
                 sizes[anchor] = nodes - before
         elif isinstance(event, yaml.ScalarEvent):
             nodes += 1
+            event.value.encode()
             if event.anchor is not None:
                 sizes[event.anchor] = 1
             if (event.implicit[0] or event.tag) and len(event.value) > _LONGEST_PLAIN:
@@ -69,7 +70,7 @@ def _look_through(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_nodes):
                 raise ValueError(f"the alias *{event.anchor} lies within what it names")
-            nodes += sizes.get(event.anchor, 1)  # one that names nothing is an error of its own
+            nodes += sizes.get(event.anchor or "", 1)  # one that names nothing is an error of its own
         if nodes > _MOST_NODES:
             raise ValueError(f"more than {_MOST_NODES} values, aliases counted in")
         if len(open_nodes) > _DEEPEST:

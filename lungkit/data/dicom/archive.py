@@ -10,7 +10,7 @@ from typing import Any
 from lungkit.data.dicom.files import DICOMDIR, decoding, is_dicom, read_dataset, read_header
 from lungkit.data.dicom.rtstruct import STRUCTURE_SET
 from lungkit.data.dicom.segmentation import LABEL_MAP, SEGMENTATION
-from lungkit.data.dicom.series import SeriesInfo, group_series
+from lungkit.data.dicom.series import SeriesInfo, group_series, stray_slice
 from lungkit.data.folders import walk_folders
 from lungkit.errors import DataError
 
@@ -146,6 +146,8 @@ def _look_into(folder: Path, files: list[Path], archive: Archive) -> None:
             archive.problems[folder] = (
                 "holds a series, or a part of one, that another folder holds; keep it in one"
             )
+        elif (stray := stray_slice(grouped, info)) is not None:
+            archive.problems[folder] = f"its series lacks {stray.name}, which has another SeriesInstanceUID"
         elif damaged:
             archive.problems[folder] = f"its series may lack a slice, since {damaged[0].name} cannot be read"
         else:

@@ -70,7 +70,15 @@ def read_headers(folder: Path) -> list[tuple[Path, Any]]:
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder.name}: cannot be read ({error.strerror}); name a readable folder") from None
-    found = [(path, read_header(path)) for path in files if is_dicom(path)]
+    dicom = [path for path in files if is_dicom(path)]
+    suffixes = {path.suffix.lower() for path in dicom} - {""}
+    for path in files:
+        if path.suffix.lower() in suffixes and path not in dicom:
+            raise DataError(
+                f"{path.name}: no DICM mark at byte 128, and named like the DICOM files beside it; it is truncated or "
+                "damaged: export or copy it again, or move it out of the folder"
+            )
+    found = [(path, read_header(path)) for path in dicom]
     found = [
         (path, header)
         for path, header in found
@@ -108,6 +116,11 @@ def read_header(path: Path) -> Any:
                     f"{path.name}: {keyword} is missing; the file is truncated or not a whole DICOM object: "
                     "export or copy it again"
                 )
+        if header.file_meta.get("MediaStorageSOPClassUID", header.SOPClassUID) != header.SOPClassUID:
+            raise DataError(
+                f"{path.name}: SOPClassUID is not the one that the file meta information gives; the file is damaged: "
+                "export or copy it again"
+            )
     return header
 
 

@@ -32,6 +32,29 @@ _NEEDED = (
     "RescaleIntercept",
 )  # fmt: skip
 
+# Codes of DICOM (PS3.3 C.7.3.1.1.1, C.7.6.3.1.2, C.11.1.1.2) say nothing about a patient; other text might.
+_MODALITY = """
+    ANN AR ASMT AU BI BMD CFM CR CT CTPROTOCOL DMS DG DOC DX ECG EEG EMG ES FID GM IO IOL IVOCT IVUS KER KO LEN LS
+    M3D MG MR NM OAM OCT OP OPM OPT OPV OSS OT PLAN POS PR PT PX REG RESP RF RG RTDOSE RTIMAGE RTINTENT RTPLAN RTRAD RTRECORD
+    RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF STAIN TG US VA XA XC
+"""
+_CODES = {
+    "Modality": frozenset(_MODALITY.split()),
+    "PhotometricInterpretation": frozenset(
+        (
+            "MONOCHROME1",
+            "MONOCHROME2",
+            "PALETTE COLOR",
+            "RGB",
+            "YBR_FULL",
+            "YBR_FULL_422",
+            "YBR_RCT",
+            "YBR_ICT",
+        )
+    ),
+    "RescaleType": frozenset(("OD", "HU", "US", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT")),
+}
+
 # Scanners with an extended scale reach 30,710 HU or so in metal.
 _BRIGHTEST_HU = 2**15
 
@@ -40,8 +63,9 @@ _BRIGHTEST_HU = 2**15
 class SeriesInfo:
     """An image series in a folder, localizers left out.
 
-    ``size`` is (columns, rows) of its first slice, ``files`` its files in order of name, ``is_ct`` whether
-    :func:`read_series` takes it. ``description`` is free text from the scanner.
+    ``modality`` is one of DICOM's codes, or empty where the file says anything else; ``size`` is (columns, rows) of the
+    first slice, ``files`` are in order of name, ``is_ct`` says whether :func:`read_series` takes it. ``description`` is
+    free text from the scanner, which may tell who the patient is: no message repeats it.
     """
 
     uid: str
@@ -179,7 +203,7 @@ def group_series(headers: Sequence[tuple[Path, Any]]) -> list[tuple[SeriesInfo, 
         info = SeriesInfo(
             uid=uid,
             description=" ".join(str(first.get("SeriesDescription") or "").split())[:64],
-            modality=str(first.get("Modality") or ""),
+            modality=_code(first, "Modality"),
             slices=sum(int(header.get("NumberOfFrames") or 1) for _, header in members),
             size=(int(first.get("Columns") or 0), int(first.get("Rows") or 0)),
             files=tuple(path for path, _ in members),
@@ -190,11 +214,40 @@ def group_series(headers: Sequence[tuple[Path, Any]]) -> list[tuple[SeriesInfo, 
     return found
 
 
+def _code(header: Any, keyword: str) -> str:
+    """What a header says under ``keyword`` where that is a code of DICOM, else nothing: messages and records travel."""
+    code = str(header.get(keyword) or "")
+    return code if code in _CODES[keyword] else ""
+
+
+def stray_slice(found: Sequence[tuple[SeriesInfo, list[Any]]], chosen: SeriesInfo) -> Path | None:
+    """A file that belongs to the series ``chosen`` by all but its SeriesInstanceUID, which one wrong byte changes.
+
+    It has the series number, study, frame of reference and size of the chosen slices, and an instance number that none
+    of them has: those of another series would begin anew.
+    """
+    (of_chosen,) = (headers for info, headers in found if info is chosen)
+    numbers = {header.get("InstanceNumber") for header in of_chosen}
+    kinds = {_kind_of_series(header) for header in of_chosen}
+    for info, headers in found:
+        for path, header in zip(info.files, headers, strict=True):
+            number = header.get("InstanceNumber")
+            known = number is not None and header.get("SeriesNumber") is not None
+            if info is not chosen and known and number not in numbers and _kind_of_series(header) in kinds:
+                return path
+    return None
+
+
+def _kind_of_series(header: Any) -> tuple[str, ...]:
+    keywords = ("SOPClassUID", "StudyInstanceUID", "FrameOfReferenceUID", "SeriesNumber", "Rows", "Columns")
+    return tuple(str(header.get(keyword)) for keyword in keywords)
+
+
 def _choose(
     found: list[tuple[SeriesInfo, list[Any]]], wanted: str | int | None, folder: Path
 ) -> tuple[SeriesInfo, list[Any]]:
     listing = "; ".join(
-        f"{number}: {info.uid} ({info.modality or 'no modality'}, {info.description or 'no description'}, "
+        f"{number}: {info.uid} ({info.modality or 'no known modality'}, {info.size[0]} x {info.size[1]}, "
         f"{info.slices} slices)"
         for number, (info, _) in enumerate(found, start=1)
     )
@@ -223,8 +276,14 @@ def _choose(
     info, headers = chosen[0]
     if not info.is_ct:
         raise DataError(
-            f"{folder.name}: series {info.uid} is {info.modality or 'of no modality'} "
+            f"{folder.name}: series {info.uid} is {info.modality or 'of no known modality'} "
             f"({headers[0].SOPClassUID.name}), not CT; name a CT series"
+        )
+    stray = stray_slice(found, info)
+    if stray is not None:
+        raise DataError(
+            f"{stray.name}: of another SeriesInstanceUID than the series with whose numbers it goes on; the file is "
+            "damaged, or was put together from several: export the series again, or move the file out of the folder"
         )
     if len(found) > 1:
         _LOG.info("read series %d of %d in the folder", found.index(chosen[0]) + 1, len(found))
@@ -263,7 +322,7 @@ def _check_image(header: Any, name: str) -> None:
             raise DataError(f"{name}: {keyword} is missing or not a number; export the series again")
     problem = None
     if header.get("PhotometricInterpretation") != "MONOCHROME2" or int(header.SamplesPerPixel) != 1:
-        problem = f"pixels are {header.get('PhotometricInterpretation')}, expected MONOCHROME2"
+        problem = f"pixels are {_code(header, 'PhotometricInterpretation') or 'of another kind'}, expected MONOCHROME2"
     elif int(header.get("NumberOfFrames") or 1) != 1:
         problem = f"{header.NumberOfFrames} frames in a file, expected one"
     elif not 1 <= int(header.BitsStored) <= int(header.BitsAllocated) or int(header.BitsAllocated) not in (
@@ -279,7 +338,7 @@ def _check_image(header: Any, name: str) -> None:
     elif float(header.RescaleSlope) == 0:
         problem = "RescaleSlope is 0"
     elif str(header.get("RescaleType") or "HU") not in ("HU", "US"):
-        problem = f"values are {header.RescaleType} (RescaleType), not HU"
+        problem = f"values are {_code(header, 'RescaleType') or 'something else'} (RescaleType), not HU"
     if problem is not None:
         raise DataError(f"{name}: {problem}; export the series as plain CT images in HU")
 

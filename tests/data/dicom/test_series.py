@@ -146,7 +146,7 @@ def test_a_folder_of_two_series_lists_them_and_takes_the_one_that_is_named(tmp_p
     first = write_ct(tmp_path / "ct")
     second = write_ct(tmp_path / "ct", make_hu(seed=1), series=2)
     with pytest.raises(
-        DataError, match=r"--series UID.*1: 1.2.3.1 \(CT, Chest 1, 6 slices\); 2: 1.2.3.2 \(CT"
+        DataError, match=r"--series UID.*1: 1.2.3.1 \(CT, 12 x 10, 6 slices\); 2: 1.2.3.2 \(CT"
     ):
         read_series(tmp_path / "ct")
     np.testing.assert_array_equal(read_series(tmp_path / "ct", series=2).volume.array, second)
@@ -317,3 +317,66 @@ def test_values_that_no_scanner_measures_are_noted(tmp_path: Path) -> None:
     hu[:3] = 62512
     write_ct(tmp_path / "ct", hu)
     assert read_series(tmp_path / "ct").volume.notes[0].startswith("values up to 62512 HU")
+
+
+@pytest.mark.parametrize("position", [0, 5])
+@pytest.mark.parametrize("named", [True, False])
+def test_an_end_slice_of_another_series_uid_is_refused_by_name(
+    tmp_path: Path, position: int, named: bool
+) -> None:
+    folder = tmp_path / "ct"
+    write_ct(folder, edit=change(position, SeriesInstanceUID="1.2.3.9"))
+    name = files(folder)[position].name
+    series = "1.2.3.1" if named else None
+    with pytest.raises(
+        DataError, match=f"{name}: of another SeriesInstanceUID" if named else "several CT series"
+    ):
+        read_series(folder, series=series)
+
+
+@pytest.mark.parametrize("position", [0, 5])
+def test_an_end_slice_of_another_class_than_its_file_says_is_refused_by_name(
+    tmp_path: Path, position: int
+) -> None:
+    folder = tmp_path / "ct"
+    write_ct(folder)
+    path = files(folder)[position]
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(path)
+    dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.3"
+    dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    pydicom.dcmwrite(path, dataset, enforce_file_format=False)
+    with pytest.raises(DataError, match=f"{path.name}: SOPClassUID is not the one"):
+        read_series(folder)
+
+
+def test_an_end_slice_without_its_mark_is_refused_whatever_the_files_are_called(tmp_path: Path) -> None:
+    folder = tmp_path / "ct"
+    write_ct(folder)
+    for path in files(folder):
+        path.rename(path.with_suffix(".img"))
+    (folder / "notes.txt").write_text("of the radiographer")
+    assert read_series(folder).volume.array.shape[2] == 6
+    last = sorted(folder.glob("*.img"))[-1]
+    last.write_bytes(last.read_bytes()[:128] + b"DICX" + last.read_bytes()[132:])
+    with pytest.raises(DataError, match=f"{last.name}: no DICM mark"):
+        read_series(folder)
+
+
+@pytest.mark.parametrize(
+    "keyword", ["Modality", "RescaleType", "SeriesDescription", "PhotometricInterpretation"]
+)
+def test_no_message_repeats_text_of_the_scanner(
+    tmp_path: Path, keyword: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "ct"
+    write_ct(folder, edit=change(**{keyword: "DOE JANE"}))
+    write_ct(folder, series=2)
+    messages = [caplog.text]
+    for wanted in (None, 1, 7):
+        try:
+            read_series(folder, series=wanted)
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 1
+    assert "DOE" not in "".join(messages)
