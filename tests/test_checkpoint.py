@@ -299,3 +299,30 @@ def test_every_file_has_the_mode_that_the_umask_asks_for(tmp_path, umask, mode):
         os.umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "last").iterdir()}
     assert modes == {mode}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "trainer.pt"])
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "large"])
+def test_a_file_that_could_be_read_for_ever_is_refused(tmp_path, name, kind):
+    save(tmp_path / "last")
+    path = tmp_path / "last" / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "zeros":
+        path.symlink_to("/dev/zero")
+    elif name == "manifest.json":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        return  # read once, in pieces, by its hash
+    with pytest.raises(CheckpointError, match=f"{name} (is not a regular file|is damaged)"):
+        load_checkpoint(tmp_path / "last")
+
+
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_a_deep_manifest_is_an_error_in_words(tmp_path, depth):
+    save(tmp_path / "last")
+    (tmp_path / "last" / "manifest.json").write_text('{"format": 1, "a": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(CheckpointError, match="nested more than 64 levels"):
+        load_checkpoint(tmp_path / "last")

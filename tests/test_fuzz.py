@@ -1,6 +1,7 @@
 """Every reader on mutated files: a right result or an error of lungkit's, never another traceback or other voxels.
 
-Seeds are fixed and the number of files bounded, so that a run takes seconds and fails the same way twice.
+Seeds are fixed and the number of files bounded, so that a run takes seconds and fails the same way twice; for the long
+mode see :mod:`fuzzing`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from dicom_cases import files, make_hu, write_ct, write_enhanced_ct
+from fuzzing import tries
 from model_cases import random_network, save_model
 
 from lungkit.checkpoint import _digest_of, load_checkpoint, sha256_of
@@ -134,7 +136,7 @@ def outcomes(
 ) -> Iterator[tuple[int, Any]]:
     """Number and result of every run that ends without an error; an error must be one of lungkit's, in words."""
     failed = 0
-    for number in range(count):
+    for number in range(tries(count)):
         prepare(number)
         try:
             with warnings.catch_warnings():

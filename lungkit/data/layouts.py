@@ -82,9 +82,8 @@ def _detect(root: Path) -> str:
         if isinstance(training, list) and training:
             # nnU-Net version 1 lists Decathlon's pairs too, but its files carry a channel number.
             first = training[0].get("image", "") if isinstance(training[0], dict) else ""
-            if not (
-                isinstance(first, str) and not (root / first).exists() and _is_numbered(root / "imagesTr")
-            ):
+            there = not isinstance(first, str) or _exists_inside(root, first)
+            if there or not _is_numbered(root / "imagesTr"):
                 return "decathlon"
         return "nnunet"
     if (root / "images").is_dir() and any((root / name).is_dir() for name in _MASK_FOLDERS):
@@ -93,6 +92,13 @@ def _detect(root: Path) -> str:
         f"{root}: no known dataset layout; looked for dataset.json (nnU-Net raw, Medical Segmentation "
         "Decathlon) and for the folders images/ and masks/ or labels/"
     )
+
+
+def _exists_inside(root: Path, entry: str) -> bool:
+    try:
+        return _inside(root, entry, root / "dataset.json").exists()
+    except (DataError, OSError):
+        return False
 
 
 def _is_numbered(folder: Path) -> bool:
@@ -306,7 +312,7 @@ def _name(content: dict[str, Any], root: Path) -> str:
 def _warn_of_count(content: dict[str, Any], path: Path, found: int) -> None:
     declared = content.get("numTraining")
     if declared is not None and declared != found:
-        _LOG.warning("%s: numTraining is %s, but %d cases were found", path, declared, found)
+        _LOG.warning("%s: numTraining is %.80r, but %d cases were found", path, declared, found)
 
 
 def _inside(root: Path, entry: object, source: Path) -> Path:
@@ -317,10 +323,18 @@ def _inside(root: Path, entry: object, source: Path) -> Path:
     path = root / entry
     try:
         escapes = absolute or not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is no text
-        raise DataError(f"{source}: {entry!r} cannot be followed ({error})") from error
+        path.is_file()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a loop of links, a name that is too long or no text
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{source}: {entry!r:.80} cannot be followed ({reason})") from error
     if escapes:
-        raise DataError(f"{source}: {entry!r} lies outside {root}; list files inside the dataset folder only")
+        raise DataError(
+            f"{source}: {entry!r:.80} lies outside {root}; list files inside the dataset folder only"
+        )
     return path
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lungkit._reading import read_json, read_text
 from lungkit._text import from_csv_cell
-from lungkit.errors import DataError
+from lungkit.errors import DataError, LungkitError
 from lungkit.metrics import CaseTable
 from lungkit.pipeline.labelled import representative_cases
 from lungkit.pipeline.records import read_records
@@ -56,7 +56,17 @@ def write_folder_report(folder: Path) -> Path:
         )
     path = folder / REPORT
     check_ours(path)
-    _KINDS[kind](folder).write(path)
+    try:
+        summary = _KINDS[kind](folder)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, LungkitError):
+            raise
+        # Its files are small, and of as many kinds as the commands that write them.
+        raise DataError(
+            f"{folder}: its files are not as lungkit wrote them ({type(error).__name__}: {error}); run the command "
+            "again"
+        ) from error
+    summary.write(path)
     return path
 
 
@@ -123,9 +133,7 @@ def _predictions(folder: Path) -> Summary:
     drawn = []
     for name in classes:
         for key, title in (("volume_ml", "volume (ml)"), ("lesions", "lesions in a scan")):
-            values = [
-                row["classes"][name].get(key, math.nan) for row in rows if name in row.get("classes", {})
-            ]
+            values = [row["classes"][name].get(key) for row in rows if name in row.get("classes", {})]
             drawn.append(charts.distribution_chart(f"{name}: {title}", {name: np.asarray(values, float)}))
     summary.section("Distributions", element("div", *drawn, class_="charts") if drawn else None)
     return summary

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lungkit._atomic import claim_folder, write_json_atomic, write_text_atomic
-from lungkit._reading import read_json
+from lungkit._reading import check_regular, read_json
 from lungkit._text import csv_cell
 from lungkit.checkpoint import sha256_of
 from lungkit.errors import DataError
@@ -22,6 +22,8 @@ from lungkit.errors import DataError
 RESULTS = "results.jsonl"
 _TABLE = "results.csv"
 _PLAN = "prediction.json"
+_MEASURES = ("volume_ml", "longest_diameter_mm", "lesions")
+_LONGEST_LINE = 16 << 20
 _SHARD = re.compile(r"results-(\d+)-of-(\d+)\.jsonl")
 
 
@@ -40,7 +42,7 @@ class Records:
         self._journal = folder / f".{self.path.stem}-unfinished.json"
         self._writing: dict[str, list[str]] = {}
         with contextlib.suppress(OSError, ValueError):
-            self._writing = read_json(self._journal)
+            self._writing = _journal_entries(read_json(self._journal))
         self._mend()
 
     def is_done(self, name: str, fingerprint: str) -> bool:
@@ -169,13 +171,51 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Iterable[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut short by a crash: its scan is done again
-        if isinstance(row, dict) and isinstance(row.get("scan"), str):
-            yield row
+    """Rows as :class:`Records` writes them; the scan of any other line is done again."""
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            while line := file.readline(_LONGEST_LINE):
+                row = _row(line)
+                if row is not None:
+                    yield row
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: records cannot be read ({error}); move the file away") from error
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode(errors="replace"))
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # cut short by a crash, or half of a surrogate pair in it
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("scan"), str):
+        return None
+    files, classes = row.get("files", {}), row.get("classes", {})
+    numbers = (int, float, type(None))
+    sound = (
+        isinstance(files, dict)
+        and all(isinstance(digest, (str, type(None))) for digest in files.values())
+        and isinstance(classes, dict)
+        and all(isinstance(found, dict) for found in classes.values())
+        and all(isinstance(value, numbers) for found in classes.values() for value in _measures(found))
+        and all(isinstance(row.get(key, ""), str) for key in ("status", "error", "input"))
+        and isinstance(row.get("seconds"), numbers)
+    )
+    return row if sound else None
+
+
+def _journal_entries(content: Any) -> dict[str, list[str]]:
+    entries = content.items() if isinstance(content, dict) else ()
+    return {
+        name: files
+        for name, files in entries
+        if isinstance(files, list) and all(isinstance(file, str) for file in files)
+    }
+
+
+def _measures(found: Mapping[str, Any]) -> list[Any]:
+    return [found.get(key) for key in _MEASURES]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -190,6 +230,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [csv_cell(row["scan"]), row.get("status", ""), row.get("seconds", "")]
         for name in classes:
             found = row.get("classes", {}).get(name, {})
-            cells += [found.get(key, "") for key in ("volume_ml", "longest_diameter_mm", "lesions")]
+            cells += [found.get(key, "") for key in _MEASURES]
         writer.writerow([*cells, csv_cell(row.get("error", ""))])
     return table.getvalue()

@@ -54,3 +54,12 @@ def test_an_interruption_says_that_nothing_was_saved(capsys: pytest.CaptureFixtu
 def test_what_nobody_foresaw_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         run_command(failing(error))
+
+
+def test_a_terminal_is_shown_names_and_does_not_obey_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        raise DataError("scan\x1b]0;title\x07\x1b[2J.nii.gz: damaged\r\u202e\nsecond line")
+
+    assert run_command(command) == DataError.exit_code
+    shown = capsys.readouterr().err
+    assert shown == "error: scan\\x1b]0;title\\x07\\x1b[2J.nii.gz: damaged\\r\\u202e\nsecond line\n"

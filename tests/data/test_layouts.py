@@ -340,3 +340,38 @@ def test_patients_are_groups(nnunet_folder: Builder) -> None:
 def test_malformed_patients_are_refused(nnunet_folder: Builder, patients: object) -> None:
     with pytest.raises(DataError, match="'patients' must map"):
         open_dataset(nnunet_folder(patients=patients))
+
+
+@pytest.mark.parametrize("entry", ["../outside.nii.gz", "/etc/passwd", "a" * 5000, "a\0b", "./x/../../y"])
+def test_a_list_of_nnunet_version_1_is_not_followed_out_of_the_folder(
+    nnunet_folder: Callable[..., Path], entry: str
+) -> None:
+    root = nnunet_folder()
+    (root.parent / "outside.nii.gz").touch()
+    content = json.loads((root / "dataset.json").read_text())
+    content["training"] = [{"image": entry, "label": entry}]
+    (root / "dataset.json").write_text(json.dumps(content))
+    assert open_dataset(root).layout == "nnunet"
+    (root / "imagesTr").rename(root / "elsewhere")
+    with pytest.raises(DataError) as found:
+        open_dataset(root)
+    assert len(str(found.value)) < 1000
+
+
+@pytest.mark.parametrize("where", ["numTraining", "name", "labels", "patients"])
+def test_half_of_a_surrogate_pair_is_no_text(nnunet_folder: Callable[..., Path], where: str) -> None:
+    root = nnunet_folder()
+    content = json.loads((root / "dataset.json").read_text())
+    content[where] = {"\ud800": 1, "background": 0} if where in ("labels", "patients") else "\ud800"
+    (root / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        open_dataset(root)
+
+
+def test_a_class_name_that_a_terminal_obeys_is_refused(nnunet_folder: Callable[..., Path]) -> None:
+    root = nnunet_folder()
+    content = json.loads((root / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "tumour\x1b[2J": 1}
+    (root / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"label 'tumour\\x1b\[2J' holds what is no letter"):
+        open_dataset(root)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import pytest
 
 from lungkit.checkpoint import sha256_of
 from lungkit.errors import DataError, UsageError
 from lungkit.pipeline import Records, claim, merge
+from lungkit.pipeline.folder_report import write_folder_report
 
 
 def row(folder, name, **more):
@@ -108,3 +110,86 @@ def test_files_that_no_prediction_wrote_are_known_for_others(tmp_path):
     again.add({"scan": "a", "status": "failed", "error": "no"})
     assert not list(tmp_path.glob(".*"))
     assert Records(tmp_path, (0, 1)).not_ours("a", [tmp_path / "a.nii.gz"]) == []
+
+
+ODD = [
+    *(
+        "",
+        "null",
+        "[]",
+        "7",
+        '"a"',
+        "{}",
+        '{"scan": null}',
+        '{"scan": ["a"]}',
+        '{"scan": {"a": 1}}',
+        "\x00",
+        "{" * 5000,
+    ),
+    '{"scan": "\\ud800", "status": "ok"}',
+    *(
+        f'{{"scan": "odd", "classes": {value}}}'
+        for value in ("[]", '"a"', '{"t": null}', '{"t": {"lesions": []}}')
+    ),
+    *(f'{{"scan": "odd", "files": {value}}}' for value in ('["a"]', '{"a": 1}', '"a"')),
+    *(f'{{"scan": "odd", "{key}": [1]}}' for key in ("status", "error", "input", "seconds")),
+    '{"scan": "odd", "seconds": NaN}',
+]
+
+
+@pytest.mark.parametrize("line", ODD)
+def test_an_odd_row_costs_its_own_scan_only(tmp_path, line):
+    records = Records(tmp_path, (0, 1))
+    records.add(row(tmp_path, "a"))
+    with records.path.open("a") as file:
+        file.write(line + "\n")
+    again = Records(tmp_path, (0, 1))
+    assert again.is_done("a", "f")
+    assert not again.is_done("odd", "f")
+    assert again.not_ours("odd", [tmp_path / "a.nii.gz"]) == [tmp_path / "a.nii.gz"]
+    again.add(row(tmp_path, "b"))
+    again.write()
+    assert [found["scan"] for found in merge(tmp_path)] == ["a", "b"]
+    write_folder_report(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["null", "[1]", '{"a": 1, "b": [1], "c": ["c.nii.gz"]}', "[" * 5000])
+def test_an_odd_note_of_unfinished_files_is_no_note(tmp_path, content):
+    records = Records(tmp_path, (0, 1))
+    (tmp_path / f".{records.path.stem}-unfinished.json").write_text(content)
+    again = Records(tmp_path, (0, 1))
+    (tmp_path / "x").touch()
+    for name in "abc":
+        assert again.not_ours(name, [tmp_path / "x"]) == [tmp_path / "x"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "folder"])
+def test_records_that_are_no_file_are_refused_by_name(tmp_path, kind):
+    path = tmp_path / "results.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "zeros":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(DataError, match=r"results\.jsonl: records cannot be read"):
+        Records(tmp_path, (0, 1))
+
+
+def test_a_file_that_became_a_device_is_not_read_to_see_whether_its_scan_is_done(tmp_path):
+    Records(tmp_path, (0, 1)).add(row(tmp_path, "a"))
+    (tmp_path / "a.nii.gz").unlink()
+    (tmp_path / "a.nii.gz").symlink_to("/dev/zero")
+    assert not Records(tmp_path, (0, 1)).is_done("a", "f")
+
+
+def test_names_that_a_spreadsheet_would_compute_are_text_in_the_table(tmp_path):
+    classes = {"=1+1": {"volume_ml": -1.5, "longest_diameter_mm": 12.0, "lesions": 2}}
+    records = Records(tmp_path, (0, 1))
+    records.add(row(tmp_path, "@SUM(A1)", classes=classes))
+    records.add({"scan": "b", "status": "failed", "error": "=cmd|' /C calc'!A0"})
+    records.write()
+    with (tmp_path / "results.csv").open(newline="") as file:
+        cells = [cell for line in csv.reader(file) for cell in line]
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "@")]
+    assert {"'@SUM(A1)", "'=cmd|' /C calc'!A0", "'=1+1: volume_ml", "-1.5"} <= set(cells)

@@ -107,3 +107,34 @@ def test_signs_that_latex_prints_as_other_letters_are_escaped():
     text = format_rows(["p < 0.05", "a^b"], [["< 0.001", "~"]], style="latex")
     assert "p $<$ 0.05" in text and "$<$ 0.001" in text
     assert r"a\textasciicircum{}b" in text and r"\textasciitilde{}" in text
+
+
+HOSTILE = ("=HYPERLINK(1)", "<img src=x onerror=alert(1)>|\n# [x](javascript:1)", "a\x1b[2J")
+
+
+def test_names_are_text_in_every_kind_of_table(tmp_path: Path) -> None:
+    table = CaseTable()
+    for name in HOSTILE:
+        table.add_row(name, "@class", {"dice": 0.5, "difference": -1.5})
+    write_case_table(tmp_path, table, notes=["<script>"])
+    for path in tmp_path.glob("*.csv"):
+        cells = [cell for line in csv.reader(path.open(newline="")) for cell in line]
+        assert not [cell for cell in cells if cell[:1] in "=@+-" and cell and cell != "-1.5"], path
+    page = (tmp_path / "metrics.md").read_text()
+    assert "<" not in page
+    assert "](" not in page
+    assert "\n#" not in page
+    for path in tmp_path.iterdir():
+        assert "\x1b" not in path.read_text(), path
+
+
+def test_names_come_back_from_a_table_as_they_were(tmp_path: Path) -> None:
+    from lungkit.pipeline.folder_report import read_case_table
+
+    table = CaseTable()
+    names = ("=HYPERLINK(1)", "'=quoted", "it's", "-", "a b")
+    for name in names:
+        table.add_row(name, "+class", {"dice": 0.5})
+    write_case_table(tmp_path, table)
+    assert tuple(read_case_table(tmp_path / "metrics.csv").case_ids) == tuple(dict.fromkeys(names))
+    assert read_case_table(tmp_path / "metrics.csv").labels == table.labels
