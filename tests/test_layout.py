@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"ops"},
     "inference": {"nn", "data", "checkpoint"},
     "report": {"metrics", "data"},
-    "interop": {"inference", "losses"},
+    "interop": {"pipeline", "losses"},
     "pipeline": {"inference", "report"},
     "training": {"nn", "losses", "pipeline", "_terminal", "_allocator"},
     "experiments": {"training"},
