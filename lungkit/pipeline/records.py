@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -40,9 +39,8 @@ class Records:
         self._rows = {row["scan"]: row for path in _files(folder) for row in _read(path)}
         self._lock = threading.Lock()
         self._journal = folder / f".{self.path.stem}-unfinished.json"
-        self._writing: dict[str, list[str]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            self._writing = _journal_entries(read_json(self._journal))
+        self._writing = _unfinished(self._journal)
+        self._begun = set(self._writing)
         self._mend()
 
     def is_done(self, name: str, fingerprint: str) -> bool:
@@ -61,12 +59,20 @@ class Records:
     def not_ours(self, name: str, files: Iterable[Path]) -> list[Path]:
         """Those of ``files`` that exist and that no prediction of the scan wrote."""
         ours = {*(self._rows.get(name, {}).get("files") or ()), *self._writing.get(name, ())}
-        return [file for file in files if file.exists() and str(file.relative_to(self.folder)) not in ours]
+        found = [file for file in files if file.exists()]
+        if any(str(file.relative_to(self.folder)) not in ours for file in found):
+            # Another process may have begun in the same folder since; what it has written is no stranger's either.
+            for row in (row for path in _files(self.folder) for row in _read(path) if row["scan"] == name):
+                ours |= {*(row.get("files") or ())}
+            for journal in self.folder.glob(".results*-unfinished.json"):
+                ours |= {*_unfinished(journal).get(name, ())}
+        return [file for file in found if str(file.relative_to(self.folder)) not in ours]
 
     def start(self, name: str, files: Iterable[Path]) -> None:
         """Note which files are about to be written: those that a crash leaves are then known for ours."""
         with self._lock:
             self._writing[name] = [str(file.relative_to(self.folder)) for file in files]
+            self._begun.add(name)
             self._write_journal()
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -99,8 +105,12 @@ class Records:
             self.path.touch()
 
     def _write_journal(self) -> None:
-        if self._writing:
-            write_json_atomic(self._journal, self._writing)
+        # Of another process that does the same at once, what it is writing stays noted.
+        theirs = {
+            name: files for name, files in _unfinished(self._journal).items() if name not in self._begun
+        }
+        if self._writing or theirs:
+            write_json_atomic(self._journal, {**theirs, **self._writing})
         else:
             self._journal.unlink(missing_ok=True)
 
@@ -205,7 +215,12 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if sound else None
 
 
-def _journal_entries(content: Any) -> dict[str, list[str]]:
+def _unfinished(journal: Path) -> dict[str, list[str]]:
+    """Scans that were being written, and their files; none where nobody left a note that can be read."""
+    try:
+        content = read_json(journal)
+    except (OSError, ValueError):
+        return {}
     entries = content.items() if isinstance(content, dict) else ()
     return {
         name: files

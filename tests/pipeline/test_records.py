@@ -48,6 +48,19 @@ def test_what_a_scan_that_failed_has_written_stays_ours(tmp_path):
     assert Records(tmp_path, (0, 1)).not_ours("a", files) == [files[1]]
 
 
+def test_what_another_process_writes_at_once_is_no_strangers(tmp_path):
+    first, second = Records(tmp_path, (0, 1)), Records(tmp_path, (0, 1))
+    files = [tmp_path / "a.nii.gz"]
+    first.start("a", files)
+    files[0].touch()
+    second.start("b", [tmp_path / "b.nii.gz"])
+    assert second.not_ours("a", files) == []  # by the note
+    first.add(row(tmp_path, "a"))
+    assert second.not_ours("a", files) == []  # by the row
+    second.add(row(tmp_path, "b"))
+    assert not list(tmp_path.glob(".results*"))
+
+
 def test_a_line_cut_short_by_a_crash_costs_its_own_scan_only(tmp_path):
     records = Records(tmp_path, (0, 1))
     records.add(row(tmp_path, "a"))

@@ -12,6 +12,7 @@ Reads a list of jobs a line from standard input, as JSON, runs them at once and 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -19,6 +20,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from pathlib import Path
@@ -49,6 +51,11 @@ def serve() -> None:
     lungkit.training.finishing.draw_overlays = lambda *_, **__: None
 
     torch.set_num_threads(1)
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        _warm()
+        os.chdir(here)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         children = []
@@ -58,6 +65,28 @@ def serve() -> None:
                 _run(job)
             children.append(child)
         answers.write(json.dumps([os.waitpid(child, 0)[1] for child in children]) + "\n")
+
+
+def _warm() -> None:
+    """Do once what is done only the first time: most of what a small command takes is that."""
+    from lungkit.data import write_phantom_dataset
+
+    data = write_phantom_dataset("data", cases=3, shape=(1, 32, 32), dims=2)
+    train = "--data=data --data.cache=cache --model=unet --epochs=1 --steps_per_epoch=1 --batch_size=1 --report=false"
+    small = ["--data.patch_size=[16, 16]", "--model.features=[2, 4]", "--device=cpu", "--name=run"]
+    scan = data / "imagesTr" / "phantom_0000_0000.nii.gz"
+    with (
+        Path(os.devnull).open("w") as null,
+        contextlib.redirect_stdout(null),
+        contextlib.redirect_stderr(null),
+    ):
+        for command, words in {
+            "train": [*train.split(), *small],
+            "predict": ["-i", scan, "-o", "masks", "--model", "runs/run", "--device", "cpu"],
+            "evaluate": [data / "labelsTr", data / "labelsTr", "-o", "out"],
+        }.items():
+            code = importlib.import_module(f"lungkit.cli.{command}").main([str(word) for word in words])
+            assert code == 0, command
 
 
 def _run(job: dict[str, Any]) -> None:
