@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lungkit._atomic import atomic_folder, write_json_atomic
+from lungkit._reading import read_json
 from lungkit.checkpoint import BEST, save_checkpoint
 from lungkit.data.declared_labels import parse_labels
 from lungkit.data.preprocessing import Preprocessing
@@ -230,7 +230,7 @@ def _checkpoints(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
         raise CheckpointError(
             f"{path}: {error.strerror}; name TRAINER__PLANS__CONFIGURATION of nnU-Net's results"
