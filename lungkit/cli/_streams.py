@@ -36,6 +36,10 @@ class LastingStream:
             self._stream.write(text)
         except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
             self._lose(error)
+        except RuntimeError as error:
+            # A signal came in the middle of writing, and what it has to say cannot be said in between.
+            if "reentrant" not in str(error):
+                raise
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,15 @@ def test_a_full_disk_behind_a_stream_is_the_reason_that_is_kept():
         stream.write("lost")
         stream.flush()
         assert stream.error is not None and stream.error.errno == errno.ENOSPC
+
+
+def test_what_a_signal_says_in_the_middle_of_writing_is_left_out(tmp_path):
+    class Busy(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    stream = LastingStream(Busy())
+    assert stream.write("SIGTERM: saving") == 15 and stream.error is None
 
 
 def test_a_stream_that_was_never_there_takes_everything():
