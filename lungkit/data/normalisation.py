@@ -61,6 +61,8 @@ class Interpolation:
         for name in (self.filter, self.through_plane or self.filter):
             if name not in FILTERS:
                 raise UsageError(f"interpolation {name!r} is none of {', '.join(FILTERS)}")
+        if not isinstance(self.anisotropy, (int, float)) or not self.anisotropy >= 1:
+            raise UsageError(f"anisotropy must be a number of at least 1, got {self.anisotropy!r}")
 
     def filters(
         self, own_mm: tuple[float, float, float], target_mm: tuple[float, float, float]

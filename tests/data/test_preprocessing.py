@@ -12,6 +12,7 @@ import pytest
 from lungkit.data import Fingerprint, Preprocessing, Volume, plan_preprocessing, preprocess_image
 from lungkit.data.fingerprint import ChannelFingerprint
 from lungkit.data.geometry import plan_geometry
+from lungkit.data.normalisation import Interpolation
 from lungkit.data.preprocessing import ChannelNormalisation, ScanSlices, preprocess_label, quantise
 from lungkit.errors import DataError, UsageError
 
@@ -135,7 +136,26 @@ def test_a_channel_that_makes_no_sense_is_a_data_error(change: dict[str, Any]) -
         Preprocessing.from_dict(LUNG.to_dict() | {"channels": [broken]})
 
 
-@pytest.mark.parametrize("change", [{"channels": None}, {"label_map": [0, 1]}, {"target_spacing_mm": [1, 1]}])
+def test_an_axis_through_the_planes_has_a_filter_of_its_own_where_spacing_is_anisotropic() -> None:
+    interpolation = Interpolation("cubic", "nearest")
+    assert interpolation.filters((1.0, 0.5, 3.5), (1.0, 1.0, 1.0)) == ("cubic", "cubic", "nearest")
+    assert interpolation.filters((1.0, 0.8, 0.8), (5.0, 1.0, 1.0)) == ("nearest", "cubic", "cubic")
+    assert interpolation.filters((3.5, 1.0, 3.5), (1.0, 1.0, 1.0)) == ("cubic", "cubic", "cubic")
+    with pytest.raises(UsageError, match="anisotropy"):
+        Interpolation("cubic", "nearest", "3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": None},
+        {"label_map": [0, 1]},
+        {"target_spacing_mm": [1, 1]},
+        {"axes": {"order": [0, 0, 1]}},
+        {"crop": "lungs"},
+        {"image_interpolation": {"filter": "sinc"}},
+    ],
+)
 def test_broken_plan_is_a_data_error(change: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="preprocessing cannot be restored"):
         Preprocessing.from_dict(LUNG.to_dict() | change)

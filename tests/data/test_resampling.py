@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lungkit.data.resampling import axis_weights, resample_nearest
+from lungkit.data.resampling import Filter, axis_weights, resample_nearest, resample_plane
 from lungkit.data.slices import ResampledSlices, TensorSlices
 
 
@@ -86,3 +86,25 @@ def test_the_weights_along_z_are_those_of_torch_along_the_others(old: int, new: 
         values.reshape(1, 1, 1, old), (1, new), mode="bilinear", align_corners=False, antialias=True
     )
     torch.testing.assert_close(weights @ values[low:high], expected.flatten(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(7, 11), (40, 23), (30, 30), (1, 5), (200, 190)])
+@pytest.mark.parametrize(("filter", "order"), [("nearest", 0), ("linear", 1), ("cubic", 3)])
+def test_filters_of_other_programs_are_scipys_splines(filter: Filter, order: int, old: int, new: int) -> None:
+    from scipy.ndimage import zoom
+
+    values = np.random.default_rng(0).normal(size=old)
+    expected = zoom(values, new / old, order=order, mode="nearest", grid_mode=True)
+    parts = []
+    for first in range(0, new, 5):
+        low, high, weights = axis_weights(old, new, first, min(first + 5, new), filter)
+        parts.append(weights.numpy() @ values[low:high])
+    np.testing.assert_allclose(np.concatenate(parts), expected, rtol=0, atol=2e-6)
+
+
+def test_every_axis_of_a_plane_takes_its_own_filter() -> None:
+    slices = torch.randn(2, 3, 9, 70)
+    found = resample_plane(slices, (12, 150), ("nearest", "cubic"))
+    rows = torch.from_numpy(resample_nearest(slices.numpy(), (2, 3, 12, 70)))
+    low, high, weights = axis_weights(70, 150, 0, 150, "cubic")
+    torch.testing.assert_close(found, rows[..., low:high] @ weights.T, rtol=0, atol=1e-5)

@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 
+from lungkit.errors import UsageError
 from lungkit.inference import gaussian_weights, patch_starts
 from lungkit.inference.patches import (
     PatchAxis,
+    Tiling,
     count_patches,
     patches_per_call,
     prediction_patch,
@@ -66,3 +68,18 @@ def test_small_patches_go_to_the_device_together():
         > patches_per_call("cpu", (64, 64))
         == patches_per_call("mps", (64, 64))
     )
+
+
+def test_steps_that_are_no_whole_numbers_are_rounded_before_or_after_patches_are_counted() -> None:
+    assert patch_starts(28, 7, overlap=0.5) == [0, 3, 6, 9, 12, 15, 18, 21]
+    assert patch_starts(28, 7, overlap=0.5, whole_steps=False) == [0, 4, 7, 10, 14, 18, 21]
+
+
+def test_a_gaussian_may_be_centred_on_a_voxel() -> None:
+    weights = gaussian_weights(8, centre=4)
+    assert weights.argmax() == 4 and weights[4] == 1 and weights[3] == weights[5]
+
+
+def test_a_tiling_that_makes_no_sense_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="padding"):
+        Tiling(padding="mirror")  # type: ignore[arg-type]
