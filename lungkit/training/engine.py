@@ -77,6 +77,7 @@ def start_engine(config: EngineConfig) -> Fabric:
         )
         if config.precision == "fp16" and fabric.device.type == "cpu":
             raise UsageError("engine.precision is 'fp16', which needs a GPU; use 'bf16' or 'fp32' on the CPU")
+        _join_restarted_group(fabric.device)
         fabric.launch()
     except UsageError:
         raise
@@ -221,6 +222,25 @@ def _strategy(config: EngineConfig, processes: int) -> Any:
     from lightning_fabric.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(shard_network, data_parallel_size=processes, tensor_parallel_size=1)
+
+
+def _join_restarted_group(device: torch.device) -> None:
+    """Where torchrun has started the processes again, have them meet under another name than before.
+
+    They meet at a store that outlives them, and would call each other at the addresses of those that are gone.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or not torch.distributed.is_torchelastic_launched():
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://"))
+    torch.distributed.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def _started_by_others(fabric: Fabric) -> bool:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,9 @@ def train(tmp_path: Path, phantom_root: Path, cache_root: Path):
         "OMP_NUM_THREADS": "1",
     }
 
-    def start(*options: str, new: bool = True) -> subprocess.Popen[str]:
+    def start(*options: str, new: bool = True, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(script), *(fixed if new else []), *options],
+            [sys.executable, *launcher, str(script), *(fixed if new else []), *options],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -112,6 +113,24 @@ def test_a_killed_worker_ends_the_job(train, tmp_path, victim):
         "running",
         "failed",
     )
+
+
+def test_torchrun_starts_a_job_with_a_killed_worker_again_and_it_goes_on(train, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    process = train("--epochs=150", "--name=run", "--resume=auto", "--engine.devices=1", launcher=launcher)
+    run = tmp_path / "runs" / "run"
+    try:
+        deadline = time.monotonic() + 200
+        while not (run / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        text = finished(process)
+    finally:
+        process.kill()
+    assert "continuing after step" in text
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
 def test_what_is_no_share_stays_as_it_is():
