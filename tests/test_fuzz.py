@@ -360,7 +360,14 @@ def test_checkpoint_of_another_program(tmp_path: Path) -> None:
 
 def test_a_network_without_end_is_refused_before_it_is_built(tmp_path: Path) -> None:
     network = random_network()
-    for number, (name, value) in enumerate({"convolutions": [2**40, 2], "features": [2**40, 8]}.items()):
+    for number, (name, value) in enumerate(
+        {
+            "convolutions": [2**40, 2],
+            "features": [2**40, 8],
+            "residual_encoder": 2**40,
+            "decoder_convolutions": [2**40],
+        }.items()
+    ):
         folder = save_model(tmp_path / str(number), network)
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["model"][name] = value

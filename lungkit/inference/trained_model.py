@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -208,6 +209,9 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     )
 
 
+_REPEATED = ("convolutions", "decoder_convolutions", "residual_encoder")
+
+
 def load_network(checkpoint: Checkpoint) -> nn.Module:
     """The network of a checkpoint with its weights.
 
@@ -216,15 +220,15 @@ def load_network(checkpoint: Checkpoint) -> nn.Module:
         UsageError: this version does not know the network.
     """
     options = checkpoint.description["model"]
-    repeats = options.get("convolutions", ())
-    most = max(
-        (n for n in (repeats if isinstance(repeats, list) else [repeats]) if isinstance(n, int)), default=0
-    )
-    if most > len(checkpoint.weights):
-        raise CheckpointError(
-            f"{checkpoint.folder}: manifest.json describes {most} convolutions a level, model.safetensors holds "
-            f"{len(checkpoint.weights)} weights"
-        )
+    for name in _REPEATED:
+        repeats = options.get(name)
+        counts = [n for n in (repeats if isinstance(repeats, list) else [repeats]) if isinstance(n, int)]
+        # Each convolution and each level has weights of its own: a network of more would be built for nothing.
+        if max([0, len(counts), *counts]) > len(checkpoint.weights):
+            raise CheckpointError(
+                f"{checkpoint.folder}: manifest.json describes a network of {name} {reprlib.repr(repeats)}, "
+                f"model.safetensors holds {len(checkpoint.weights)} weights"
+            )
     try:
         # Without memory first: a manifest may describe a network that no machine holds.
         with torch.device("meta"):
