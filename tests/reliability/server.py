@@ -213,14 +213,18 @@ def _arm(
         strike("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         flush(descriptor)
 
-    start = threading._start_new_thread  # type: ignore[attr-defined]
+    # Its name since Python 3.13, and before.
+    starter = next(
+        name for name in ("_start_joinable_thread", "_start_new_thread") if hasattr(threading, name)
+    )
+    start = getattr(threading, starter)
 
-    def start_thread(*arguments: Any) -> Any:
+    def start_thread(*arguments: Any, **options: Any) -> Any:
         strike("thread", place)
-        return start(*arguments)
+        return start(*arguments, **options)
 
     if kind == "thread":
-        threading._start_new_thread = start_thread  # type: ignore[attr-defined]
+        setattr(threading, starter, start_thread)
     else:
         os.fsync = fsync
         sys.addaudithook(hook)
