@@ -39,7 +39,8 @@ def train_or_resume(arm: Arm, runs: Path, fold: int, seed: int, *, name: str | N
     if finished is not None:
         _LOG.info("%s: finished already", finished)
         return finished
-    if found is not None:
+    # A run of an earlier version may have died before it was described; one that had saved nothing begins again.
+    if found is not None and (found / "dataset.json").is_file():
         return Trainer.from_run(found).fit().run_folder
     return Trainer(replace(arm.run_config(runs, fold, seed), name=name)).fit().run_folder
 

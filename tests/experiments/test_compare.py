@@ -153,12 +153,13 @@ class FakeTrainer:
 
 
 @pytest.mark.parametrize(
-    ("state", "has_checkpoint", "expected"),
+    ("state", "is_described", "expected"),
     [
         (None, False, ["new unet-fold0-seed0"]),
         ("interrupted", True, ["continued unet-fold0-seed0"]),
         ("running", True, ["continued unet-fold0-seed0"]),
         ("failed", False, ["new unet-fold0-seed0"]),
+        ("failed", True, ["continued unet-fold0-seed0"]),
         ("finished", True, []),
     ],
 )
@@ -166,7 +167,7 @@ def test_run_is_found_continued_or_started(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     state: str | None,
-    has_checkpoint: bool,
+    is_described: bool,
     expected: list[str],
 ) -> None:
     monkeypatch.setattr(runs, "Trainer", FakeTrainer)
@@ -176,8 +177,8 @@ def test_run_is_found_continued_or_started(
         folder.mkdir()
         (folder / "config.yaml").write_text("epochs: 1\n")
         (folder / "status.json").write_text(json.dumps({"state": state}))
-        if has_checkpoint:
-            (folder / "checkpoints" / "last").mkdir(parents=True)
+        if is_described:
+            (folder / "dataset.json").write_text("{}")
     train_or_resume(Arm("UNet", TrainConfig()), tmp_path, 0, 0)
     assert FakeTrainer.made == expected
 
