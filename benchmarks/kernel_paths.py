@@ -200,7 +200,7 @@ def _adjoint(gate: Gate, moved_bytes: float) -> Launch:
     for taken in (8, 4, 2):
         segments = -(-planes // taken)
         threads = int(gate.images * groups * rows_and_columns * segments)
-        if threads >= 150_000:
+        if threads >= 50_000:
             break
     read = (2 * planes + 2 * segments) / segments  # planes of up(phi), of a thread
     flags = (gate.by_voxel, True, len(gate.fine) == 3)
@@ -211,7 +211,7 @@ def _adjoint(gate: Gate, moved_bytes: float) -> Launch:
         blocks=-(-threads // 256),
         threads=256,
         shared_bytes=0,
-        trips={"for (int z = part.begin; z <= part.begin + task.planes; ++z)": read / 2},
+        trips={"for (int z = part.begin; z <= part.end; ++z)": read / 2},
         skipped=(
             "if (first + 8 > ax.fine) {",
             *(["for (int i = 0; i < width; ++i) {"] if gate.by_voxel else []),

@@ -179,19 +179,13 @@ __global__ void __launch_bounds__(adjoint_threads, 2) gate_adjoint_kernel(Adjoin
 template <class Stored, bool by_voxel, bool halves_z, bool halves_y>
 __global__ void __launch_bounds__(adjoint_threads) gate_halving_adjoint_kernel(AdjointTask<Stored> task) {
   constexpr int columns = by_voxel ? 1 : 4, width = by_voxel ? 8 : columns;
-  // Whole warps stay and turn as often: their lanes give each other the edges of what they read.
   const int64_t thread = int64_t{blockIdx.x} * adjoint_threads + threadIdx.x;
-  const bool active = thread < task.threads;
+  if (thread >= task.threads) return;
   const GateAxis &az = task.axes[0], &ay = task.axes[1], &ax = task.axes[2];
-  const AdjointPart<Stored, by_voxel> part(task, static_cast<int>(min(thread, task.threads - 1)),
+  const AdjointPart<Stored, by_voxel> part(task, static_cast<int>(thread),
                                            (ax.coarse + columns - 1) / columns);
   const int first = 2 * columns * part.column;  // of the positions between its neighbours
   const int left = max(first - 1, 0), right = min(first + 2 * columns, ax.fine - 1);
-  // Whether the lane before this one, and the one behind it, have read the neighbours of this one's
-  // positions.
-  const int lane = threadIdx.x % 32;
-  [[maybe_unused]] const bool has_left = lane > 0 && part.column > 0;
-  [[maybe_unused]] const bool has_right = lane < 31 && first + 2 * columns < ax.fine;
   const int64_t plane_step = int64_t{ay.fine} * task.row_stride;
   const Stored* const start = part.fine();
 
@@ -209,16 +203,14 @@ __global__ void __launch_bounds__(adjoint_threads) gate_halving_adjoint_kernel(A
     } else {
       const Bytes16 piece = *reinterpret_cast<const Bytes16*>(row + first);
       float of[10];
+      of[0] = static_cast<float>(row[left]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 pair = unpack<Stored>(piece.word[i]);
         of[2 * i + 1] = pair.x;
         of[2 * i + 2] = pair.y;
       }
-      of[0] = __shfl_up_sync(all_lanes, of[8], 1);
-      of[9] = __shfl_down_sync(all_lanes, of[1], 1);
-      if (!has_left) of[0] = static_cast<float>(row[left]);
-      if (!has_right) of[9] = static_cast<float>(row[right]);
+      of[9] = static_cast<float>(row[right]);
       if (first + 8 > ax.fine) {
 #pragma unroll
         for (int i = 1; i < 8; ++i) of[i + 1] = first + i < ax.fine ? of[i + 1] : of[i];
@@ -246,21 +238,21 @@ __global__ void __launch_bounds__(adjoint_threads) gate_halving_adjoint_kernel(A
 
   if constexpr (!halves_z) {
 #pragma unroll 1
-    for (int z = part.begin; z < part.begin + task.planes; ++z) {
+    for (int z = part.begin; z < part.end; ++z) {
       float sum[width];
       plane_sum(z, sum);
-      if (active && z < part.end) part.store(z, columns * part.column, sum);
+      part.store(z, columns * part.column, sum);
     }
   } else {
     float open[width] = {};
 #pragma unroll 1
-    for (int z = part.begin; z <= part.begin + task.planes; ++z) {
+    for (int z = part.begin; z <= part.end; ++z) {
       float behind[width], ahead[width];
       plane_sum(2 * z - 1, behind);
       plane_sum(2 * z, ahead);
 #pragma unroll
       for (int k = 0; k < width; ++k) open[k] += 0.75f * behind[k] + 0.25f * ahead[k];
-      if (active && z > part.begin && z <= part.end) part.store(z - 1, columns * part.column, open);
+      if (z > part.begin) part.store(z - 1, columns * part.column, open);
 #pragma unroll
       for (int k = 0; k < width; ++k) open[k] = 0.25f * behind[k] + 0.75f * ahead[k];
     }

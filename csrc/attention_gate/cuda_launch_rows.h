@@ -11,7 +11,7 @@
 
 namespace lungkit {
 
-constexpr int64_t enough_adjoint_threads = 150'000;
+constexpr int64_t enough_adjoint_threads = 50'000;
 
 inline bool is_by_voxel(const VoxelLayout& layout) {
   return layout.voxel_stride != 1;

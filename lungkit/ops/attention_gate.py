@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
@@ -154,12 +155,22 @@ def _upsample_by_products(phi: Tensor, x: Tensor) -> Tensor:
     On CUDA the gradient of F.interpolate is added up by atomics in any order; that of a product always in the same.
     """
     fine = phi.to(torch.promote_types(phi.dtype, torch.float32))
+    # A tensor of a graph that is being captured belongs to that graph, one of a trace to that trace.
+    kept = not (torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
     for axis, size in enumerate(x.shape[2:], start=2):
         if fine.shape[axis] != size:
-            points = torch.eye(fine.shape[axis], dtype=fine.dtype, device=fine.device)[None]
-            weights = F.interpolate(points, size=size, mode="linear", align_corners=False)[0]
+            make = _interpolation if kept else _interpolation.__wrapped__
+            weights = make(fine.shape[axis], size, fine.dtype, fine.device)
             fine = (fine.movedim(axis, -1) @ weights).movedim(-1, axis)
     return fine.to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _interpolation(coarse: int, fine: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Weights (coarse, fine) of linear interpolation along an axis; making them anew is most of what the host does."""
+    with torch.inference_mode(False):  # a later call may need gradients
+        points = torch.eye(coarse, dtype=dtype, device=device)[None]
+        return F.interpolate(points, size=fine, mode="linear", align_corners=False)[0]
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -28,7 +28,13 @@ from op_kernels import CPU, EMULATED, on_cuda_kernels, on_kernels
 from torch import Tensor
 
 from lungkit.errors import UsageError
-from lungkit.ops.attention_gate import _fits_device, _reference_backward, attention_gate, reference
+from lungkit.ops.attention_gate import (
+    _fits_device,
+    _reference_backward,
+    _upsample_by_products,
+    attention_gate,
+    reference,
+)
 
 OPS = torch.ops.lungkit
 SMALL_OF_SEVERAL_BLOCKS = Case((6, 8, 20), (3, 4, 10), 6, 5, batch=2)
@@ -450,6 +456,16 @@ def test_every_setting_of_tf32_is_read(setting):
 def test_cuda_kernels_name_what_is_too_large(kernels, case, dtype, message):
     with pytest.raises(RuntimeError, match=message):
         OPS.attention_gate(*random_inputs(case, dtype))
+
+
+def test_interpolation_by_products_trains_after_it_was_used_without_gradients():
+    x, phi = torch.zeros(1, 1, 9, 14), torch.randn(1, 3, 4, 7)
+    expected = torch.nn.functional.interpolate(phi, size=(9, 14), mode="bilinear", align_corners=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(_upsample_by_products(phi, x), expected)
+    phi.requires_grad_()
+    _upsample_by_products(phi, x).sum().backward()
+    torch.testing.assert_close(phi.grad.sum(), torch.tensor(3.0 * 9 * 14))
 
 
 @pytest.mark.cuda

@@ -219,7 +219,7 @@ def test_a_gate_of_odd_sizes_is_near_the_plain_one(shape, dtype, channels_last):
         for out, alpha in [gate(*leaves)]
     )
     # Of the sums of sizes: where q is next to 0 its rounding decides whether a gradient passes at all.
-    limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    limit = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}[dtype]
     for a, b in zip(found, expected, strict=True):
         assert float((a.detach().double() - b.detach()).abs().sum() / b.detach().abs().sum()) < limit
 
