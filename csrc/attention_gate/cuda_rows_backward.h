@@ -50,6 +50,19 @@ struct RowsBackwardShared {
   Warp warp[row_warps];
 };
 
+// Whether a warp has the registers to load phi for its next run while it works on one.
+template <int size>
+constexpr bool loads_ahead = size == 1;
+
+// Blocks whose shared memory fits a multiprocessor, before compute capability 9.0 and since: a kernel may use
+// the registers that this leaves to it.
+template <int size>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int rows_backward_resident = size == 1 ? 3 : 1;
+#else
+constexpr int rows_backward_resident = size == 1 ? 4 : 2;
+#endif
+
 template <class Stored, int size, bool by_voxel>
 class RowsBackward {
  public:
@@ -84,7 +97,7 @@ class RowsBackward {
     const int step = gridDim.x * row_warps;
     int index = blockIdx.x * row_warps + threadIdx.x / 32, stage = 0;
     Run run = run_at(grid_, index);
-    if (early_ && run.valid) phi_.load(in_, grid_, run);
+    if (ahead_ && run.valid) phi_.load(in_, grid_, run);
     start(run, stage);
 #pragma unroll 1
     while (run.valid) {
@@ -166,7 +179,7 @@ class RowsBackward {
     } else if constexpr (by_voxel) {
       Products::template interpolate<true>(in_, grid_, run, q);
     } else {
-      if constexpr (size == 1) {
+      if constexpr (loads_ahead<size>) {
         phi_.put_down(own_.theta);
       } else {
         PhiRows<Stored, size> phi;
@@ -200,7 +213,7 @@ class RowsBackward {
 
     uint32_t theta[size][4][2];
     differentiate(q, theta);
-    if (early_ && next.valid) phi_.load(in_, grid_, next);  // q is gone
+    if (ahead_ && next.valid) phi_.load(in_, grid_, next);  // q is gone
     __syncwarp();
     if (out_.theta.data != nullptr) {
       if constexpr (by_voxel) {
@@ -373,8 +386,8 @@ class RowsBackward {
   typename Shared::Warp& own_;
   const float b_psi_;
   const int lane_ = threadIdx.x % 32, g_ = lane_ / 4, t_ = lane_ % 4;
-  // Of the next run, of features by channel; a warp of size 2 has no registers for it.
-  const bool early_ = size == 1 && !by_voxel && grid_.fast;
+  // Of the next run, of features by channel.
+  const bool ahead_ = loads_ahead<size> && !by_voxel && grid_.fast;
   PhiRows<Stored, size> phi_;
   float w_psi_[2 * size];
   float grad_w_x_[size][4 * size][4] = {};
@@ -383,7 +396,7 @@ class RowsBackward {
 };
 
 template <class Stored, int size, bool by_voxel>
-__global__ void __launch_bounds__(gate_threads, size == 1 ? 4 : 2)
+__global__ void __launch_bounds__(gate_threads, rows_backward_resident<size>)
     gate_rows_backward_kernel(GateInputs<Stored> in, RowsGradients<Stored> out, RowGrid grid) {
   using Shared = RowsBackwardShared<Stored, size, by_voxel>;
   LUNGKIT_DYNAMIC_SHARED(Shared, shared);
