@@ -8,6 +8,7 @@ neither renamed nor removed, nor a folder that holds one.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import importlib
 import os
@@ -85,9 +86,10 @@ def pretend() -> None:
     """From here on lungkit's modules meet Windows; what they use of others only where files are renamed or removed."""
     import lungkit
 
-    modules = [
-        importlib.import_module(found.name) for found in pkgutil.walk_packages(lungkit.__path__, "lungkit.")
-    ]
+    modules = []
+    for found in pkgutil.walk_packages(lungkit.__path__, "lungkit."):
+        with contextlib.suppress(ModuleNotFoundError):  # of a package that lungkit does without
+            modules.append(importlib.import_module(found.name))
     windows = {
         "os": As(os, POSIX_OF_OS, name="nt", open=open_file),
         "sys": As(sys, set(), platform="win32"),
