@@ -174,7 +174,7 @@ def test_preview_of_another_format_is_refused_before_the_data_are_read(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--epochs", "5"], ["epochs is 2 in the run, 5 asked for"]),
+        (["--optimiser.momentum", "0.5"], ["optimiser.momentum is 0.99 in the run, 0.5 asked for"]),
         (
             ["--model.features", "8", "16", "--seed", "3"],
             ["model.features is [4, 8] in the run, [8, 16] asked for", "seed is 0 in the run, 3 asked for"],
