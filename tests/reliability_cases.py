@@ -85,4 +85,4 @@ def survive(
 
 def spread(events: Sequence[str], count: int) -> range:
     """Numbers of ``count`` events at equal distances."""
-    return range(len(events) // (2 * count), len(events), len(events) // count)
+    return range(len(events) // (2 * count), len(events), max(1, len(events) // count))

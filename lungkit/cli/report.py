@@ -88,6 +88,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _scan(options: argparse.Namespace) -> int:
+    from lungkit._temporary import remove_leftovers
     from lungkit.data import read_volume
     from lungkit.pipeline import find_scans
     from lungkit.pipeline.scan_pages import write_files_page
@@ -103,6 +104,7 @@ def _scan(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.path} holds {len(found)} scans; name one of them for --mask and --map")
     path = options.output or Path(f"{found[0].name}.html")
     check_ours(path)
+    remove_leftovers(path.parent, [path.name])
     scan = found[0].load()
     reader = MaskReader({"background": 0, "foreground": 1})
     masks = [(name, reader.read_on(file, scan.volumes[0])) for name, file in map(_named, options.mask)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nnunet_cases import write_nnunet_model
 from reliability_cases import Case, digests, predicted, resume, run_of
 
 SERVER = Path(__file__).with_name("server.py")
@@ -160,6 +161,16 @@ def two_scans(phantoms, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cases(phantoms, training, finished, two_scans, tmp_path_factory) -> dict[str, Case]:
     other = shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "other")
+    of_nnunet = write_nnunet_model(tmp_path_factory.mktemp("nnunet"))
+
+    def bundle_again(place: Path) -> list[object] | None:
+        return [*export, "--overwrite"] if (place / "bundle").exists() else None
+
+    def import_again(place: Path) -> list[object] | None:
+        """Elsewhere, where the run has its name already and is not to be replaced."""
+        return ["nnunet", of_nnunet, "-o", "again"] if (place / "imported").exists() else None
+
+    export: list[object] = ["--format", "monai", "--model", finished, "-o", "bundle"]
     labels = phantoms / "labelsTr"
     bare = ["--no-report", "--no-preview"]
     return {
@@ -178,5 +189,18 @@ def cases(phantoms, training, finished, two_scans, tmp_path_factory) -> dict[str
             "compare",
             ["--runs", finished, other, "-o", "out", "--no-report", "--device", "cpu"],
             lambda place: digests(place, "out/table.*", "out/cases/*.csv"),
+        ),
+        "export": Case("export", export, lambda place: digests(place, "bundle/**/*.*"), bundle_again),
+        "import": Case(
+            "import_data",
+            ["nnunet", of_nnunet, "-o", "imported"],
+            lambda place: digests(place, "imported/**/model.safetensors"),
+            import_again,
+        ),
+        "report": Case(
+            "report",
+            [two_scans / "a.nii.gz", "-o", "page.html"],
+            # It says when it was made.
+            lambda place: (place / "page.html").read_bytes().rstrip().endswith(b"</html>"),
         ),
     }

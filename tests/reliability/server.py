@@ -28,7 +28,7 @@ from typing import Any
 
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "fsync"}
 _READS = {"os.listdir", "os.scandir"}
-COMMANDS = ("train", "predict", "evaluate", "compare", "report")
+COMMANDS = ("train", "predict", "evaluate", "compare", "report", "export", "import_data")
 
 
 def serve() -> None:

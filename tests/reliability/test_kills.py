@@ -10,7 +10,7 @@ from reliability_cases import spread, survive
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and /proc of Linux")
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "predict", "evaluate", "export", "import", "report"])
 def test_a_kill_at_some_file_events_loses_nothing(commands, cases, folder, name):
     case = cases[name]
     events = commands.events(case.command, *case.arguments, folder=(place := folder("whole")))
@@ -21,7 +21,7 @@ def test_a_kill_at_some_file_events_loses_nothing(commands, cases, folder, name)
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", ["train", "predict", "evaluate", "compare"])
+@pytest.mark.parametrize("name", ["train", "predict", "evaluate", "compare", "export", "import", "report"])
 def test_a_kill_at_every_file_event_loses_nothing(commands, cases, folder, name):
     case = cases[name]
     events = commands.events(case.command, *case.arguments, folder=(place := folder("whole")))

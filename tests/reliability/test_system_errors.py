@@ -12,7 +12,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and /proc
 CODES = ("EIO", "EACCES", "ENOSPC", "EMFILE", "ESTALE", "EROFS", "ENAMETOOLONG", "EDQUOT")
 
 
-@pytest.mark.parametrize(("name", "count"), [("train", 3), ("predict", 6), ("evaluate", 6)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("train", 3), ("predict", 6), ("evaluate", 6), ("export", 4), ("import", 4), ("report", 2)],
+)
 def test_errors_at_some_file_events(commands, cases, folder, name, count):
     case = cases[name]
     events = commands.events(case.command, *case.arguments, folder=(place := folder("whole")))
@@ -22,8 +25,13 @@ def test_errors_at_some_file_events(commands, cases, folder, name, count):
         survive(commands, folder, case, fault, expected, one_sentence=True)
 
 
-@pytest.mark.parametrize("kind", ["memory", "thread"])
-@pytest.mark.parametrize("name", ["train", "predict", "evaluate"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("train", "predict", "evaluate") for kind in ("memory", "thread")),
+        *((name, "memory") for name in ("export", "import", "report")),  # they start no threads
+    ],
+)
 def test_no_memory_or_no_thread_is_one_sentence(commands, cases, folder, name, kind):
     case = cases[name]
     done = commands.run(case.command, *case.arguments, folder=folder("work"), fault={"kind": kind, "at": 0})
@@ -50,7 +58,7 @@ def test_a_limit_on_the_size_of_files_is_told_with_the_file(commands, cases, fol
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", ["train", "predict", "evaluate", "compare"])
+@pytest.mark.parametrize("name", ["train", "predict", "evaluate", "compare", "export", "import", "report"])
 def test_errors_at_every_file_event(commands, cases, folder, name):
     case = cases[name]
     events = commands.events(case.command, *case.arguments, folder=(place := folder("whole")), reads=True)
