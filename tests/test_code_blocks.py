@@ -199,6 +199,8 @@ def run(line: str) -> None:
 
 def run_command(words: Sequence[str]) -> int:
     """Run a command in this process, with a small budget where it trains; its exit code."""
+    while re.match(r"[A-Z_]+=", words[0]):  # an environment for this command alone
+        words = words[1:]
     name, *arguments = words
     if name in ("python3", "source", ".") or name == "pytest":  # a virtual environment; this suite itself
         return 0

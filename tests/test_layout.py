@@ -117,6 +117,7 @@ def test_ops_need_torch_alone() -> None:
         "contextlib",
         "ctypes",
         "dataclasses",
+        "functools",
         "itertools",
         "math",
         "pathlib",

@@ -83,7 +83,7 @@ def _detect(root: Path) -> str:
             # nnU-Net version 1 lists Decathlon's pairs too, but its files carry a channel number.
             first = training[0].get("image", "") if isinstance(training[0], dict) else ""
             there = not isinstance(first, str) or _exists_inside(root, first)
-            if there or not _is_numbered(root / "imagesTr"):
+            if there or not (_is_numbered(root / "imagesTr") and (root / "labelsTr").is_dir()):
                 return "decathlon"
         return "nnunet"
     if (root / "images").is_dir() and any((root / name).is_dir() for name in _MASK_FOLDERS):
