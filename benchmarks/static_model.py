@@ -239,10 +239,10 @@ def report(found: Sequence[Prediction]) -> str:
 
 `python benchmarks/static_model.py` read these numbers from the machine code for compute capability 9.0; what an H200
 measured is in h200/measured.md. The floors are bounds: instructions issued, tensor products, passes of the memory pipe,
-bytes at 3.35 TB/s. What a kernel is predicted to take rests on rules of thumb besides ({100 * REACHED_OF_BANDWIDTH:.0f} % \
-of the bandwidth,
-{100 * REACHED_OF_ISSUES:.0f} % of the issue slots, {1e6 * SECONDS_ON_THE_WAY:.1f} us of latency), and on uneven shares \
-of the work; sectors of the caches, bank
+bytes at 3.35 TB/s. What a kernel is predicted to take rests on rules of thumb besides (\
+{100 * REACHED_OF_BANDWIDTH:.0f} % of the bandwidth,
+{100 * REACHED_OF_ISSUES:.0f} % of the issue slots, \
+{1e6 * SECONDS_ON_THE_WAY:.1f} us of latency), and on uneven shares of the work; sectors of the caches, bank
 conflicts and waits within a warp are not in it. `share`: time of the fewest bytes that must be read and written, at the
 full bandwidth, over the predicted time. Blocks of code that a configuration may skip at run time count as executed
 unless benchmarks/kernel_paths.py says why not.
