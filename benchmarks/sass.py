@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
 Place = tuple[str, int]  # file, line
 
 PIPES = {
@@ -172,7 +173,9 @@ def _reached(code: Sequence[Instruction]) -> set[int]:
 
 @cache
 def _lines(file: str) -> tuple[str, ...]:
-    return tuple(Path(file).read_text().splitlines()) if Path(file).is_file() else ()
+    # A wheel is compiled from a copy of csrc that is gone since.
+    here = CSRC / file.rpartition("/csrc/")[2] if "/csrc/" in file else Path(file)
+    return tuple(here.read_text().splitlines()) if here.is_file() else ()
 
 
 def _source(place: Place) -> str:
@@ -196,27 +199,39 @@ def _block(file: str, first: int) -> int:
     return first
 
 
-def executions(function: Function, trips: Mapping[str, float], skipped: Sequence[str]) -> list[float]:
-    """How often a warp runs each instruction."""
+Trips = Mapping[str, "float | tuple[float, ...]"]
+
+
+def executions(function: Function, trips: Trips, skipped: Sequence[str]) -> list[float]:
+    """How often a warp runs each instruction.
+
+    A tuple of turns is for a line of which the compiler made several loops, as of an unrolled one: of the first in the
+    code, of the second, and so on.
+    """
     counts = [1.0 if at in function.reached else 0.0 for at in range(len(function.code))]
     left_out = _left_out(function, skipped)
     for at in range(len(counts)):
         if any(place in left_out for place in function.code[at].places):
             counts[at] = 0.0
+    seen: dict[str, int] = {}  # loops of a line so far
     for first, last in function.loops():
-        if counts[last] == 0:
-            continue
-        found = [
-            (place, turns)
-            for place in function.code[last].places
-            for snippet, turns in trips.items()
-            if snippet in _source(place)
-        ]
+        places = function.code[last].places
+        found = [snippet for place in places for snippet in trips if snippet in _source(place)]
         if not found:
-            where = " <- ".join(f"{Path(f).name}:{n}" for f, n in function.code[last].places)
+            if counts[last] == 0:
+                continue
+            where = " <- ".join(f"{Path(f).name}:{n}" for f, n in places)
             raise ValueError(f"{function.name}: the loop at {where} has no declared number of turns")
+        turns = trips[found[0]]
+        if isinstance(turns, tuple):
+            number = seen[found[0]] = seen.get(found[0], 0) + 1
+            if number > len(turns):
+                raise ValueError(
+                    f"{function.name}: more loops than the {len(turns)} declared of {found[0]!r}"
+                )
+            turns = turns[number - 1]
         for at in range(first, last + 1):
-            counts[at] *= found[0][1]
+            counts[at] *= turns
     return counts
 
 

@@ -245,7 +245,7 @@ bytes at 3.35 TB/s. What a kernel is predicted to take rests on rules of thumb b
 {1e6 * SECONDS_ON_THE_WAY:.1f} us of latency), and on uneven shares of the work; sectors of the caches, bank
 conflicts and waits within a warp are not in it. `share`: time of the fewest bytes that must be read and written, at the
 full bandwidth, over the predicted time. Blocks of code that a configuration may skip at run time count as executed
-unless benchmarks/kernel_paths.py says why not.
+unless benchmarks/kernel_paths says why not.
 
 ## Predicted times
 

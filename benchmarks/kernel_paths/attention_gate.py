@@ -1,45 +1,11 @@
-"""How often the loops of the CUDA kernels turn in the headline configurations, and the bytes that these move.
-
-Beside each kernel: its loops by a piece of their source line, the blocks that the configuration does not reach, what a
-warp has on its way while it computes, and what the emulator must count too (tests/ops/test_kernel_counts.py): blocks of
-tensor products and bytes of copies to shared memory. So the model of benchmarks/static_model.py cannot leave work out.
-"""
+"""The attention gate in the half types: persistent warps that take runs of 32 voxels of a row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-MULTIPROCESSORS = 132  # of an H100 SXM
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel of a configuration."""
-
-    source: str  # the op's folder in csrc
-    kernel: str  # piece of the mangled name
-    blocks: int
-    threads: int
-    shared_bytes: int  # dynamic
-    trips: Mapping[str, float]
-    skipped: Sequence[str]
-    moved_bytes: float
-    in_flight_bytes: float  # loads of a warp that are on their way while it computes
-    units: float  # runs of 32 voxels that all warps take together
-    products: float = 0  # 16 x 8 x 16 blocks on the tensor cores, of all warps
-    copied_bytes: float = 0  # from global to shared memory, asynchronously
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A call of an op."""
-
-    name: str
-    fewest_bytes: float
-    launches: tuple[Launch, ...]
-    timed_as: str | None = None  # its name in kernel_times.py
+from .declarations import MULTIPROCESSORS, Configuration, Launch
 
 
 @dataclass(frozen=True)
@@ -234,5 +200,5 @@ GATES = (
 )
 
 
-def configurations() -> list[Configuration]:
+def gate_configurations() -> list[Configuration]:
     return [make(gate) for gate in GATES for make in (gate_forward, gate_backward)]

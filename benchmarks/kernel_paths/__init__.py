@@ -1,0 +1,27 @@
+"""How often the loops of the CUDA kernels turn in the headline configurations, and the bytes that these move.
+
+Beside each kernel: its loops by a piece of their source line, the blocks that the configuration does not reach, what a
+warp has on its way while it computes, and what the emulator must count too (tests/ops/test_kernel_counts.py): blocks of
+tensor products and bytes of copies to shared memory. So the model of benchmarks/static_model.py cannot leave work out.
+"""
+
+from __future__ import annotations
+
+from .attention_gate import GATES, Gate, gate_backward, gate_configurations, gate_forward
+from .declarations import MULTIPROCESSORS, Configuration, HostCalls, Launch
+
+__all__ = [
+    "GATES",
+    "MULTIPROCESSORS",
+    "Configuration",
+    "Gate",
+    "HostCalls",
+    "Launch",
+    "configurations",
+    "gate_backward",
+    "gate_forward",
+]
+
+
+def configurations() -> list[Configuration]:
+    return gate_configurations()
