@@ -5,6 +5,9 @@ from __future__ import annotations
 from lungkit.losses.deep_supervision import DeepSupervisionLoss
 from lungkit.losses.dice_ce import DiceCELoss
 from lungkit.losses.focal import DiceFocalLoss
+from lungkit.losses.focal_tversky import FocalTverskyLoss
+from lungkit.losses.hard_negatives import HardNegativesLoss
+from lungkit.losses.lesions import LesionDiceLoss
 from lungkit.losses.overlap import DiceLoss, GeneralizedDiceLoss, JaccardLoss, TverskyLoss
 from lungkit.losses.soft import CodedLabelsLoss, SoftDiceCELoss
 
@@ -14,8 +17,11 @@ __all__ = [
     "DiceCELoss",
     "DiceFocalLoss",
     "DiceLoss",
+    "FocalTverskyLoss",
     "GeneralizedDiceLoss",
+    "HardNegativesLoss",
     "JaccardLoss",
+    "LesionDiceLoss",
     "SoftDiceCELoss",
     "TverskyLoss",
 ]

@@ -21,6 +21,7 @@ class DeepSupervisionLoss(nn.Module):
         loss: called as ``loss(logits, labels)``.
         weights: one a level, finest first; None is 1, 1/2, 1/4 ... divided by their sum, so that the loss stays on the
             scale of a single output.
+        finest: the loss of the finest output where it is another one.
 
     Shapes:
         outputs: one (B, C, \*S_i) a level, or a single tensor (e.g. in evaluation), which is ``loss`` alone.
@@ -40,15 +41,22 @@ class DeepSupervisionLoss(nn.Module):
         torch.Size([])
     """
 
-    def __init__(self, loss: nn.Module, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        weights: Sequence[float] | None = None,
+        *,
+        finest: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.loss = loss
+        self.finest = loss if finest is None else finest
         self.weights = None if weights is None else tuple(float(weight) for weight in weights)
 
     def forward(self, outputs: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
         """Loss of ``outputs``, finest first, against ``labels`` on the finest grid."""
         if isinstance(outputs, Tensor):
-            return self.loss(outputs, labels)
+            return self.finest(outputs, labels)
         if not outputs:
             raise UsageError("outputs is empty; expected at least one tensor of logits")
         weights = self.weights
@@ -59,9 +67,10 @@ class DeepSupervisionLoss(nn.Module):
             raise UsageError(
                 f"got {len(outputs)} outputs for {len(weights)} weights; give one weight a level"
             )
+        losses = [self.finest, *[self.loss] * (len(outputs) - 1)]
         levels = [
-            weight * self.loss(logits, nearest_labels(labels, tuple(logits.shape[2:])))
-            for logits, weight in zip(outputs, weights, strict=True)
+            weight * loss(logits, nearest_labels(labels, tuple(logits.shape[2:])))
+            for loss, logits, weight in zip(losses, outputs, weights, strict=True)
             if weight != 0
         ]
         return torch.stack(levels).sum() if levels else outputs[0].sum() * 0.0

@@ -233,14 +233,16 @@ class TverskyLoss(_OverlapLoss):
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of ``input`` against ``target``; ``mask`` (B, *S) or (B, 1, *S) marks the voxels that count."""
-        overlap, pred, label = self._sums(input, target, mask)
-        divisor = (
-            overlap + self.alpha * (pred - overlap) + self.beta * (label - overlap) + self.options.smooth_dr
-        )
-        terms = 1.0 - ratio_or_one(overlap + self.options.smooth_nr, divisor)
+        terms = self._terms(*self._sums(input, target, mask))
         if self.reduction == "none":
             return terms[0] if self.options.batch else terms
         return reduce_terms(terms, self.reduction)
+
+    def _terms(self, overlap: Tensor, pred: Tensor, label: Tensor) -> Tensor:
+        divisor = (
+            overlap + self.alpha * (pred - overlap) + self.beta * (label - overlap) + self.options.smooth_dr
+        )
+        return 1.0 - ratio_or_one(overlap + self.options.smooth_nr, divisor)
 
 
 class GeneralizedDiceLoss(_OverlapLoss):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
@@ -21,7 +21,8 @@ class Batches:
     """Iterates over ``(step, images, labels)`` from ``first_step`` up to ``last_step``.
 
     Global batch s holds the patches s * B * W to (s + 1) * B * W - 1 of the sampler, for B patches a process and W
-    processes; process r takes its B of them. ``waited`` adds up the seconds spent waiting for patches.
+    processes; process r takes its B of them. ``waited`` adds up the seconds spent waiting for patches. The labels of a
+    batch pass through ``prepare_labels`` first.
 
     Use as a context manager: the thread ends with the block.
     """
@@ -36,6 +37,7 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        prepare_labels: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
@@ -43,6 +45,7 @@ class Batches:
         self.rank = rank
         self.world_size = world_size
         self.pin_memory = pin_memory
+        self.prepare_labels = prepare_labels
         self.waited = 0.0
         self._queue: queue.Queue[tuple[int, Tensor, Tensor] | BaseException] = queue.Queue(_AHEAD)
         self._stopped = threading.Event()
@@ -72,6 +75,8 @@ class Batches:
             for step in self.steps:
                 first = (step * self.world_size + self.rank) * self.batch_size
                 images, labels = self.sampler.batch(range(first, first + self.batch_size))
+                if self.prepare_labels is not None:
+                    labels = self.prepare_labels(labels)
                 if self.pin_memory:
                     images, labels = images.pin_memory(), labels.pin_memory()
                 if not self._put((step, images, labels)):

@@ -112,19 +112,32 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """dice_weight * soft Dice + ce_weight * cross-entropy; a weight of 0 leaves a term out.
+    """dice_weight * overlap + ce_weight * cross-entropy + lesion_weight * Dice of each lesion; 0 leaves a term out.
 
     Args:
-        dice_weight: weight of the Dice term.
+        dice_weight: weight of the overlap term.
         ce_weight: weight of the cross-entropy.
         batch_dice: sum over the batch before the division.
-        include_background: count the background class in the Dice term.
+        include_background: count the background class in the overlap term.
+        overlap: "dice", or "focal_tversky" (Abraham and Khan, 2019; theirs has no cross-entropy), which with
+            model.deep_supervision has the exponent on the side outputs only, and counts every output alike.
+        tversky_beta: of focal_tversky: weight of missed voxels, false ones having what remains to 1.
+        tversky_gamma: of focal_tversky: the term of a class is its Tversky loss to the power of 1 / gamma.
+        hard_negatives: share of a batch's voxels, the hardest of the background, that the cross-entropy counts beside
+            the foreground; 1 counts all.
+        lesion_weight: of the mean Dice loss over the true lesions, each by itself (blob loss, Kofler et al., 2023, who
+            give it half the weight of the other terms).
     """
 
     dice_weight: float = 1.0
     ce_weight: float = 1.0
     batch_dice: bool = True
     include_background: bool = False
+    overlap: Literal["dice", "focal_tversky"] = "dice"
+    tversky_beta: float = 0.7
+    tversky_gamma: float = 4 / 3
+    hard_negatives: float = 1.0
+    lesion_weight: float = 0.0
 
 
 @dataclass
@@ -287,10 +300,7 @@ class TrainConfig:
                 f"init.freeze is {self.init.freeze!r}, but nothing was trained before; give --init MODEL too"
             )
         _share("optimiser.ema_decay", self.optimiser.ema_decay)
-        for name in ("dice_weight", "ce_weight"):
-            _at_least(f"loss.{name}", getattr(self.loss, name), 0)
-        if self.loss.dice_weight == 0 and self.loss.ce_weight == 0:
-            raise UsageError("loss.dice_weight and loss.ce_weight are both 0; give one of them a weight")
+        _check_loss(self.loss, self.data)
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self.optimiser, name)
             if value is not None and not 0 < value < math.inf:
@@ -352,6 +362,35 @@ def _check_gates(model: ModelConfig) -> None:
             raise UsageError(
                 f"model.{option} is {value!r}, but a {model.name} has no gates; leave it out or choose attention-unet"
             )
+
+
+def _check_loss(loss: LossConfig, data: DataConfig) -> None:
+    for name in ("dice_weight", "ce_weight", "lesion_weight"):
+        _at_least(f"loss.{name}", getattr(loss, name), 0)
+    if loss.dice_weight == 0 and loss.ce_weight == 0:
+        raise UsageError("loss.dice_weight and loss.ce_weight are both 0; give one of them a weight")
+    if not 0 < loss.hard_negatives <= 1:
+        raise UsageError(
+            f"loss.hard_negatives is {loss.hard_negatives}; give a share above 0, 1 counting all voxels"
+        )
+    if loss.hard_negatives < 1 and loss.ce_weight == 0:
+        raise UsageError(
+            f"loss.hard_negatives is {loss.hard_negatives}, but loss.ce_weight 0 leaves the cross-entropy out"
+        )
+    if not 0 <= loss.tversky_beta <= 1:
+        raise UsageError(f"loss.tversky_beta is {loss.tversky_beta}; give a share from 0 to 1")
+    if not 0 < loss.tversky_gamma < math.inf:
+        raise UsageError(f"loss.tversky_gamma is {loss.tversky_gamma}; give a number above 0")
+    if loss.overlap != "dice" and loss.dice_weight == 0:
+        raise UsageError(
+            f"loss.overlap is {loss.overlap!r}, but loss.dice_weight 0 leaves the overlap term out"
+        )
+    if data.labels == "readers" and (loss.overlap != "dice" or loss.lesion_weight):
+        option = "lesion_weight" if loss.lesion_weight else "overlap"
+        raise UsageError(
+            f"loss.{option} is {getattr(loss, option)!r}, which needs one class a voxel; leave it out, or train on "
+            "data.labels consensus"
+        )
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from lungkit.checkpoint import Checkpoint, save_checkpoint
-from lungkit.data import Augmenter, CachedCase, Dataset, PatchSampler
+from lungkit.data import Augmenter, CachedCase, PatchSampler
 from lungkit.data.dataset import IGNORE_INDEX
-from lungkit.data.readers import CodedCase, ReaderCodes
+from lungkit.data.readers import CodedCase
 from lungkit.errors import CheckpointError, DataError
 from lungkit.inference import TrainedModel
-from lungkit.losses import CodedLabelsLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss, SoftDiceCELoss
 from lungkit.metrics import CaseTable
 from lungkit.nn.convolution import CHANNELS_LAST
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
 from lungkit.training.captured_step import CapturedStep, cuda_recorder
-from lungkit.training.config import LossConfig, OptimiserConfig, TrainConfig
+from lungkit.training.config import OptimiserConfig, TrainConfig
 from lungkit.training.config_io import EXTENSIBLE, MOVABLE, config_to_dict
+from lungkit.training.criterion import make_criterion
 from lungkit.training.initialisation import check_frozen_is_trained, copy_weights, freeze_encoder
-from lungkit.training.planning import Plan, Prepared, build_network, codes_of_labels
+from lungkit.training.lesion_numbers import number_lesions
+from lungkit.training.planning import Prepared, build_network, codes_of_labels
 from lungkit.training.run_folder import RunFolder
 from lungkit.training.schedule import WeightAverage, learning_rate_factor, parameter_groups
 from lungkit.training.sharding import ShardedWeightAverage, gathered, load_whole, shared_out_moments
@@ -204,6 +205,7 @@ class Session:
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
             pin_memory=self.fabric.device.type == "cuda",
+            prepare_labels=number_lesions if self.config.loss.lesion_weight else None,
         )
 
     def train_step(self, step: int, images: Tensor, labels: Tensor) -> None:
@@ -417,48 +419,3 @@ def make_optimiser(
             fused=fused or None,
         )
     return torch.optim.AdamW(groups, lr=learning_rate, fused=fused or None)
-
-
-def make_criterion(
-    config: LossConfig,
-    plan: Plan,
-    codes: ReaderCodes | None = None,
-    dataset: Dataset | None = None,
-    *,
-    synchronise: bool = False,
-) -> nn.Module:
-    """Dice + cross-entropy as configured; of shares of readers with ``codes``, of all outputs with deep supervision.
-
-    Regions are as many binary problems, as in nnU-Net: sigmoid, Dice of each, binary cross-entropy.
-    With ``synchronise`` it is the loss of the patches of all processes.
-    """
-    criterion: nn.Module = DiceCELoss(
-        softmax=True,
-        include_background=config.include_background,
-        batch=config.batch_dice,
-        lambda_dice=config.dice_weight,
-        lambda_ce=config.ce_weight,
-        ignore_index=IGNORE_INDEX,
-        synchronise=synchronise,
-    )
-    if dataset is not None and dataset.regions:
-        binary = DiceFocalLoss(
-            sigmoid=True,
-            gamma=0.0,
-            batch=config.batch_dice,
-            lambda_dice=config.dice_weight,
-            lambda_focal=config.ce_weight,
-            synchronise=synchronise,
-        )
-        vectors = torch.from_numpy(dataset.region_vectors)
-        criterion = CodedLabelsLoss(binary, vectors, ignore_index=IGNORE_INDEX)
-    if codes is not None:
-        soft = SoftDiceCELoss(
-            include_background=config.include_background,
-            batch=config.batch_dice,
-            lambda_dice=config.dice_weight,
-            lambda_ce=config.ce_weight,
-            synchronise=synchronise,
-        )
-        criterion = CodedLabelsLoss(soft, torch.from_numpy(codes.shares), ignore_index=IGNORE_INDEX)
-    return DeepSupervisionLoss(criterion) if plan.model["deep_supervision"] else criterion

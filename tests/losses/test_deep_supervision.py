@@ -23,6 +23,16 @@ def test_the_loss_is_the_weighted_sum_over_levels():
     torch.testing.assert_close(halved, (4 * levels[0] + 2 * levels[1] + levels[2]) / 7)
 
 
+def test_the_finest_output_may_have_a_loss_of_its_own():
+    outputs = [torch.randn(2, 3, size, size) for size in (8, 4)]
+    labels = torch.randint(0, 3, (2, 1, 8, 8))
+    finest = DiceCELoss(softmax=True, lambda_ce=0.0)
+    criterion = DeepSupervisionLoss(CRITERION, (0.5, 0.25), finest=finest)
+    side = CRITERION(outputs[1], nearest_labels(labels, (4, 4)))
+    torch.testing.assert_close(criterion(outputs, labels), 0.5 * finest(outputs[0], labels) + 0.25 * side)
+    assert torch.equal(criterion(outputs[0], labels), finest(outputs[0], labels))
+
+
 def test_a_single_output_takes_the_plain_loss():
     logits, labels = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 1, 8, 8))
     assert torch.equal(DeepSupervisionLoss(CRITERION)(logits, labels), CRITERION(logits, labels))

@@ -44,6 +44,13 @@ def test_processes_share_one_global_batch(sampler):
         assert torch.equal(torch.cat([part[step] for part in parts]), images)
 
 
+def test_labels_are_prepared_before_a_batch_is_handed_out(sampler):
+    with Batches(
+        sampler, batch_size=2, first_step=0, last_step=3, prepare_labels=lambda labels: labels + 7
+    ) as batches:
+        assert all(int(labels.min()) == 7 for _, _, labels in batches)
+
+
 def test_an_error_of_the_thread_reaches_the_loop(sampler):
     def broken(indices):
         raise OSError("the cache is gone")

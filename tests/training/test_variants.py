@@ -342,6 +342,32 @@ def test_parts_of_the_network_train_and_a_run_of_them_is_continued_bit_for_bit(
     assert all(torch.equal(value, whole.weights[name]) for name, value in resumed.weights.items())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss__overlap": "focal_tversky", "loss__ce_weight": 0.0, "model__deep_supervision": True},
+        {"loss__hard_negatives": 0.1, "loss__lesion_weight": 0.5},
+    ],
+    ids=["focal Tversky", "hard negatives and lesions"],
+)
+def test_a_run_of_another_loss_is_continued_bit_for_bit(
+    tiny: Tiny, options: dict[str, Any], precision: str
+) -> None:
+    options = {**options, "engine__precision": precision, "model__features": (4, 8, 8), "epochs": 2}
+    result, whole = train(tiny(name="whole", **options))
+    trainer = Trainer(tiny(name="parts", **options), on_epoch_end=lambda row: trainer.stop())
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    parts = result.run_folder.parent / "parts"
+    Trainer.from_run(parts).fit()
+    resumed = load_checkpoint(parts / "checkpoints" / "last")
+    assert all(torch.equal(value, whole.weights[name]) for name, value in resumed.weights.items())
+    plain = tiny(name="plain", **{k: v for k, v in options.items() if not k.startswith("loss")})
+    _, other = train(plain)
+    assert any(not torch.equal(value, whole.weights[name]) for name, value in other.weights.items())
+
+
 def test_background_patches_are_what_training_sees(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     foreground: list[bool] = []
     step = Session.train_step
