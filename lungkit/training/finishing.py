@@ -10,6 +10,7 @@ from lungkit._atomic import write_json_atomic
 from lungkit.checkpoint import BEST, describe_checkpoint
 from lungkit.data import NanPolicy, PatchSampler, save_augmentation_preview
 from lungkit.data.readers import reader_codes
+from lungkit.data.splits import patients
 from lungkit.errors import UsageError
 from lungkit.inference import Predictor, TrainedModel
 from lungkit.metrics import CaseTable, MetricOptions
@@ -58,6 +59,7 @@ def finish(run: Run) -> CaseTable:
             predictor,
             scans,
             by=config.choose_postprocessing_by,
+            patients=patients(prepared.dataset, config.data.patient_pattern),
             rank=fabric.global_rank,
             world_size=fabric.world_size,
             after_case=run.stop_in_final_validation,

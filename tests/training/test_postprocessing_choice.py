@@ -287,6 +287,35 @@ def test_postprocessing_that_the_predictor_has_is_left_out(model):
     assert choose_postprocessing(predictor, scans) == choose_postprocessing(plain, scans)
 
 
+@pytest.mark.parametrize("by", ["dice", "lesion_f1"])
+def test_cases_are_also_measured_with_what_other_patients_chose(model, choose, by):
+    network = FromImage()
+    cases = [noisy_case(f"p{number}_{part}", number) for number in range(7) for part in "ab"]
+    whose = {case.name: case.name.split("_")[0] for case in cases}
+    dice, lesion_f1 = [], []
+    for group in range(5):
+        of_group = [case for case in cases if int(whose[case.name][1:]) % 5 == group]
+        others = [case for case in cases if case not in of_group]
+        options = choose(network, others, by=by).options
+        table = measure_scans(
+            predictor_of(model, network, EIGHT_BIT, postprocessing=options), Scans(of_group, 2)
+        )
+        dice += [row.values["dice"] for row in table.rows]
+        lesion_f1 += [row.values["lesion_f1"] for row in table.rows]
+    choice = choose(network, cases, by=by, patients=whose)
+    assert choice.held_out == pytest.approx((np.mean(dice), np.mean(lesion_f1)))
+    assert choice.held_out != (choice.dice, choice.lesion_f1)
+    honest = choice.held_out[0] if by == "dice" else choice.held_out[1]
+    assert f"{honest:.4f}: expect that of new patients" in choice.note
+    assert choice.to_dict()["dice_held_out"] == choice.held_out[0]
+
+
+def test_the_cases_of_a_single_patient_are_measured_with_their_own_choice_alone(choose):
+    choice = choose(FromImage(), [noisy_case("a", 0), noisy_case("b", 1)], patients={"a": "p", "b": "p"})
+    assert math.isnan(choice.held_out[0]) and "other patients" not in choice.note
+    assert choice.to_dict()["dice_held_out"] is None
+
+
 def test_processes_share_the_cases_and_agree(choose, monkeypatch):
     network, cases = FromImage(), [noisy_case(f"c{seed}", seed) for seed in range(5)]
     alone = choose(network, cases)
