@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lungkit.inference.at_points import Box, PointedNodule, PointedPrediction, segment_at
+from lungkit.inference.at_points import PointedNodule, PointedPrediction, segment_at
 from lungkit.inference.lungs import lung_mask
 from lungkit.inference.patches import gaussian_weights, patch_starts
 from lungkit.inference.postprocessing import Postprocessing, classes_from_probabilities, postprocess
@@ -10,6 +10,7 @@ from lungkit.inference.predictor import Prediction, Predictor
 from lungkit.inference.registry import KnownModel, known_models, model_folder
 from lungkit.inference.sliding_window import predict_label, sliding_window, stream_logits
 from lungkit.inference.trained_model import TrainedModel
+from lungkit.inference.world_points import Box
 
 __all__ = [
     "Box",

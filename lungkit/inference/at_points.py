@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from lungkit.data.geometry import Geometry, orient, plan_geometry
+from lungkit.data.resampling import Filter, axis_weights
 from lungkit.data.volume import Volume
 from lungkit.errors import DataError, UsageError
 from lungkit.inference.predictor import Prediction, Predictor
+from lungkit.inference.world_points import Box, Crop, box_walls, voxel_at
 
 CROP_PIXELS = 128
 """Side of the square that a network of crops is shown, at the scan's own pixels."""
+WIDER_VIEWS = (1.5, 2.0, 3.0)
+"""How many times as wide the further views of a point are, which are shrunk to the same square."""
 REACH_MM = 10.0
 """How far from the point the nearest voxel of its nodule may lie."""
 _FIRST_MM, _FURTHEST_MM = 20.0, 80.0
@@ -24,6 +28,8 @@ _FIRST_MM, _FURTHEST_MM = 20.0, 80.0
 _SHIFT_MM = 3.0
 """Between a click and those that the stability is taken from."""
 _BALL_MM = 3.0
+_WIDEST_SHARE = 1 / 3  # of the view's width, that a nodule takes which needs no wider one
+_LARGER = 1.25
 _HU_BELOW = -500.0  # other intensities do not go so far below zero
 
 
@@ -33,7 +39,8 @@ class PointedNodule:
 
     ``point_ras_mm`` is the point (or the middle of the box) in mm to the right, front and head. ``found`` says whether
     there is a nodule; ``reason`` why not. ``number`` is its value in the mask. ``stability`` is the mean Dice of its
-    mask with those of four clicks 3 mm to each side, NaN where it was not asked for.
+    mask with those of four clicks 3 mm to each side, NaN where it was not asked for. ``view`` is the side of the square
+    it was seen in, in multiples of 128 pixels.
     """
 
     number: int
@@ -42,6 +49,7 @@ class PointedNodule:
     reason: str = ""
     voxels: int = 0
     stability: float = math.nan
+    view: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +57,6 @@ class PointedPrediction(Prediction):
     """A prediction whose classes are "nodule 1", "nodule 2", ... in the order of the points, those that were found."""
 
     nodules: tuple[PointedNodule, ...] = ()
-
-
-@dataclass(frozen=True)
-class Box:
-    """Two opposite corners in mm to the right, front and head: the middle is the point, the walls are the limit."""
-
-    first: tuple[float, float, float]
-    second: tuple[float, float, float]
-
-    @property
-    def centre(self) -> tuple[float, float, float]:
-        """Where the nodule is looked for."""
-        x, y, z = ((one + other) / 2 for one, other in zip(self.first, self.second, strict=True))
-        return x, y, z
 
 
 def segment_at(
@@ -78,6 +72,12 @@ def segment_at(
     on), scaled as the model's training crops were (for a model of 8-bit crops from the smallest to the largest value of
     each slice), and predicted. The nodule is the 26-connected component at the point, or the one whose nearest voxel
     lies within 10 mm of it. Two points may share a nodule; it then has the number of the first.
+
+    A mass that fills the square looks like none of the training's nodules, and at most pieces of it are found. Where no
+    component holds the point itself, or the one that does is wider than a third of the square, squares of 1.5, 2 and 3
+    times the side are therefore looked at too, shrunk to 128 pixels. As long as what holds the point in them is larger
+    by a quarter it is taken instead, with a warning: outlines of what is larger than the training's nodules are to be
+    checked.
 
     Args:
         predictor: one model or several, of one channel.
@@ -104,8 +104,8 @@ def segment_at(
     started = time.perf_counter()
     clicks = _Clicks(predictor, scan)
     centres = [point.centre if isinstance(point, Box) else point for point in points]
-    places = [_place(centre, clicks.geometry, scan) for centre in centres]
-    walls = [_walls(point, clicks.geometry) if isinstance(point, Box) else None for point in points]
+    places = [voxel_at(centre, clicks.geometry, scan) for centre in centres]
+    walls = [box_walls(point, clicks.geometry) if isinstance(point, Box) else None for point in points]
     if clicks.lowest == clicks.highest:
         raise DataError(
             f"{scan.path or 'the scan'}: all voxels are {clicks.lowest:g}; there is nothing to point at"
@@ -129,9 +129,6 @@ def segment_at(
     )
 
 
-Crop = tuple[slice, slice, slice]  # on the oriented grid
-
-
 class _Clicks:
     """A scan that is clicked at."""
 
@@ -143,19 +140,37 @@ class _Clicks:
         self.lowest, self.highest = float(scan.array.min()), float(scan.array.max())
         self.warnings: dict[str, None] = {}
 
-    def __call__(self, place: np.ndarray, half_mm: float, walls: Crop | None) -> tuple[Crop, np.ndarray]:
+    def __call__(
+        self, place: np.ndarray, half_mm: float, walls: Crop | None, view: float = 1.0
+    ) -> tuple[Crop, np.ndarray]:
         """The crop round a voxel (Z, Y, X), and the nodule in it."""
         reach = max(1, math.ceil(half_mm / self.geometry.spacing_mm[0]))
         depth = slice(max(0, int(place[0]) - reach), min(len(self.slices), int(place[0]) + reach + 1))
-        height, width = (_square(int(place[axis]), self.slices.shape[axis]) for axis in (1, 2))
+        side = round(CROP_PIXELS * view)
+        height, width = (_square(int(place[axis]), self.slices.shape[axis], side) for axis in (1, 2))
         crop = (depth, height, width)
-        self.last = self.predictor(_cropped(self.predictor, self.slices, crop, self.geometry))
+        self.last = self.predictor(_cropped(self.predictor, self.slices[crop], self.geometry, view))
         self.warnings.update(dict.fromkeys(self.last.warnings))
         foreground = self.last.mask.transpose(2, 1, 0) != 0
+        if view > 1:
+            foreground = _resized(foreground, self.slices[crop].shape, "linear") >= 0.5
         if walls is not None:
             foreground = foreground & _within(walls, crop)
         corner = np.array([side.start for side in crop])
         return crop, _component(foreground, place - corner, self.geometry.spacing_mm)
+
+    def followed(self, place: np.ndarray, walls: Crop | None, view: float = 1.0) -> tuple[Crop, np.ndarray]:
+        """The same in a crop that is made higher while the nodule reaches its end."""
+        half_mm = _FIRST_MM
+        while True:
+            crop, inside = self(place, half_mm, walls, view)
+            depth = crop[0]
+            goes_on = (inside[0].any() and depth.start > 0) or (
+                inside[-1].any() and depth.stop < len(self.slices)
+            )
+            if not goes_on or half_mm >= _FURTHEST_MM:
+                return crop, inside
+            half_mm *= 2
 
 
 def _nodule(
@@ -167,14 +182,7 @@ def _nodule(
     walls: Crop | None,
     stability: bool,
 ) -> PointedNodule:
-    half_mm = _FIRST_MM
-    while True:
-        crop, inside = clicks(place, half_mm, walls)
-        depth = crop[0]
-        goes_on = (inside[0].any() and depth.start > 0) or (inside[-1].any() and depth.stop < len(numbered))
-        if not goes_on or half_mm >= _FURTHEST_MM:
-            break
-        half_mm *= 2
+    view, crop, inside = _looked_at(clicks, place, walls)
     if not inside.any():
         return PointedNodule(number, centre, False, _why_nothing(clicks, place))
     free = inside & (numbered[crop] == 0)
@@ -182,13 +190,48 @@ def _nodule(
         other = int(np.bincount(numbered[crop][inside]).argmax())
         return PointedNodule(number, centre, False, f"it lies in the nodule of point {other}")
     numbered[crop][free] = number
-    agreement = _stability(clicks, place, crop, inside, walls) if stability else math.nan
-    return PointedNodule(number, centre, True, "", int(free.sum()), agreement)
+    agreement = _stability(clicks, place, crop, inside, walls, view) if stability else math.nan
+    if view > 1:
+        clicks.warnings[
+            f"nodule {number} was found in a view {view:g} times as wide: it is larger than those of the model's "
+            "training; look at its outline"
+        ] = None
+    return PointedNodule(number, centre, True, "", int(free.sum()), agreement, view)
 
 
-def _cropped(predictor: Predictor, slices: np.ndarray, crop: Crop, geometry: Geometry) -> Volume:
-    """The crop as a scan of its own with the intensities that the model knows."""
-    voxels = slices[crop]
+def _looked_at(clicks: _Clicks, place: np.ndarray, walls: Crop | None) -> tuple[float, Crop, np.ndarray]:
+    """The view in which the nodule is seen best, its crop, and the nodule in it."""
+    seen = (1.0, *clicks.followed(place, walls))
+    if _holds(seen, place) and _width(seen[2]) <= CROP_PIXELS * _WIDEST_SHARE:
+        return seen
+    for view in WIDER_VIEWS:
+        wider = (view, *clicks.followed(place, walls, view))
+        if _holds(wider, place) and wider[2].sum() > _LARGER * seen[2].sum():
+            seen = wider
+        elif seen[0] > 1:
+            break
+    return seen
+
+
+def _holds(seen: tuple[float, Crop, np.ndarray], place: np.ndarray) -> bool:
+    _, crop, inside = seen
+    return bool(inside[tuple(place - [side.start for side in crop])])
+
+
+def _width(inside: np.ndarray) -> int:
+    """Pixels from end to end within the slices."""
+    return max(int(np.ptp(np.flatnonzero(inside.any(axis=axes)))) + 1 for axes in ((0, 2), (0, 1)))
+
+
+def _cropped(predictor: Predictor, voxels: np.ndarray, geometry: Geometry, view: float) -> Volume:
+    """The crop as a scan of its own with the intensities that the model knows.
+
+    What is seen in a wider view is shrunk and said to have the scan's own voxels, as a smaller nodule would.
+    """
+    if view > 1:
+        factors = (view if predictor.models[0].dims == 3 else 1.0, view, view)
+        shape = [max(1, round(size / factor)) for size, factor in zip(voxels.shape, factors, strict=True)]
+        voxels = _resized(voxels, shape, "triangle")
     if predictor.models[0].preprocessing.channels[0].units == "8-bit":
         voxels = voxels.astype(np.float32)
         low = voxels.min(axis=(1, 2), keepdims=True)
@@ -196,6 +239,17 @@ def _cropped(predictor: Predictor, slices: np.ndarray, crop: Crop, geometry: Geo
         voxels = np.rint(255 * (voxels - low) / extent).astype(np.uint8)
     depth, height, width = geometry.spacing_mm
     return Volume(np.ascontiguousarray(voxels.transpose(2, 1, 0)), np.diag([width, height, depth, 1.0]))
+
+
+def _resized(array: np.ndarray, shape: Sequence[int], filter: Filter) -> np.ndarray:
+    """float32 of another shape that covers the same field of view."""
+    array = array.astype(np.float32)
+    for axis, (old, new) in enumerate(zip(array.shape, shape, strict=True)):
+        if old != new:
+            low, high, weights = axis_weights(old, new, 0, new, filter)
+            taken = array.take(range(low, high), axis)
+            array = np.moveaxis(np.tensordot(weights.numpy(), taken, (1, axis)), 0, axis)
+    return array
 
 
 def _component(foreground: np.ndarray, place: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
@@ -215,7 +269,7 @@ def _component(foreground: np.ndarray, place: np.ndarray, spacing_mm: Sequence[f
 
 
 def _stability(
-    clicks: _Clicks, place: np.ndarray, crop: Crop, inside: np.ndarray, walls: Crop | None
+    clicks: _Clicks, place: np.ndarray, crop: Crop, inside: np.ndarray, walls: Crop | None, view: float
 ) -> float:
     """Mean Dice of the nodule with what clicks beside it give."""
     spacing, shape = clicks.geometry.spacing_mm, clicks.geometry.oriented_shape
@@ -226,7 +280,7 @@ def _stability(
     for axis, side in itertools.product((1, 2), (-1, 1)):
         moved = place.copy()
         moved[axis] = np.clip(place[axis] + side * round(_SHIFT_MM / spacing[axis]), 0, shape[axis] - 1)
-        other_crop, other = clicks(moved, half_mm, walls)
+        other_crop, other = clicks(moved, half_mm, walls, view)
         found = _numbers(other, other_crop, shape)
         scores.append(2 * len(np.intersect1d(own, found, assume_unique=True)) / (len(own) + len(found)))
     return float(np.mean(scores))
@@ -239,9 +293,9 @@ def _numbers(inside: np.ndarray, crop: Crop, shape: tuple[int, int, int]) -> np.
     return numbers
 
 
-def _square(centre: int, size: int) -> slice:
-    """128 pixels round the centre, moved to lie in the scan; all of it where the scan is smaller."""
-    length = min(CROP_PIXELS, size)
+def _square(centre: int, size: int, side: int) -> slice:
+    """The pixels round the centre, moved to lie in the scan; all of it where the scan is smaller."""
+    length = min(side, size)
     start = min(max(0, centre - length // 2), size - length)
     return slice(start, start + length)
 
@@ -255,70 +309,6 @@ def _within(walls: Crop, crop: Crop) -> np.ndarray:
     return inside
 
 
-def _stored(point: tuple[float, float, float], affine: np.ndarray) -> np.ndarray:
-    """Fractional index (X, Y, Z) of a point in mm."""
-    index: np.ndarray = np.linalg.solve(affine, [*point, 1.0])[:3]
-    return index
-
-
-def _oriented(index: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Index (Z, Y, X) on the oriented grid of one on the scan's own."""
-    turned = np.empty(3)
-    for axis, flip, size, value in zip(
-        geometry.axes, geometry.flips, geometry.original_shape, index, strict=True
-    ):
-        turned[2 - axis] = size - 1 - value if flip else value
-    return turned
-
-
-def _place(point: tuple[float, float, float], geometry: Geometry, scan: Volume) -> np.ndarray:
-    """Voxel (Z, Y, X) on the oriented grid.
-
-    Raises:
-        UsageError: outside of the scan; says where the scan lies.
-    """
-    if len(point) != 3 or not all(math.isfinite(value) for value in point):
-        raise UsageError(f"point {tuple(point)} must be three finite numbers, x, y, z in mm")
-    index = _stored(point, scan.affine)
-    size = np.array(scan.array.shape)
-    if (index < -0.5).any() or (index > size - 0.5).any():
-        corners = np.array(
-            [[*corner, 1.0] for corner in itertools.product(*((-0.5, extent - 0.5) for extent in size))]
-        )
-        ends = (corners @ scan.affine.T)[:, :3]
-        low, high = ends.min(axis=0), ends.max(axis=0)
-        sides = ", ".join(
-            f"{name} {first:.1f} to {last:.1f}" for name, first, last in zip("xyz", low, high, strict=True)
-        )
-        lps = ", ".join(
-            f"{name} {first:.1f} to {last:.1f}"
-            for name, first, last in zip(
-                "xyz", (-high[0], -high[1], low[2]), (-low[0], -low[1], high[2]), strict=True
-            )
-        )
-        raise UsageError(
-            f"{scan.path or 'the scan'}: the point {_text(point)} mm (RAS) lies outside of the scan, which spans "
-            f"{sides} mm in RAS ({lps} in LPS, DICOM's coordinates); give world coordinates in mm, not voxel numbers"
-        )
-    place: np.ndarray = np.rint(np.clip(_oriented(index, geometry), 0, np.array(geometry.oriented_shape) - 1))
-    return place.astype(np.int64)
-
-
-def _walls(box: Box, geometry: Geometry) -> Crop:
-    corners = [
-        _oriented(_stored((x, y, z), geometry.affine), geometry)
-        for x, y, z in itertools.product(*zip(box.first, box.second, strict=True))
-    ]
-    low = np.ceil(np.min(corners, axis=0) - 1e-6).astype(int)
-    high = np.floor(np.max(corners, axis=0) + 1e-6).astype(int) + 1
-    if (high <= low).any():
-        raise UsageError(
-            f"box {_text(box.first)} to {_text(box.second)} mm holds no voxel; give two opposite corners"
-        )
-    depth, height, width = (slice(int(first), int(last)) for first, last in zip(low, high, strict=True))
-    return depth, height, width
-
-
 def _why_nothing(clicks: _Clicks, place: np.ndarray) -> str:
     reach = [int(_BALL_MM // step) for step in clicks.geometry.spacing_mm]
     ball = clicks.slices[
@@ -329,7 +319,3 @@ def _why_nothing(clicks: _Clicks, place: np.ndarray) -> str:
     if clicks.lowest < _HU_BELOW:
         where = ": it lies in air" if mean < -950 else ": it lies in lung" if mean < -600 else ""
     return f"no nodule within {REACH_MM:g} mm of the point{where} (mean {mean:.0f} within {_BALL_MM:g} mm)"
-
-
-def _text(point: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in point)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,7 @@ class Threshold:
             SimpleNamespace(
                 name="threshold",
                 channels=("CT",) * channels,
+                dims=2,
                 preprocessing=SimpleNamespace(channels=(channel,)),
             )
         ]
@@ -36,6 +38,18 @@ class Threshold:
     def __call__(self, scan: Volume) -> Prediction:
         self.seen.append(scan)
         return Prediction((scan.array > 40).astype(np.uint8), scan.affine, {}, 0.0, "cpu", "fp32")
+
+
+class Narrow(Threshold):
+    """The same, but blind to what is wider than 60 pixels."""
+
+    def __call__(self, scan: Volume) -> Prediction:
+        found = super().__call__(scan)
+        return (
+            found
+            if np.ptp(np.nonzero(found.mask.any(axis=(1, 2)))) < 60
+            else replace(found, mask=0 * found.mask)
+        )
 
 
 def scan_with(affine: np.ndarray, *balls: tuple[tuple[int, int, int], int], shape=(180, 160, 40)) -> Volume:
@@ -84,6 +98,32 @@ def test_a_nodule_beyond_the_crop_is_followed():
     assert [seen.array.shape[2] for seen in predictor.seen] == [21, 41, 60]
 
 
+def test_a_mass_that_the_model_cannot_see_is_found_in_a_wider_view_with_a_warning():
+    scan = scan_with(AFFINES["lps"], ((150, 130, 6), 50), shape=(300, 260, 12))
+    found = segment_at(Narrow(), scan, [world(scan.affine, (160, 130, 6))])
+    mass = scan.array == 100
+    overlap = 2 * ((found.mask == 1) & mass).sum() / ((found.mask == 1).sum() + mass.sum())
+    assert found.nodules[0].view == 2.0 and overlap > 0.97
+    assert found.nodules[0].stability > 0.99
+    assert "nodule 1 was found in a view 2 times as wide" in found.warnings[0]
+
+
+def test_a_nodule_of_more_than_a_third_of_the_view_stays_in_it_where_a_wider_one_shows_no_more():
+    scan = scan_with(AFFINES["ras"], ((90, 80, 6), 30), shape=(180, 160, 12))
+    predictor = Threshold()
+    found = segment_at(predictor, scan, [world(scan.affine, (90, 80, 6))], stability=False)
+    assert len(predictor.seen) > 1  # it was looked at
+    assert found.nodules[0].view == 1.0 and np.array_equal(found.mask == 1, scan.array == 100)
+
+
+def test_a_wider_view_does_not_replace_a_nodule_beside_the_point():
+    scan = scan_with(AFFINES["ras"], ((90, 80, 20), 3), ((20, 80, 20), 12))
+    predictor = Threshold()
+    found = segment_at(predictor, scan, [world(scan.affine, (90 + 6, 80, 20))], stability=False)
+    assert found.nodules[0].view == 1.0 and found.nodules[0].voxels == (scan.array[60:] == 100).sum()
+    assert max(max(seen.array.shape[:2]) for seen in predictor.seen) == CROP_PIXELS  # wider views are shrunk
+
+
 def test_the_nearest_nodule_within_10_mm_and_none_beyond():
     scan = scan_with(AFFINES["ras"], ((90, 80, 20), 3))
     near = segment_at(Threshold(), scan, [world(scan.affine, (90 + 3 + 14, 80, 20))], stability=False)
@@ -126,23 +166,9 @@ def test_a_model_of_8_bit_crops_sees_each_slice_from_its_smallest_to_its_largest
     assert not seen[..., 0].any()  # a slice of one value has no range
 
 
-def test_a_point_outside_says_where_the_scan_lies_in_both_systems():
-    scan = scan_with(AFFINES["ras"], ((90, 80, 20), 3))
-    with pytest.raises(UsageError, match=r"x -60\.4 to 65\.6.*RAS.*x -65\.6 to 60\.4.*LPS"):
-        segment_at(Threshold(), scan, [(70.0, 0.0, 120.0)])
-
-
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
-        ([], "at least one"),
-        ([(0.0, float("nan"), 110.0)], "finite"),
-        ([Box((0, 0, 110), (0.1, 0.1, 110.1))], "no voxel"),
-    ],
-)
-def test_points_that_cannot_be_used(points, message):
-    with pytest.raises(UsageError, match=message):
-        segment_at(Threshold(), scan_with(AFFINES["ras"], ((90, 80, 20), 3)), points)
+def test_no_point_is_refused():
+    with pytest.raises(UsageError, match="at least one"):
+        segment_at(Threshold(), scan_with(AFFINES["ras"], ((90, 80, 20), 3)), [])
 
 
 def test_models_of_several_channels_are_refused():

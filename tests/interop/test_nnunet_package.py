@@ -1,4 +1,4 @@
-"""Against nnU-Net itself, where it is installed: networks, logits in fp32, masks, the loss of the trainer.
+"""Against nnU-Net itself, where it is installed: networks, logits in fp32, masks, the trainer and its loss.
 
 nnU-Net adds logits up in half precision; for the comparison of logits it is made to use fp32.
 """
@@ -6,6 +6,10 @@ nnU-Net adds logits up in half precision; for the comparison of logits it is mad
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,8 @@ import torch
 from nnunet_cases import write_nnunet_model
 
 import lungkit
-from lungkit.data import Volume
+from lungkit.data import Volume, make_phantom
+from lungkit.data.phantom import write_phantom_dataset
 from lungkit.inference.scan_scores import ensemble_scores
 from lungkit.interop import import_nnunet
 
@@ -70,14 +75,79 @@ def test_logits_and_masks_are_nnunets(
     spacing: tuple[float, float, float],
     folds: tuple[int, ...],
 ) -> None:
+    folder = write_nnunet_model(tmp_path, dims=dims, residual=residual, folds=[str(fold) for fold in folds])
+    # Half cannot tell some voxels apart that random weights leave undecided, least of all in the corners, where weights
+    # are smaller than half resolves.
+    same_in_half = check_agreement(folder, tmp_path / "run", scan(spacing), folds, monkeypatch)
+    assert same_in_half > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("planner", "plans"),
+    [("ExperimentPlanner", "nnUNetPlans"), ("nnUNetPlannerResEncM", "nnUNetResEncUNetMPlans")],
+)
+def test_what_nnunet_trains_with_the_fused_loss_predicts_the_same_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planner: str, plans: str
+) -> None:
+    import lungkit.interop.nnunet_trainer as folder_of_trainers
+
+    trainers = tmp_path / "trainers"
+    trainers.mkdir()
+    (trainers / "short.py").write_text(SHORT_TRAINER)
+    folders = {name: tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    environment = {
+        **os.environ,
+        **{name: str(path) for name, path in folders.items()},
+        "nnUNet_extTrainer": os.pathsep.join([str(folder_of_trainers.__path__[0]), str(trainers)]),
+        "nnUNet_compile": "f",
+        "nnUNet_n_proc_DA": "1",
+    }
+
+    def nnunet(command: str) -> None:
+        program, *options = command.split()
+        subprocess.run([Path(sys.executable).parent / program, *options], env=environment, check=True)
+
+    dataset = folders["nnUNet_raw"] / "Dataset001_Phantom"
+    write_phantom_dataset(dataset, cases=5, shape=(10, 64, 64), seed=5)
+    nnunet(f"nnUNetv2_plan_and_preprocess -d 1 -pl {planner} -c 2d -np 1 -npfp 1")
+    narrow = folders["nnUNet_preprocessed"] / dataset.name / f"{plans}.json"
+    content = json.loads(narrow.read_text())
+    settings = content["configurations"]["2d"]
+    widths = settings["architecture"]["arch_kwargs"]["features_per_stage"]
+    settings["architecture"]["arch_kwargs"]["features_per_stage"] = [min(width // 4, 32) for width in widths]
+    settings["batch_size"] = 2
+    narrow.write_text(json.dumps(content))
+    nnunet(f"nnUNetv2_train 1 2d 0 -p {plans} -tr nnUNetTrainerLungkitShort -device cpu")
+
+    monkeypatch.setenv("nnUNet_extTrainer", environment["nnUNet_extTrainer"])
+    phantom = make_phantom(7, shape=(12, 64, 64))
+    volume = Volume(phantom.image.transpose(2, 1, 0), np.diag([-4.0, -4.2, 6.0, 1.0]))
+    model = folders["nnUNet_results"] / dataset.name / f"nnUNetTrainerLungkitShort__{plans}__2d"
+    assert check_agreement(model, tmp_path / "run", volume, (0,), monkeypatch) > 0.999
+
+
+SHORT_TRAINER = """
+import torch
+from lungkit.interop.nnunet_trainer.lungkit_trainer import nnUNetTrainerLungkit
+
+class nnUNetTrainerLungkitShort(nnUNetTrainerLungkit):
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 25, 1
+"""
+
+
+def check_agreement(
+    folder: Path, run: Path, volume: Volume, folds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> float:
+    """Logits and masks of a model in nnU-Net and here; the share of voxels equal to nnU-Net's in half precision."""
     from nnunetv2.inference import predict_from_raw_data
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-    folder = write_nnunet_model(tmp_path, dims=dims, residual=residual, folds=[str(fold) for fold in folds])
-    import_nnunet(folder, tmp_path / "run")
-    ours = lungkit.Predictor.from_run(tmp_path / "run", device="cpu")
+    import_nnunet(folder, run)
+    ours = lungkit.Predictor.from_run(run, device="cpu")
     theirs = predictor_of(folder, folds, mirror=True)
-    volume = scan(spacing)
     array = volume.array.transpose(2, 1, 0)[None].astype(np.float32)
     properties = {"spacing": list(volume.spacing_mm[::-1])}
     in_half = theirs.predict_single_npy_array(array, dict(properties))
@@ -110,9 +180,7 @@ def test_logits_and_masks_are_nnunets(
     for label in (0, 1):
         both = (found == label).sum() + (mask == label).sum()
         assert both > 0 and 2 * ((found == label) & (mask == label)).sum() / both > 0.999
-    # Half cannot tell some voxels apart that random weights leave undecided, least of all in the corners, where weights
-    # are smaller than half resolves.
-    assert (found == in_half).mean() > 0.99
+    return float((found == in_half).mean())
 
 
 @pytest.mark.parametrize("ignore", [None, 3])
