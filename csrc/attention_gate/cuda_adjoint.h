@@ -4,6 +4,7 @@
 // most.
 #pragma once
 
+#include "../support/cuda_store.h"
 #include "../support/cuda_tensor_cores.h"
 #include "cuda_tile.h"
 
@@ -73,12 +74,19 @@ struct AdjointPart {
         Bytes16 piece;
 #pragma unroll
         for (int i = 0; i < 4; ++i) piece.word[i] = pack<Stored>(value[2 * i], value[2 * i + 1]);
-        *reinterpret_cast<Bytes16*>(at) = piece;
+        store_whole(at, piece);
         return;
       }
     }
     const int64_t step = by_voxel ? to.channel_stride : to.voxel_stride;
     const int count = by_voxel ? static_cast<int>(to.channels) - channel : task.axes[2].coarse - x;
+    if constexpr (width == 4) {
+      if (step == 1 && count >= 4 && reinterpret_cast<uintptr_t>(at) % 8 == 0) {
+        const uint2 piece = {pack<Stored>(value[0], value[1]), pack<Stored>(value[2], value[3])};
+        store_whole(at, piece);
+        return;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       if (i < count) at[i * step] = static_cast<Stored>(value[i]);

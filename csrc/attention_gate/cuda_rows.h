@@ -3,6 +3,7 @@
 // its next one are on their way into shared memory.
 #pragma once
 
+#include "../support/cuda_store.h"
 #include "../support/cuda_tensor_cores.h"
 #include "cuda_tile.h"
 
@@ -138,7 +139,7 @@ __device__ __forceinline__ void store_run(const Stored* tile, const Features<Sto
 #pragma unroll
     for (int k = 0; k < Tile::pieces_per_lane; ++k, target += step * row_step) {
       const int row = first_row + k * step;
-      if (row < rows && column < columns) *reinterpret_cast<Bytes16*>(target) = piece_of(row);
+      if (row < rows && column < columns) store_whole(target, piece_of(row));
     }
     return;
   }

@@ -81,6 +81,19 @@ __device__ __forceinline__ void load_group(const T* from, int64_t stride, const 
   }
 }
 
+// The group's class indices of masks whose `bytes` are packed; no class where a voxel does not exist.
+__device__ __forceinline__ uint2 bytes_of(const void* data, const VoxelLayout& layout, int64_t image,
+                                          const Group& group) {
+  const uint8_t* const from = static_cast<const uint8_t*>(data) + image * layout.batch_stride + group.first;
+  if (group.whole) return *reinterpret_cast<const uint2*>(from);
+  unsigned words[2] = {};
+#pragma unroll
+  for (int k = 0; k < group_voxels; ++k) {
+    words[k / 4] |= (group.has(k) ? unsigned{from[k]} : 0xffu) << 8 * (k % 4);
+  }
+  return {words[0], words[1]};
+}
+
 // Class indices below num_classes, not_counted for all others.
 template <class Index>
 __device__ __forceinline__ void load_codes(const Index* from, int64_t stride, const ConfusionView& view,
@@ -145,9 +158,9 @@ __device__ unsigned warp_sum(unsigned value) {
   return value;
 }
 
-// What a thread has seen of two classes, of up to four, or of any number. All threads of a warp call
-// end_of_group() and finish(), which hand it on as add(k, number), for counts[k].
-enum class Classes { two, few, any };
+// What a thread has seen of two classes, of up to four, of up to four in masks of bytes, or of any number.
+// All threads of a warp call end_of_group() and finish(), which hand it on as add(k, number), for counts[k].
+enum class Classes { two, few, few_bytes, any };
 constexpr int few_classes = 4;
 
 template <Classes classes>
@@ -229,6 +242,76 @@ struct Counter<Classes::few> {
   }
 };
 
+// Of masks of three or four classes in bytes: flags of four voxels at a time, a byte each, whose sums say how
+// often each bit of the class index is set, both are, and prediction and label agree.
+template <>
+struct Counter<Classes::few_bytes> {
+  static constexpr unsigned each = 0x01010101u;
+  static constexpr int most_groups = 255 / (group_voxels / 4);
+  unsigned counted = 0, guess[3] = {}, label[3] = {}, both[4] = {};
+  unsigned voxels = 0;
+  int groups = 0;
+
+  __device__ __forceinline__ void see_bytes(unsigned guesses, unsigned labels, const ConfusionView& view) {
+    const unsigned g0 = guesses & each, g1 = guesses >> 1 & each, g3 = g0 & g1;
+    const unsigned l0 = labels & each, l1 = labels >> 1 & each, l3 = l0 & l1;
+    const unsigned others = (guesses | labels) & 0xfc * each;  // not 0 in bytes that hold another class
+    unsigned left_out = (((others & 0x7f * each) + 0x7f * each) | others) >> 7;
+    if (view.num_classes == 3) left_out |= g3 | l3;
+    if (view.ignored >= 0) {
+      left_out |= (view.ignored & 1 ? l0 : ~l0) & (view.ignored & 2 ? l1 : ~l1);
+    }
+    const unsigned counts = each & ~left_out, equal = counts & ~((guesses ^ labels) | (g1 ^ l1));
+    counted += counts;
+    guess[0] += counts & g0;
+    guess[1] += counts & g1;
+    guess[2] += counts & g3;
+    label[0] += counts & l0;
+    label[1] += counts & l1;
+    label[2] += counts & l3;
+    both[0] += equal & g0;
+    both[1] += equal & g1;
+    both[2] += equal & g3;
+    both[3] += equal;
+  }
+  template <class Add>
+  __device__ __forceinline__ void end_of_group(const Add& add) {
+    if (++groups == most_groups) finish(add);
+  }
+  template <class Add>
+  __device__ void finish(const Add& add) {
+    groups = 0;
+    const auto total = [](unsigned& flags) {  // two sums in one: a warp's are below 2^16
+      const unsigned sum = warp_sum((flags & 0xff00ff) + (flags >> 8 & 0xff00ff));
+      flags = 0;
+      return (sum & 0xffff) + (sum >> 16);
+    };
+    const unsigned n = total(counted);
+    unsigned g[4], l[4], b[4];
+    by_class(total, guess, n, g);
+    by_class(total, label, n, l);
+    by_class(total, both, total(both[3]), b);
+    if (threadIdx.x % 32 != 0) return;
+    voxels += n;
+    for (int c = 0; c < few_classes; ++c) {
+      if (b[c] != 0) add(3 * c, b[c]);
+      if (g[c] != b[c]) add(3 * c + 1, g[c] - b[c]);
+      if (l[c] != b[c]) add(3 * c + 2, l[c] - b[c]);
+    }
+  }
+
+ private:
+  template <class Total, int size>
+  __device__ static void by_class(const Total& total, unsigned (&flags)[size], unsigned all,
+                                  unsigned (&of)[4]) {
+    const unsigned low = total(flags[0]), high = total(flags[1]);
+    of[3] = total(flags[2]);
+    of[1] = low - of[3];
+    of[2] = high - of[3];
+    of[0] = all - low - of[2];
+  }
+};
+
 // A run of equal pairs at a time.
 template <>
 struct Counter<Classes::any> {
@@ -285,32 +368,35 @@ __global__ void __launch_bounds__(block_threads, std::is_same_v<Pred, double> ? 
   for (int64_t first = blockIdx.x * int64_t{block_voxels}; first < view.label_layout.voxels;
        first += gridDim.x * int64_t{block_voxels}) {
     const Group group(view, first);
-    if constexpr (classes == Classes::two && std::is_void_v<Pred>) {
-      if (view.bytes && group.whole) {
-        const auto words = [&](const void* data, const VoxelLayout& layout) {
-          return *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(data) +
-                                                 image * layout.batch_stride + group.first);
-        };
-        const uint2 guesses = words(view.pred, view.pred_layout),
-                    labels = words(view.labels, view.label_layout);
-        counter.see_bytes(guesses.x, labels.x, view.ignored);
-        counter.see_bytes(guesses.y, labels.y, view.ignored);
-        continue;
-      }
-    }
-    int labels[group_voxels], guesses[group_voxels];
-    load_codes(view.labels, view.label_type, view.label_layout, view, image, group, view.ignored, labels);
-    if constexpr (std::is_void_v<Pred>) {
-      load_codes(view.pred, view.pred_type, view.pred_layout, view, image, group, -1, guesses);
+    if constexpr (classes == Classes::few_bytes) {
+      const uint2 guesses = bytes_of(view.pred, view.pred_layout, image, group),
+                  labels = bytes_of(view.labels, view.label_layout, image, group);
+      counter.see_bytes(guesses.x, labels.x, view);
+      counter.see_bytes(guesses.y, labels.y, view);
     } else {
-      load_argmax<Pred>(view, image, group, guesses);
-    }
-    if (!group.whole) {
+      if constexpr (classes == Classes::two && std::is_void_v<Pred>) {
+        if (view.bytes && group.whole) {
+          const uint2 guesses = bytes_of(view.pred, view.pred_layout, image, group),
+                      labels = bytes_of(view.labels, view.label_layout, image, group);
+          counter.see_bytes(guesses.x, labels.x, view.ignored);
+          counter.see_bytes(guesses.y, labels.y, view.ignored);
+          continue;
+        }
+      }
+      int labels[group_voxels], guesses[group_voxels];
+      load_codes(view.labels, view.label_type, view.label_layout, view, image, group, view.ignored, labels);
+      if constexpr (std::is_void_v<Pred>) {
+        load_codes(view.pred, view.pred_type, view.pred_layout, view, image, group, -1, guesses);
+      } else {
+        load_argmax<Pred>(view, image, group, guesses);
+      }
+      if (!group.whole) {
 #pragma unroll
-      for (int k = 0; k < group_voxels; ++k) labels[k] = group.has(k) ? labels[k] : not_counted;
-    }
+        for (int k = 0; k < group_voxels; ++k) labels[k] = group.has(k) ? labels[k] : not_counted;
+      }
 #pragma unroll
-    for (int k = 0; k < group_voxels; ++k) counter.see(guesses[k], labels[k], add);
+      for (int k = 0; k < group_voxels; ++k) counter.see(guesses[k], labels[k], add);
+    }
     counter.end_of_group(add);
   }
   counter.finish(add);
@@ -341,12 +427,14 @@ bool is_packed(const Tensor& tensor, const VoxelLayout& layout) {
 template <class Pred>
 void launch_confusion_counts(const ConfusionArguments& a, const Tensor& counts, const Tensor& voxels) {
 #ifdef LUNGKIT_EMULATE
-  constexpr int64_t blocks_per_image = 2;  // small inputs have to reach many groups a thread too
+  constexpr int64_t fewest_blocks = 2, most_blocks = 2;  // small inputs reach many groups a thread too
 #else
-  constexpr int64_t blocks_per_image = 1024;
+  // Of an image: a block's counters cost as much as some hundred voxels of each thread.
+  constexpr int64_t fewest_blocks = 128, most_blocks = 1024;
 #endif
   constexpr int64_t max_images_per_launch = 65535;
   const int64_t images = a.label_layout.batch, of_image = a.label_layout.voxels;
+  const int64_t blocks_per_image = std::max(fewest_blocks, most_blocks / std::max<int64_t>(images, 1));
   const int64_t blocks = std::max(std::min(ceil_div(of_image, block_voxels), blocks_per_image),
                                   ceil_div(of_image, max_voxels_per_block));
   const bool shared_counters = a.num_classes <= max_shared_classes;
@@ -380,6 +468,8 @@ void launch_confusion_counts(const ConfusionArguments& a, const Tensor& counts, 
     };
     if (a.num_classes == 2) {
       launch(std::integral_constant<Classes, Classes::two>{});
+    } else if (std::is_void_v<Pred> && view.bytes && a.num_classes > 2 && a.num_classes <= few_classes) {
+      if constexpr (std::is_void_v<Pred>) launch(std::integral_constant<Classes, Classes::few_bytes>{});
     } else if (a.num_classes <= few_classes) {
       launch(std::integral_constant<Classes, Classes::few>{});
     } else {

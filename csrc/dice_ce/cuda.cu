@@ -221,10 +221,14 @@ struct Cuda {
     const Tensor totals = torch::stable::new_empty(a.logits, {sums.outputs()}, ScalarType::Double);
     with_statistics_type(a.logits, [&](auto zero) {
       using A = decltype(zero);
-      LUNGKIT_LAUNCH((finish_loss<A>), 1, finish_threads, 0, current_stream(a.logits), sums.of<A>(),
-                     weight ? static_cast<const A*>(weight->const_data_ptr()) : nullptr, a.class_indices,
-                     a.options, static_cast<double*>(totals.mutable_data_ptr()),
-                     static_cast<A*>(loss.mutable_data_ptr()), static_cast<A*>(slopes.mutable_data_ptr()));
+      const auto finish_by = [&]<class Team>(Team) {
+        LUNGKIT_LAUNCH((finish_loss<A, Team>), 1, finish_threads, 0, current_stream(a.logits), sums.of<A>(),
+                       weight ? static_cast<const A*>(weight->const_data_ptr()) : nullptr, a.class_indices,
+                       a.options, static_cast<double*>(totals.mutable_data_ptr()),
+                       static_cast<A*>(loss.mutable_data_ptr()), static_cast<A*>(slopes.mutable_data_ptr()));
+      };
+      const bool by_warp = most_warp_terms >= sums.images * sums.classes;
+      by_warp ? finish_by(Warp{}) : finish_by(Block{});
     });
     return {loss, slopes};
   }

@@ -147,7 +147,7 @@ struct FewReader {
         Pack<T, voxels> pack;
 #pragma unroll
         for (int k = 0; k < voxels; ++k) pack.of[k] = static_cast<T>(element(z, c, k));
-        store_pack(at, pack);
+        store_whole(at, pack);
       } else {
 #pragma unroll
         for (int k = 0; k < voxels; ++k) {

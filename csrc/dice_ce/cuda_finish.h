@@ -10,6 +10,9 @@ namespace {
 
 constexpr int finish_threads = 1024;
 constexpr int finish_warps = finish_threads / 32;
+// Images times classes that one warp finishes: the usual loss has a handful, for which a block of warps would
+// only wait.
+constexpr int most_warp_terms = 64;
 
 // What the first launch left: the sums of image b are partial[(b * width + k) * chunks + chunk], k = row *
 // classes + c and, for k = width - 1, the voxels.
@@ -22,13 +25,21 @@ struct Partial {
 
   LUNGKIT_HD int width() const { return partial_width(classes); }
 
-  // One sum over all chunks, by a whole warp; valid in lane 0.
+  // One sum over all chunks, by a whole warp; valid in lane 0. A chunk that is not there is 0, so that all
+  // loads of a batch are on their way together: a loop over what is left would wait for each.
   __device__ double total(int64_t output) const {
+    constexpr int batch = 16;
     const A* const of_output = sums + output * chunks;
     double sum = 0;
-#pragma unroll 16
-    for (int chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) {
-      sum += static_cast<double>(of_output[chunk]);
+#pragma unroll 1
+    for (int first = threadIdx.x % 32; first < chunks; first += 32 * batch) {
+      A of_chunk[batch];
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        of_chunk[k] = first + 32 * k < chunks ? of_output[first + 32 * k] : A(0);
+      }
+#pragma unroll
+      for (int k = 0; k < batch; ++k) sum += static_cast<double>(of_chunk[k]);
     }
     return warp_sum(sum);
   }
@@ -57,7 +68,7 @@ __global__ void __launch_bounds__(finish_threads)
 // The threads of one block, for finish(). Each must call add_up(), once.
 struct Block {
   __device__ int rank() const { return threadIdx.x; }
-  __device__ int size() const { return finish_threads; }
+  __device__ static constexpr int size() { return finish_threads; }
 
   template <class... Number>
   __device__ void add_up(Number&... numbers) const {
@@ -72,8 +83,19 @@ struct Block {
   }
 };
 
-// One block. `memory` has room for images * width numbers; weight may be null.
-template <class A>
+// Those of its first warp.
+struct Warp {
+  __device__ int rank() const { return threadIdx.x; }
+  __device__ static constexpr int size() { return 32; }
+
+  template <class... Number>
+  __device__ void add_up(Number&... numbers) const {
+    ((numbers = __shfl_sync(0xffffffffu, warp_sum(numbers), 0)), ...);
+  }
+};
+
+// One block, of which a Team finishes. `memory` has room for images * width numbers; weight may be null.
+template <class A, class Team>
 __global__ void __launch_bounds__(finish_threads)
     finish_loss(Partial<A> partial, const A* __restrict__ weight, bool class_indices, DiceCeOptions options,
                 double* __restrict__ memory, A* __restrict__ loss, A* __restrict__ slopes) {
@@ -87,8 +109,10 @@ __global__ void __launch_bounds__(finish_threads)
     if (threadIdx.x % 32 == 0) sums[output] = total;
   }
   __syncthreads();
+  const Team team;
+  if (threadIdx.x >= Team::size()) return;
   const double value = finish(
-      Block{}, images, classes, class_indices, options,
+      team, images, classes, class_indices, options,
       [&](Row row, int b, int c) {
         return sums[b * width + (row == row_voxels ? width - 1 : row * classes + c)];
       },

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "../support/cuda_store.h"
 #include "../support/layout.h"
 #include "arguments.h"
 #include "maths.h"
@@ -69,14 +70,6 @@ struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Pack {
 template <class T, int count>
 __device__ __forceinline__ Pack<T, count> load_pack(const void* data, int64_t offset) {
   return *reinterpret_cast<const Pack<T, count>*>(static_cast<const T*>(data) + offset);
-}
-
-// A Pack of 16 bytes, written at once: left to itself the compiler may split it.
-template <class T>
-__device__ __forceinline__ void store_pack(T* to, const Pack<T, 16 / sizeof(T)>& pack) {
-  uint4 whole;
-  memcpy(&whole, &pack, sizeof whole);
-  __stwb(reinterpret_cast<uint4*>(to), whole);
 }
 
 template <class Body>

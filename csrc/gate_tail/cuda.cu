@@ -262,8 +262,11 @@ std::tuple<Tensor, Tensor> gate_psi_backward_cuda(const Tensor& grad_psi, const 
   const DeviceGuard guard(q);
   const Tensor values = with_unit_stride(q), slopes = torch::stable::contiguous(grad_psi);
   Tensor grad = new_features_if(needs_features, values);
-  Tensor grad_weight = torch::stable::new_zeros(weight, {needs_weight ? q.size(1) : 0});
-  if (slopes.numel() == 0 || q.size(1) == 0) return {grad, grad_weight};
+  const int64_t weights_asked_for = needs_weight ? q.size(1) : 0;
+  if (slopes.numel() == 0 || q.size(1) == 0) {
+    return {grad, torch::stable::new_zeros(weight, {weights_asked_for})};
+  }
+  const Tensor grad_weight = torch::stable::new_empty(weight, {weights_asked_for});
   dispatch_floating(q.scalar_type(), "gate_psi_backward", [&](auto zero) {
     using Stored = decltype(zero);
     using Sum = accumulate_t<Stored>;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../support/cuda_store.h"
 #include "../support/dispatch.h"
 #include "../support/layout.h"
 
@@ -31,11 +32,7 @@ struct Piece {
     memcpy(&piece, &bytes, sizeof bytes);
     return piece;
   }
-  __device__ void store(Stored* to) const {
-    PieceBytes bytes;
-    memcpy(&bytes, this, sizeof bytes);
-    *reinterpret_cast<PieceBytes*>(to) = bytes;
-  }
+  __device__ void store(Stored* to) const { store_whole(to, *this); }
   __device__ Sum at(int i) const { return static_cast<Sum>(of[i]); }
 };
 
@@ -202,10 +199,9 @@ __global__ void __launch_bounds__(piece_threads, 2)
   constexpr int width = Piece<Stored>::width;
   const PieceTile<Stored, by_voxel> tile(layout);
   const int64_t start = tile.image * layout.image_stride, map_start = tile.image * layout.voxels;
-  // Writes the gradient of one piece; sum[i] += slope[i] * q[i].
-  const auto differentiate = [&](int64_t offset, int64_t channel, const Sum(&slope)[width],
-                                 Sum(&sum)[width]) {
-    const auto value = Piece<Stored>::load(q + offset);
+  // Writes the gradient of one piece of q; sum[i] += slope[i] * value[i].
+  const auto differentiate = [&](const Piece<Stored>& value, int64_t offset, int64_t channel,
+                                 const Sum(&slope)[width], Sum(&sum)[width]) {
     Piece<Stored> to;
 #pragma unroll
     for (int i = 0; i < width; ++i) {
@@ -234,7 +230,8 @@ __global__ void __launch_bounds__(piece_threads, 2)
           Sum of_voxel[width];
 #pragma unroll
           for (int i = 0; i < width; ++i) of_voxel[i] = slope[k];
-          differentiate(start + voxel * layout.row_stride + channel, channel, of_voxel, sum);
+          const int64_t offset = start + voxel * layout.row_stride + channel;
+          differentiate(Piece<Stored>::load(q + offset), offset, channel, of_voxel, sum);
         }
       }
       if (partial == nullptr) continue;
@@ -254,17 +251,28 @@ __global__ void __launch_bounds__(piece_threads, 2)
     const int64_t voxel = tile.first + tile.column * width;
     Sum slope[width] = {};
     if (voxel < layout.voxels) load_map<Stored, false>(grad_psi, map_start + voxel, slope);
-    for (int64_t first = 0; first < layout.channels; first += piece_rows) {
-      const int64_t channel = first + tile.row;
-      Sum sum[width] = {}, total = 0;
-      if (channel < layout.channels && voxel < layout.voxels) {
-        differentiate(start + channel * layout.row_stride + voxel, channel, slope, sum);
-      }
-      if (partial == nullptr) continue;
+    constexpr int batch = 4;  // pieces on their way together
+    for (int64_t first = 0; first < layout.channels; first += batch * piece_rows) {
+      const auto channel = [&](int k) { return first + k * piece_rows + tile.row; };
+      const auto offset = [&](int k) { return start + channel(k) * layout.row_stride + voxel; };
+      const auto has = [&](int k) { return channel(k) < layout.channels && voxel < layout.voxels; };
+      Piece<Stored> values[batch];
 #pragma unroll
-      for (int i = 0; i < width; ++i) total += sum[i];
-      total = sum_of_row(total);
-      if (tile.column == 0 && channel < layout.channels) partial[channel * gridDim.x + blockIdx.x] = total;
+      for (int k = 0; k < batch; ++k) {
+        if (has(k)) values[k] = Piece<Stored>::load(q + offset(k));
+      }
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        Sum sum[width] = {}, total = 0;
+        if (has(k)) differentiate(values[k], offset(k), channel(k), slope, sum);
+        if (partial == nullptr) continue;
+#pragma unroll
+        for (int i = 0; i < width; ++i) total += sum[i];
+        total = sum_of_row(total);
+        if (tile.column == 0 && channel(k) < layout.channels) {
+          partial[channel(k) * gridDim.x + blockIdx.x] = total;
+        }
+      }
     }
   }
 }

@@ -89,13 +89,19 @@ def test_ignored_voxels_are_not_counted(kernels, ignore_index):
     assert actual[1][0] == (labels[0] != ignore_index).sum()
 
 
-@pytest.mark.parametrize("classes", [2, 4, 7])
-@pytest.mark.parametrize("ignore_index", [0, 1, 255])
+@pytest.mark.parametrize("classes", [2, 3, 4, 7])
+@pytest.mark.parametrize("ignore_index", [0, 1, 2, 3, 255])
 def test_ignored_bytes_are_not_counted(kernels, ignore_index, classes):
     pred, labels = hard_case((2, 8, 13), classes, torch.uint8)
     labels[1, 2:4] = ignore_index
     actual = confusion_counts(pred, labels, classes, ignore_index)
     assert_same(actual, reference(pred, labels, classes, ignore_index))
+
+
+def test_more_groups_of_a_thread_than_a_byte_counts_equal_the_twin(emulator):
+    pred, labels = hard_case((1, 130, 4200), 4, torch.uint8)
+    actual = torch.ops.lungkit_emulated.confusion_counts(pred, labels, 4, None)
+    assert_same(actual, reference(pred, labels, 4))
 
 
 def test_runs_of_labels_equal_the_twin(kernels):
@@ -142,7 +148,7 @@ def test_cuda_leaves_out_a_class_index_out_of_range(kernels):
 
 
 @on_cuda_kernels
-@pytest.mark.parametrize("classes", [2, 4, 5])
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
 def test_cuda_leaves_out_any_of_many_class_indices_out_of_range(kernels, dtype, classes):
     pred, labels = hard_case((1, 48), classes, dtype)
