@@ -65,6 +65,15 @@ class Instruction:
         return next(found, "alu")
 
     @property
+    def access_bytes(self) -> int:
+        """Of global memory, by a lane."""
+        name = self.opcode
+        if not name.startswith(("LDG", "STG")):
+            return 0
+        widths = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
+        return next((size for part, size in widths.items() if part in name), 4)
+
+    @property
     def wavefronts(self) -> int:
         """Passes of the memory pipe: 128 bytes each, so that 16 bytes a lane take four."""
         if self.pipe != "memory":

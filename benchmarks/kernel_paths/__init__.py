@@ -8,7 +8,11 @@ tensor products and bytes of copies to shared memory. So the model of benchmarks
 from __future__ import annotations
 
 from .attention_gate import GATES, Gate, gate_backward, gate_configurations, gate_forward
+from .confusion_counts import counts_configurations
 from .declarations import MULTIPROCESSORS, Configuration, HostCalls, Launch
+from .dice_ce import loss_configurations
+from .gate_tail import tail_configurations
+from .norm_act import norm_configurations
 
 __all__ = [
     "GATES",
@@ -24,4 +28,10 @@ __all__ = [
 
 
 def configurations() -> list[Configuration]:
-    return gate_configurations()
+    return [
+        *gate_configurations(),
+        *loss_configurations(),
+        *tail_configurations(),
+        *counts_configurations(),
+        *norm_configurations(),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .declarations import MULTIPROCESSORS, Configuration, Launch
+from .declarations import MULTIPROCESSORS, Configuration, HostCalls, Launch
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,13 @@ def gate_forward(gate: Gate) -> Configuration:
         products=gate.runs * (gate.theta_products() + gate.interpolation_products()),
         copied_bytes=2 * gate.voxels * gate.channels,
     )
-    return Configuration(f"gate forward {gate.label}", fewest, (launch,), gate.timed_as("forward"))
+    return Configuration(
+        f"gate forward {gate.label}",
+        fewest,
+        (launch,),
+        gate.timed_as("forward"),
+        HostCalls(allocations=2),  # out, alpha
+    )
 
 
 def gate_backward(gate: Gate) -> Configuration:
@@ -147,14 +153,21 @@ def gate_backward(gate: Gate) -> Configuration:
         blocks=-(-width // 32),
         threads=512,
         shared_bytes=0,
-        trips={"for (int b = slice; b < blocks": blocks / 16},
+        trips={
+            "for (int b = slice; b < blocks": (blocks // 16 % 8, blocks // 16 // 8)
+        },  # what is left of 8, and 8
         skipped=(),
         moved_bytes=4 * blocks * width,
         in_flight_bytes=8 * 4 * 32,
-        units=gate.runs,
+        units=-(-width // 32) * 16,
+        waits=5,
     )
     return Configuration(
-        f"gate backward {gate.label}", fewest, (main, adjoint, weights), gate.timed_as("backward")
+        f"gate backward {gate.label}",
+        fewest,
+        (main, adjoint, weights),
+        gate.timed_as("backward"),
+        HostCalls(allocations=7),  # gradients, that of up(phi), sums of blocks
     )
 
 

@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MULTIPROCESSORS = 132  # of an H100 SXM
+
+
+class ElementType(NamedTuple):
+    """Of a tensor."""
+
+    bytes: int
+    mangled: str  # as kernels' names spell it
+
+
+TYPES = {
+    "bfloat16": ElementType(2, "N3c108BFloat16E"),
+    "float32": ElementType(4, "f"),
+    "int64": ElementType(8, "l"),
+    "uint8": ElementType(1, "h"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,9 +41,9 @@ class Launch:
     units: float  # runs of 32 voxels that all warps take together; of 32 elements in gate_tail and norm_act
     products: float = 0  # 16 x 8 x 16 blocks on the tensor cores, of all warps
     copied_bytes: float = 0  # from global to shared memory, asynchronously
-    waits: float = (
-        0  # of a kernel too small to hide it: loads that wait for one another on the longest way through
-    )
+    working: float = 1  # share of the warps that go the way which is priced
+    # Of a kernel too small to hide them: loads that wait for one another on the longest way through it.
+    waits: float = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class HostCalls:
     allocations: int
     fills: int = 0  # of memory, each a launch of its own
     copies: int = 0  # of a tensor into another dtype or order, likewise
+    checks: int = 0  # calls of to() and contiguous() that return what they are given
 
 
 @dataclass(frozen=True)
