@@ -153,7 +153,7 @@ def _combining(
         threads=THREADS,
         shared_bytes=0,
         trips=trips,
-        skipped=(),
+        skipped=("if (!alone) {",),
         moved_bytes=read,
         in_flight_bytes=2 * 4 * 32,
         units=blocks * WARPS,

@@ -218,13 +218,16 @@ struct Cuda {
     const Tensor loss = torch::stable::new_empty(a.logits, {}, type);
     const Tensor slopes =
         torch::stable::new_empty(a.logits, {statistic_rows, sums.images, sums.classes}, type);
-    const Tensor totals = torch::stable::new_empty(a.logits, {sums.outputs()}, ScalarType::Double);
+    std::optional<Tensor> totals;
+    if (sums.outputs() > most_shared_sums) {
+      totals = torch::stable::new_empty(a.logits, {sums.outputs()}, ScalarType::Double);
+    }
     with_statistics_type(a.logits, [&](auto zero) {
       using A = decltype(zero);
       const auto finish_by = [&]<class Team>(Team) {
         LUNGKIT_LAUNCH((finish_loss<A, Team>), 1, finish_threads, 0, current_stream(a.logits), sums.of<A>(),
                        weight ? static_cast<const A*>(weight->const_data_ptr()) : nullptr, a.class_indices,
-                       a.options, static_cast<double*>(totals.mutable_data_ptr()),
+                       a.options, totals ? static_cast<double*>(totals->mutable_data_ptr()) : nullptr,
                        static_cast<A*>(loss.mutable_data_ptr()), static_cast<A*>(slopes.mutable_data_ptr()));
       };
       const bool by_warp = most_warp_terms >= sums.images * sums.classes;

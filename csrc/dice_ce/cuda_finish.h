@@ -13,6 +13,7 @@ constexpr int finish_warps = finish_threads / 32;
 // Images times classes that one warp finishes: the usual loss has a handful, for which a block of warps would
 // only wait.
 constexpr int most_warp_terms = 64;
+constexpr int most_shared_sums = 1024;  // that shared memory holds
 
 // What the first launch left: the sums of image b are partial[(b * width + k) * chunks + chunk], k = row *
 // classes + c and, for k = width - 1, the voxels.
@@ -94,16 +95,16 @@ struct Warp {
   }
 };
 
-// One block, of which a Team finishes. `memory` has room for images * width numbers; weight may be null.
+// One block, of which a Team finishes. `memory` has room for images * width numbers, and may be null up to
+// most_shared_sums of them; weight may be null.
 template <class A, class Team>
 __global__ void __launch_bounds__(finish_threads)
     finish_loss(Partial<A> partial, const A* __restrict__ weight, bool class_indices, DiceCeOptions options,
                 double* __restrict__ memory, A* __restrict__ loss, A* __restrict__ slopes) {
-  constexpr int most_shared = 1024;
-  __shared__ double shared[most_shared];
+  __shared__ double shared[most_shared_sums];
   const int images = static_cast<int>(partial.images), classes = partial.classes, width = partial.width();
   const int outputs = images * width;
-  double* const sums = outputs <= most_shared ? shared : memory;
+  double* const sums = outputs <= most_shared_sums ? shared : memory;
   for (int output = threadIdx.x / 32; output < outputs; output += finish_warps) {
     const double total = partial.total(output);
     if (threadIdx.x % 32 == 0) sums[output] = total;

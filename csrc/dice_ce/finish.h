@@ -88,7 +88,8 @@ LUNGKIT_HD double finish(const Team& team, Index images, Index classes, bool cla
   // mean divides by the weights of the voxels for class indices, else by the voxels.
   const bool binary = options.cross_entropy == CrossEntropy::binary;
   const auto of_label = [&](Index c) { return weight(c) * (binary ? 1 : 1 - options.label_smoothing); };
-  const double of_other = options.label_smoothing / static_cast<double>(classes);
+  // Not 0 / classes: a GPU divides nothing else so slowly.
+  const double of_other = options.label_smoothing * (1 / static_cast<double>(classes));
   const auto of_rest = [&](Index c) { return binary ? 1 : weight(c) * of_other; };
   double entropy = 0, divisor = 0;
   pairs.for_each(images, [&](Index b, Index c) {

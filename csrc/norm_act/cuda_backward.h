@@ -181,8 +181,10 @@ __global__ void __launch_bounds__(block_threads)
       partials.first[first] = static_cast<Sum>(g);
       partials.second[first] = static_cast<Sum>(gx * inverse);
     }
-    of_g = block_sum(of_g);
-    of_gx = block_sum(of_gx);
+    if (!alone) {  // else the first thread has the only terms
+      of_g = block_sum(of_g);
+      of_gx = block_sum(of_gx);
+    }
     if (thread == 0) coefficients.set(image * shape.groups + group, inverse, of_g, of_gx, elements);
   }
   __syncthreads();
