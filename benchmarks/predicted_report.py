@@ -114,6 +114,10 @@ def _moved(prediction: Prediction) -> float:
     return prediction.moved * BYTES_PER_SECOND / prediction.configuration.fewest_bytes
 
 
+def _few_in_flight(prediction: Prediction) -> float:
+    return 32 * 1024 / prediction.prices[0].in_flight
+
+
 def _finish(prediction: Prediction) -> float:
     return 1e6 * max(p.seconds for p in prediction.prices if "finish" in p.launch.kernel)
 
@@ -130,8 +134,11 @@ def _issue_of_moved(prediction: Prediction) -> float:
 
 _FLOORS = "issue floor over byte floor"
 _BUDGETS = (
-    Budget(f"gate forward: {_FLOORS}", "gate forward", _issue, 1.2),
-    Budget(f"gate backward: {_FLOORS}", "gate backward", _issue, 1.2),
+    Budget(f"gate forward, bfloat16: {_FLOORS}", "gate forward .*bfloat16", _issue, 1.2),
+    Budget(
+        "gate forward, bfloat16: 32 KB over bytes in flight", "gate forward .*bfloat16", _few_in_flight, 1.0
+    ),
+    Budget(f"gate backward, bfloat16: {_FLOORS}", "gate backward", _issue, 1.2),
     Budget("gate backward: bytes moved over fewest bytes", "gate backward", _moved, 1.6),
     Budget(f"dice_ce of 2 classes, forward: {_FLOORS}", r"dice_ce forward \d+x2x", _issue, 1.0),
     Budget(f"dice_ce of 2 classes, backward: {_FLOORS}", r"dice_ce backward \d+x2x", _issue, 1.0),
@@ -160,8 +167,8 @@ to take rests on rules of thumb besides ({100 * REACHED_OF_BANDWIDTH:.0f} % of t
 {100 * REACHED_OF_ISSUES:.0f} % of the issue slots, {1e6 * SECONDS_ON_THE_WAY:.1f} us of latency; of a small
 kernel the longest way through its instructions), and on uneven shares of the work; sectors of the caches, bank
 conflicts and waits within a warp are not in it. Blocks of code that a configuration may skip at run time count as
-executed unless benchmarks/kernel_paths says why not. Not priced: the gate in float32 (tiles), losses of other classes
-and of odd sizes, wide gates; spills are looked for in all kernels.
+executed unless benchmarks/kernel_paths says why not. Not priced: the float32 gate's backward pass and its TF32 kernels,
+losses of other classes and of odd sizes, wide gates; spills are looked for in all kernels.
 
 ## Predicted calls, beside what an H200 measured
 

@@ -8,6 +8,7 @@ tensor products and bytes of copies to shared memory. So the model of benchmarks
 from __future__ import annotations
 
 from .attention_gate import GATES, Gate, gate_backward, gate_configurations, gate_forward
+from .attention_gate_tiles import tile_configurations
 from .confusion_counts import counts_configurations
 from .declarations import MULTIPROCESSORS, Configuration, HostCalls, Launch
 from .dice_ce import loss_configurations
@@ -30,6 +31,7 @@ __all__ = [
 def configurations() -> list[Configuration]:
     return [
         *gate_configurations(),
+        *tile_configurations(),
         *loss_configurations(),
         *tail_configurations(),
         *counts_configurations(),
