@@ -193,7 +193,7 @@ def _source(place: Place) -> str:
 
 
 @cache
-def _block(file: str, first: int) -> int:
+def block_end(file: str, first: int) -> int:
     """Last line of the block that opens on line ``first``, or ``first`` itself where none does."""
     depth = 0
     for number, line in enumerate(_lines(file)[first - 1 :], start=first):
@@ -251,5 +251,5 @@ def _left_out(function: Function, skipped: Sequence[str]) -> set[Place]:
     for file in files:
         for number, line in enumerate(_lines(file), start=1):
             if any(snippet in line for snippet in skipped):
-                out |= {(file, n) for n in range(number, _block(file, number) + 1)}
+                out |= {(file, n) for n in range(number, block_end(file, number) + 1)}
     return out

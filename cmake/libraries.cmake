@@ -96,10 +96,26 @@ if(LUNGKIT_EMULATOR)
   set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX)
   add_library(lungkit_emulated MODULE ${csrc}/library.cpp ${cuda_sources})
   target_link_libraries(lungkit_emulated PRIVATE torch_stable)
-  target_compile_definitions(lungkit_emulated PRIVATE LUNGKIT_EMULATE)
+  target_compile_definitions(lungkit_emulated PRIVATE LUNGKIT_EMULATE=lungkit_emulated)
   target_compile_options(
     lungkit_emulated PRIVATE -x c++ -include ${emulator}/cuda_on_cpu.h -O2 -g1 -Wall ${sanitize}
                              $<$<BOOL:${LUNGKIT_SANITIZE}>:-fno-sanitize-recover=all>)
   target_link_options(lungkit_emulated PRIVATE ${sanitize})
   set_target_properties(lungkit_emulated PROPERTIES PREFIX "")
+
+  # Those that the cost model prices, counting what they do (tests/cuda_on_cpu/counting.h): a line runs as often as the
+  # source says at -O0 only.
+  set(counted_ops attention_gate)
+  list(TRANSFORM counted_ops PREPEND ${csrc}/ OUTPUT_VARIABLE counted_sources)
+  list(TRANSFORM counted_sources APPEND /cuda.cu)
+  add_library(lungkit_counted MODULE EXCLUDE_FROM_ALL ${csrc}/library.cpp ${counted_sources})
+  target_link_libraries(lungkit_counted PRIVATE torch_stable counting)
+  target_compile_definitions(lungkit_counted PRIVATE LUNGKIT_EMULATE=lungkit_counted LUNGKIT_EMULATOR_COUNTS=1)
+  target_compile_options(lungkit_counted PRIVATE -x c++ -include ${emulator}/cuda_on_cpu.h -O0 -g1 -w --coverage
+                                                 -fsanitize=thread --param tsan-instrument-func-entry-exit=0)
+  target_link_options(lungkit_counted PRIVATE --coverage)
+  set_target_properties(lungkit_counted PROPERTIES PREFIX "")
+  add_library(counting OBJECT EXCLUDE_FROM_ALL ${emulator}/counting.cpp)
+  target_compile_definitions(counting PRIVATE LUNGKIT_EMULATOR_COUNTS=1)
+  target_compile_options(counting PRIVATE -O2 -Wall)
 endif()

@@ -1,4 +1,4 @@
-// The schemas of every op, in the namespace lungkit or, for the emulated CUDA kernels, lungkit_emulated.
+// The schemas of every op, in the namespace lungkit or, for the emulated CUDA kernels, one of their own.
 #include <torch/csrc/stable/library.h>
 
 #include "attention_gate/schema.h"
@@ -8,10 +8,13 @@
 #include "norm_act/schema.h"
 
 #ifdef LUNGKIT_EMULATE
-STABLE_TORCH_LIBRARY(lungkit_emulated, m) {
+#define LUNGKIT_NAMESPACE LUNGKIT_EMULATE
 #else
-STABLE_TORCH_LIBRARY(lungkit, m) {
+#define LUNGKIT_NAMESPACE lungkit
 #endif
+#define LUNGKIT_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+
+LUNGKIT_LIBRARY(LUNGKIT_NAMESPACE, m) {
   lungkit::define_attention_gate(m);
   lungkit::define_confusion_counts(m);
   lungkit::define_dice_ce(m);

@@ -21,6 +21,13 @@ def build(*targets: str) -> Path:
     return _build("emulator", targets)
 
 
+def build_counted() -> Path:
+    """The emulated kernels that count what they do: lungkit_counted, with gcov's notes beside its object files."""
+    if shutil.which("gcov") is None or shutil.which("nm") is None:
+        pytest.skip("what kernels do is counted with gcov and named by nm")
+    return _build("emulator", ("lungkit_counted",)) / "lungkit_counted.so"
+
+
 def build_sanitized(*targets: str) -> Path:
     """The same under AddressSanitizer and UndefinedBehaviorSanitizer."""
     return _build("emulator-sanitized", targets, "-DLUNGKIT_SANITIZE=ON")

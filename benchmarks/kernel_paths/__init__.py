@@ -1,8 +1,9 @@
 """How often the loops of the CUDA kernels turn in the headline configurations, and the bytes that these move.
 
 Beside each kernel: its loops by a piece of their source line, the blocks that the configuration does not reach, what a
-warp has on its way while it computes, and what the emulator must count too (tests/ops/test_kernel_counts.py): blocks of
-tensor products and bytes of copies to shared memory. So the model of benchmarks/static_model.py cannot leave work out.
+warp has on its way while it computes, its tensor products, and the bytes that it loads, stores, copies and moves. These
+are functions of the size, so that the emulator can count them at sizes that it can run, and does
+(tests/ops/test_kernel_counts.py): the model of benchmarks/static_model.py cannot leave work out.
 """
 
 from __future__ import annotations

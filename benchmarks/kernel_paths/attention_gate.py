@@ -61,11 +61,25 @@ class Gate:
 
     def interpolation_products(self) -> float:
         """Of a run: by channel one product with rows that are interpolated along z and y before; by voxel two rows of
-        phi a product, in 3D two planes of them but for the first and the last plane of x."""
+        phi a product."""
         if not self.by_voxel:
             return self.size * 4
-        planes = 1.0 if len(self.fine) == 2 else 2 - 2 / self.fine[0]
-        return self.size * 4 * planes
+        return self.size * 4 * self.planes_of_phi()
+
+    def planes_of_phi(self) -> float:
+        """That a run interpolates between: in 3D two but for the first and the last plane of x."""
+        return 1.0 if len(self.fine) == 2 else 2 - 2 / self.fine[0]
+
+    def parameters(self) -> int:
+        """Of the weights: w_x, w_psi and b_psi."""
+        return self.inner * self.channels + self.inner + 1
+
+    def loaded_bytes(self, blocks: int) -> float:
+        """Of the kernels that take runs: phi's columns, by channel 24 of two rows a plane, by voxel 8 of each for 4
+        blocks of voxels; w_x once a block, w_psi by the 4 lanes of a row in each warp, b_psi by each thread."""
+        of_run = 2 * 2 * 16 * self.size * (4 * 8 if self.by_voxel else 24) * self.planes_of_phi()
+        of_block = 4 * (self.inner * self.channels + 4 * 4 * self.inner + 128)
+        return self.runs * of_run + blocks * of_block
 
 
 # Rows that do not start on 16 bytes, ratios of the grids other than 2.
@@ -81,11 +95,12 @@ def _mangled(name: str, gate: Gate) -> str:
     return f"{name}IN3c108BFloat16ELi{gate.size}ELb{int(gate.by_voxel)}E"
 
 
-def gate_forward(gate: Gate) -> Configuration:
-    blocks = MULTIPROCESSORS * (5 - gate.size)
+def gate_forward(gate: Gate, multiprocessors: int = MULTIPROCESSORS) -> Configuration:
+    blocks = min(-(-gate.runs // 4), multiprocessors * (5 - gate.size))
     warps = 4 * blocks
     phi_bytes = 2 * gate.inner * gate.coarse_voxels
-    fewest = 2 * gate.voxels * (2 * gate.channels + 1) + phi_bytes
+    stored_bytes = 2 * gate.voxels * (gate.channels + 1)
+    fewest = 2 * gate.voxels * gate.channels + phi_bytes + 4 * gate.parameters() + stored_bytes
     launch = Launch(
         source="attention_gate",
         kernel=_mangled("gate_rows_forward_kernel", gate),
@@ -102,6 +117,8 @@ def gate_forward(gate: Gate) -> Configuration:
         units=gate.runs,
         products=gate.runs * (gate.theta_products() + gate.interpolation_products()),
         copied_bytes=2 * gate.voxels * gate.channels,
+        loaded_bytes=gate.loaded_bytes(blocks),
+        stored_bytes=stored_bytes,
     )
     return Configuration(
         f"gate forward {gate.label}",
@@ -117,8 +134,9 @@ def gate_backward(gate: Gate) -> Configuration:
     warps = 4 * blocks
     phi_bytes = 2 * gate.inner * gate.coarse_voxels
     theta_bytes = 2 * gate.inner * gate.voxels
-    width = gate.inner * gate.channels + gate.inner + 1
-    fewest = 2 * gate.voxels * (3 * gate.channels + 1) + 2 * phi_bytes
+    width = gate.parameters()
+    fewest = 2 * gate.voxels * (3 * gate.channels + 1) + 2 * (phi_bytes + 4 * width)
+    stored_bytes = 2 * gate.voxels * gate.channels + theta_bytes + 4 * blocks * width
     main = Launch(
         source="attention_gate",
         kernel=_mangled("gate_rows_backward_kernel", gate),
@@ -133,7 +151,7 @@ def gate_backward(gate: Gate) -> Configuration:
             "for (int i = threadIdx.x; i <= inner": 1,
         },
         skipped=(*SLOW_ROWS, *GENERAL, "if (out.grad_out == nullptr) {"),
-        moved_bytes=2 * gate.voxels * (3 * gate.channels + 1) + phi_bytes + theta_bytes + 4 * blocks * width,
+        moved_bytes=2 * gate.voxels * (2 * gate.channels + 1) + phi_bytes + 4 * width + stored_bytes,
         in_flight_bytes=2 * 2 * 32 * gate.channels,
         units=gate.runs,
         products=gate.runs
@@ -145,8 +163,10 @@ def gate_backward(gate: Gate) -> Configuration:
             + 2 * gate.size * 4 * gate.size  # grad_x: 16 channels x 8 voxels x inner blocks
         ),
         copied_bytes=2 * 2 * gate.voxels * gate.channels,
+        loaded_bytes=gate.loaded_bytes(blocks) + 2 * gate.voxels,
+        stored_bytes=stored_bytes,
     )
-    adjoint = _adjoint(gate, theta_bytes + phi_bytes)
+    adjoint = _adjoint(gate, theta_bytes, phi_bytes)
     weights = Launch(
         source="attention_gate",
         kernel="gate_weights_kernelIfE",
@@ -157,10 +177,12 @@ def gate_backward(gate: Gate) -> Configuration:
             "for (int b = slice; b < blocks": (blocks // 16 % 8, blocks // 16 // 8)
         },  # what is left of 8, and 8
         skipped=(),
-        moved_bytes=4 * blocks * width,
+        moved_bytes=4 * (blocks + 1) * width,
         in_flight_bytes=8 * 4 * 32,
         units=-(-width // 32) * 16,
         waits=5,
+        loaded_bytes=4 * blocks * width,
+        stored_bytes=4 * width,
     )
     return Configuration(
         f"gate backward {gate.label}",
@@ -171,7 +193,7 @@ def gate_backward(gate: Gate) -> Configuration:
     )
 
 
-def _adjoint(gate: Gate, moved_bytes: float) -> Launch:
+def _adjoint(gate: Gate, theta_bytes: float, phi_bytes: float) -> Launch:
     """phi's gradient from that of up(phi), for grids that differ by 2."""
     planes = gate.fine[0] // 2
     rows_and_columns = gate.coarse_voxels // planes // gate.images
@@ -195,13 +217,15 @@ def _adjoint(gate: Gate, moved_bytes: float) -> Launch:
             "if (first + 8 > ax.fine) {",
             *(["for (int i = 0; i < width; ++i) {"] if gate.by_voxel else []),
         ),
-        moved_bytes=moved_bytes,
+        moved_bytes=theta_bytes + phi_bytes,
         in_flight_bytes=16
         * 32
         * 2
         * rows
         * (2 if gate.by_voxel else 1),  # pieces of two planes, or half of theirs
         units=gate.runs,
+        loaded_bytes=threads * read * rows * (4 * 16 if gate.by_voxel else 16 + 2 * 2),
+        stored_bytes=phi_bytes,
     )
 
 

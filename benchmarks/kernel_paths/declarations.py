@@ -41,6 +41,8 @@ class Launch:
     units: float  # runs of 32 voxels that all warps take together; of 32 elements in gate_tail and norm_act
     products: float = 0  # 16 x 8 x 16 blocks on the tensor cores, of all warps
     copied_bytes: float = 0  # from global to shared memory, asynchronously
+    loaded_bytes: float = 0  # from global memory into registers, of all threads; most of them out of caches
+    stored_bytes: float = 0
     working: float = 1  # share of the warps that go the way which is priced
     # Of a kernel too small to hide them: loads that wait for one another on the longest way through it.
     waits: float = 0

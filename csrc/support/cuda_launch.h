@@ -1,6 +1,6 @@
 // What a `.cu` file needs around its kernels: device guard, current stream, launch, registration. With
 // LUNGKIT_EMULATE the same file is compiled by g++ against tests/cuda_on_cpu and registers CPU kernels in the
-// namespace lungkit_emulated.
+// namespace that it names.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 #ifdef LUNGKIT_EMULATE
 
-#define LUNGKIT_CUDA_NAMESPACE lungkit_emulated
+#define LUNGKIT_CUDA_NAMESPACE LUNGKIT_EMULATE
 #define LUNGKIT_CUDA_KEY CPU
 
 namespace lungkit {

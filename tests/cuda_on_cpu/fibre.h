@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <new>
 
+#include "counting.h"
 #include "types.h"
 
 #if defined(__x86_64__) && !defined(LUNGKIT_EMULATOR_UCONTEXT)
@@ -27,9 +28,10 @@ namespace lungkit_emulator {
 
 #if LUNGKIT_EMULATOR_ASSEMBLY
 // Saves the registers that a function must preserve, and the stack pointer in *saved; goes on where `next`
-// was saved.
-[[gnu::naked, gnu::noinline, gnu::noipa]] inline void swap_stacks(void** /*saved: rdi*/,
-                                                                  void* /*next: rsi*/) {
+// was saved. Whatever a compiler counts or checks would spoil the registers.
+[[gnu::naked, gnu::noinline, gnu::noipa, gnu::no_profile_instrument_function,
+  gnu::no_sanitize("thread")]] inline void
+swap_stacks(void** /*saved: rdi*/, void* /*next: rsi*/) {
   asm("pushq %rbp\n\t"
       "pushq %rbx\n\t"
       "pushq %r12\n\t"
@@ -70,6 +72,7 @@ class Fibre {
     mprotect(mapping_, page, PROT_NONE);
     bottom_ = static_cast<char*>(mapping_) + page;
     bytes_ = stack_bytes;
+    leave_out(bottom_, bytes_);
     shift_ = number % 61 * 320;
     reset();
   }

@@ -145,7 +145,7 @@ void run(const char* name, const void* address, dim3 grid, dim3 block, size_t sh
     ~Owned() { launcher().owner = std::thread::id(); }
   } const owned;
   const auto call = [](void* object) { (*static_cast<Body*>(object))(); };
-  machine().run_grid({name, call, const_cast<void*>(static_cast<const void*>(&body))}, grid, block,
+  machine().run_grid({name, call, const_cast<void*>(static_cast<const void*>(&body)), address}, grid, block,
                      shared_bytes,
                      limit > default_shared_bytes ? current_device().max_shared_bytes : default_shared_bytes);
 }

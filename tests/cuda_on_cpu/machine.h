@@ -12,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "counting.h"
 #include "fibre.h"
 #include "shared_memory.h"
 #include "types.h"
@@ -83,6 +84,7 @@ class Machine {
     const char* name;
     void (*call)(void* body);
     void* body;
+    const void* address;  // null where it is not known
   };
 
   Order order = Order::forward;
@@ -94,10 +96,16 @@ class Machine {
   void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, size_t shared_limit);
 
   // For kernels.
-  void* dynamic_shared() const { return dynamic_->data(); }
-  unsigned current_lane() const { return current_->lane(); }
-  unsigned current_warp() const { return current_->warp(); }
-  unsigned current_number() const { return current_->number; }
+  void* dynamic_shared() const {
+    const Uncounted uncounted;
+    return dynamic_->data();
+  }
+  unsigned current_number() const {
+    const Uncounted uncounted;
+    return current_->number;
+  }
+  unsigned current_lane() const { return current_number() % lanes_per_warp; }
+  unsigned current_warp() const { return current_number() / lanes_per_warp; }
   BarrierResult barrier(const CallSite& site, bool predicate);
   void check_source_lane(const CallSite& site, uint32_t mask, unsigned source_lane);
   uint64_t collective(const CallSite& site, uint32_t mask, CollectiveKind kind, uint64_t operand,

@@ -80,10 +80,12 @@ inline void Machine::work() {
   for (;;) {
     threadIdx = current_->index;
     try {
+      set_in_kernel(true);
       kernel_.call(kernel_.body);
     } catch (...) {
       error_ = std::current_exception();
     }
+    set_in_kernel(false);
     current_->state = ThreadState::exited;
     ++exited_;
     Thread* const next = error_ ? nullptr : next_ready();
@@ -187,6 +189,12 @@ inline void Machine::run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_
   shared_limit_ = shared_limit;
   ++statistics.launches;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  begin_counts({.kernel = reinterpret_cast<uintptr_t>(kernel.address),
+                .blocks = blocks,
+                .threads = thread_count_,
+                .shared_bytes = shared_bytes},
+               dynamic_->data());
+  const Statistics before = statistics;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t number = nth_block(i, blocks);
     blockIdx.x = static_cast<unsigned>(number % grid.x);
@@ -197,6 +205,7 @@ inline void Machine::run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_
     statistics.threads += thread_count_;
     run_block();
   }
+  end_counts(statistics.products - before.products, statistics.copied_bytes - before.copied_bytes);
 }
 
 }  // namespace lungkit_emulator

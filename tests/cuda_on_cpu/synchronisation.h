@@ -12,6 +12,7 @@
 namespace lungkit_emulator {
 
 inline BarrierResult Machine::barrier(const CallSite& site, bool predicate) {
+  const Uncounted uncounted;
   Thread& me = *current_;
   if (arrived_ == 0) {
     first_arrived_ = &me;
@@ -43,6 +44,7 @@ inline uint32_t Machine::lanes_of_warp(unsigned warp) const {
 }
 
 inline void Machine::check_source_lane(const CallSite& site, uint32_t mask, unsigned source_lane) {
+  const Uncounted uncounted;
   const bool in_mask = mask >> source_lane & 1;
   const bool in_block = lanes_of_warp(current_->warp()) >> source_lane & 1;
   if (in_mask && in_block) return;
@@ -53,6 +55,7 @@ inline void Machine::check_source_lane(const CallSite& site, uint32_t mask, unsi
 
 inline uint64_t Machine::collective(const CallSite& site, uint32_t mask, CollectiveKind kind,
                                     uint64_t operand, unsigned source_lane) {
+  const Uncounted uncounted;
   Thread& me = *current_;
   if (!(mask >> me.lane() & 1)) {
     set_error(text("calls ", text_of(site), " with ", text_of_mask(mask), ", which leaves out its own lane"));

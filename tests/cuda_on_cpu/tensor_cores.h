@@ -37,6 +37,7 @@ Stored element_of(uint32_t pair, unsigned k) {
 // sum += A B for a 16 x 16 block of A and a 16 x 8 block of B.
 template <class Stored>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const Uncounted uncounted;
   WarpOperands& warp = operands_of_warp();
   const unsigned lane = machine().current_lane(), g = lane / 4, t = lane % 4;
   std::memcpy(warp.a[lane], a, sizeof a);
@@ -56,6 +57,7 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 
 inline void load_blocks(uint32_t (&blocks)[4], const void* row, bool transposed) {
+  const Uncounted uncounted;
   WarpOperands& warp = operands_of_warp();
   const unsigned lane = machine().current_lane(), g = lane / 4, t = lane % 4;
   warp.row[lane] = row;
@@ -76,15 +78,21 @@ struct Copy {
   const void* global;
 };
 
-// Of one thread: the copies of each closed group, oldest first, and those of the open one, last.
+// Of one thread: the copies of each closed group, oldest first, and those of the open one, last. What an
+// earlier block did not wait for ended with it.
 inline std::vector<std::vector<Copy>>& copies_of_thread() {
-  static std::array<std::vector<std::vector<Copy>>, max_block_threads> of_thread;
-  auto& groups = of_thread[machine().current_number()];
-  if (groups.empty()) groups.emplace_back();
-  return groups;
+  struct Copies {
+    uint64_t block = 0;
+    std::vector<std::vector<Copy>> groups;
+  };
+  static std::array<Copies, max_block_threads> of_thread;
+  Copies& own = of_thread[machine().current_number()];
+  if (own.block != machine().statistics.blocks) own = {machine().statistics.blocks, {{}}};
+  return own.groups;
 }
 
 inline void copy_later(void* shared, const void* global, bool wanted) {
+  const Uncounted uncounted;
   const auto misaligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; };
   if (misaligned(shared) || (wanted && misaligned(global))) {
     machine().set_error("copies 16 bytes between addresses that are not on 16 bytes");
@@ -94,10 +102,12 @@ inline void copy_later(void* shared, const void* global, bool wanted) {
 }
 
 inline void close_copies() {
+  const Uncounted uncounted;
   copies_of_thread().emplace_back();
 }
 
 inline void wait_for_copies(unsigned open) {
+  const Uncounted uncounted;
   auto& groups = copies_of_thread();
   while (groups.size() > open + 1) {
     for (const Copy& copy : groups.front()) {
@@ -105,6 +115,7 @@ inline void wait_for_copies(unsigned open) {
         std::memset(copy.shared, 0, 16);
       } else {
         std::memcpy(copy.shared, copy.global, 16);
+        count_copy(copy.global, 16);
         machine().statistics.copied_bytes += 16;
       }
     }
