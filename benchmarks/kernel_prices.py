@@ -44,6 +44,9 @@ class Price:
     balance: float  # of the work over the multiprocessors
     latency: float  # of the longest way through a small kernel, else 0
     access_bytes: float  # that a lane reads or writes of global memory by one instruction, on average
+    accessed: Mapping[
+        str, float
+    ]  # bytes of global memory, of all lanes, by LDG, STG and LDGSTS: loads, stores, copies
 
     @property
     def instructions(self) -> float:
@@ -107,13 +110,15 @@ def price(launch: Launch, function: Function, resources: Resources) -> Price:
     counts = executions(function, launch.trips, launch.skipped)
     warps = launch.blocks * launch.threads / 32 * launch.working
     pipes: dict[str, float] = {}
-    wavefronts = products = accesses = accessed = 0.0
+    accessed: dict[str, float] = {}
+    wavefronts = products = accesses = 0.0
     for count, instruction in zip(counts, function.code, strict=True):
         pipes[instruction.pipe] = pipes.get(instruction.pipe, 0.0) + count
         wavefronts += count * instruction.wavefronts
         products += count * (instruction.pipe == "tensor")
         accesses += count * (instruction.access_bytes > 0)
-        accessed += count * instruction.access_bytes
+        kind = instruction.opcode.split(".")[0]
+        accessed[kind] = accessed.get(kind, 0.0) + count * instruction.access_bytes
     resident = resident_warps(launch, resources)
     cycles = sum(count * STEP_CYCLES.get(pipe, OTHER_STEP_CYCLES) for pipe, count in pipes.items())
     return Price(
@@ -128,7 +133,8 @@ def price(launch: Launch, function: Function, resources: Resources) -> Price:
         resident,
         balance(launch, resident),
         launch.waits * WAIT_SECONDS + cycles / CLOCK_HZ if launch.waits else 0.0,
-        accessed / accesses if accesses else 0.0,
+        sum(accessed.values()) / accesses if accesses else 0.0,
+        {kind: 32 * warps * size for kind, size in accessed.items() if size},
     )
 
 

@@ -80,17 +80,25 @@ def problems(
     resources: Mapping[tuple[str, str], Resources],
     budgets: Mapping[str, float],
 ) -> list[str]:
-    """Kernels that spill, that lack products of the path which they are priced for, or that are over their budget."""
+    """Kernels that spill, that are over their budget, or whose priced path lacks products, loads or stores which they
+    make (tests/ops/test_kernel_counts.py)."""
     spills = [
         f"{name} spills on {architecture}: {r.stack} bytes of stack"
         for (architecture, name), r in resources.items()
         if r.stack or r.local
     ]
     wrong = [
-        f"{prediction.configuration.name}: {p.products:.0f} products in the code, {p.launch.products:.0f} declared"
+        f"{prediction.configuration.name}: {priced:.0f} {what} in the code, {declared:.0f} declared"
         for prediction in found
         for p in prediction.prices
-        if p.launch.products and not 0.99 <= p.products / p.launch.products <= 2.0
+        for what, priced, declared, most in (
+            ("products", p.products, p.launch.products, 2.0),
+            # Instructions that the edges of a problem leave out are priced too.
+            ("bytes of loads", p.accessed.get("LDG", 0.0), p.launch.loaded_bytes, math.inf),
+            ("bytes of stores", p.accessed.get("STG", 0.0), p.launch.stored_bytes, math.inf),
+            ("bytes of copies", p.accessed.get("LDGSTS", 0.0), p.launch.copied_bytes, math.inf),
+        )
+        if declared and not 0.99 <= priced / declared <= most
     ]
     dear = [
         f"{name}: {instructions:.0f} instructions for 32 voxels, the budget is {budgets.get(name, 0):.0f}"

@@ -28,11 +28,12 @@ def _function(folder: Path) -> Function:
 
 
 def _prediction(
-    folder: Path, turns: float, *, blocks: int = 264, moved: float = 1e6, waits: float = 0
+    folder: Path, turns: float, *, blocks: int = 264, moved: float = 1e6, waits: float = 0, loaded: float = 0
 ) -> Prediction:
     launch = Launch(
-        "op", "kernelIfE", blocks, 128, 0, {LOOP: turns}, (), moved, 512, units=4 * blocks, waits=waits
-    )
+        "op", "kernelIfE", blocks, 128, 0, {LOOP: turns}, (), moved, 512, units=4 * blocks, waits=waits,
+        loaded_bytes=loaded,
+    )  # fmt: skip
     found = price(launch, _function(folder), RESOURCES)
     return Prediction(Configuration("op (1, 2)", 1e6, (launch,), "op forward 1x2"), (found,))
 
@@ -58,6 +59,15 @@ def test_loops_of_one_line_have_turns_of_their_own_in_their_order(tmp_path: Path
     assert executions(twice, {LOOP: (3, 7)}, ())[1:6] == [3, 3, 1, 7, 7]
     with pytest.raises(ValueError, match="more loops than the 1 declared"):
         executions(twice, {LOOP: (3,)}, ())
+
+
+def test_a_path_that_loads_less_than_the_kernel_does_is_named(tmp_path: Path) -> None:
+    of_all_threads = 264 * 128 * 16
+    enough = [_prediction(tmp_path, 5, loaded=of_all_threads)]
+    budgets = static_model.prices_by_kernel(enough)
+    assert static_model.problems(enough, {}, budgets) == []
+    (problem,) = static_model.problems([_prediction(tmp_path, 5, loaded=2 * of_all_threads)], {}, budgets)
+    assert problem == "op (1, 2): 540672 bytes of loads in the code, 1081344 declared"
 
 
 def test_accesses_of_global_memory_have_the_width_of_their_instruction(tmp_path: Path) -> None:
