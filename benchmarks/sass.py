@@ -68,7 +68,7 @@ class Instruction:
     def access_bytes(self) -> int:
         """Of global memory, by a lane."""
         name = self.opcode
-        if not name.startswith(("LDG", "STG")):
+        if not name.startswith(("LDG.", "LDGSTS", "STG")):
             return 0
         widths = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
         return next((size for part, size in widths.items() if part in name), 4)
