@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("lungkit")
 
-DEFAULT_MODEL = Path("lidc-nodules")
+_DEFAULT_MODEL = "lidc-nodules"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +67,13 @@ def is_pointing(options: argparse.Namespace) -> bool:
     return bool(options.at or options.box or options.points)
 
 
+def default_model() -> Path:
+    """Folder of the model that points are segmented with where none is named, whatever the current folder holds."""
+    from lungkit.inference import known_models
+
+    return known_models()[_DEFAULT_MODEL].folder
+
+
 def with_signs(arguments: Sequence[str]) -> list[str]:
     """The arguments with "--at -1,2,3" as "--at=-1,2,3", which argparse would take for an option."""
     joined: list[str] = []
@@ -87,6 +94,11 @@ def segment_points(
     from lungkit.pipeline import write_results
     from lungkit.pipeline.pointed import SOLID_ABOVE_HU, measure_points, write_points
 
+    for name in ("probabilities", "attention", "shard"):
+        if getattr(options, name):
+            raise UsageError(
+                f"--{name} does not go with --at, --box and --points: they give the mask of one scan alone"
+            )
     if len(scans) > 1:
         raise UsageError(
             f"{options.input} holds {len(scans)} scans; --at, --box and --points speak of one: name its file, or "

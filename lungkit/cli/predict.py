@@ -19,7 +19,7 @@ from lungkit._temporary import remove_leftovers
 from lungkit._terminal import progress_bars
 from lungkit.cli._common import run_command
 from lungkit.cli._parser import CommandParser
-from lungkit.cli._points import DEFAULT_MODEL, add_arguments, is_pointing, segment_points, with_signs
+from lungkit.cli._points import add_arguments, default_model, is_pointing, segment_points, with_signs
 from lungkit.cli._shares import launcher_around, parse_shard
 from lungkit.errors import DataError, UsageError, readable, shorten
 
@@ -59,7 +59,7 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     if options.model is None:
         if not is_pointing(options):
             parser.error("--model is required: a run folder, or a name of lungkit-models list")
-        options.model = [DEFAULT_MODEL]
+        options.model = [default_model()]
     return options
 
 

@@ -317,5 +317,7 @@ def _why_nothing(clicks: _Clicks, place: np.ndarray) -> str:
     mean = float(ball.mean(dtype=np.float64))
     where = ""
     if clicks.lowest < _HU_BELOW:
-        where = ": it lies in air" if mean < -950 else ": it lies in lung" if mean < -600 else ""
+        places = ((-950, "air"), (-600, "lung"), (-150, ""), (150, "soft tissue"), (math.inf, ""))
+        tissue = next(name for most, name in places if mean < most)
+        where = f": it lies in {tissue}" if tissue else ""
     return f"no nodule within {REACH_MM:g} mm of the point{where} (mean {mean:.0f} within {_BALL_MM:g} mm)"

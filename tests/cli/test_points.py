@@ -70,12 +70,21 @@ def test_no_nodule_at_all_writes_nothing(scan, tmp_path):
         (["--at", "1,2"], "expected X,Y,Z"),
         (["--box", "1,2,3"], "expected X1,Y1,Z1,X2,Y2,Z2"),
         (["--at", "63,56,24", "--model", "lidc"], "no model of that name; known are lidc-nodules"),
+        (["--at", "63,56,24", "--probabilities"], "--probabilities does not go with --at"),
+        (["--at", "63,56,24", "--attention"], "--attention does not go with --at"),
+        (["--at", "63,56,24", "--shard", "0/2"], "--shard does not go with --at"),
     ],
 )
 def test_points_and_models_that_cannot_be_used(scan, tmp_path, capsys, options, message):
     assert run(scan, tmp_path / "mask.nii.gz", *options) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_model_of_the_package_is_taken_whatever_the_current_folder_holds(scan, tmp_path, monkeypatch):
+    (tmp_path / "lidc-nodules").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run(scan, tmp_path / "mask.nii.gz", "--at", "63,56,24", "--no-stability") == 0
 
 
 def test_a_mask_that_is_there_is_not_replaced_unasked(scan, tmp_path, capsys):

@@ -136,6 +136,17 @@ def test_the_nearest_nodule_within_10_mm_and_none_beyond():
     assert not far.mask.any() and far.labels == {"background": 0}
 
 
+@pytest.mark.parametrize(
+    ("hu", "tissue"), [(-1000, ": it lies in air"), (20, ": it lies in soft tissue"), (-400, ""), (38, "")]
+)
+def test_what_lies_at_a_point_without_a_nodule_is_said_where_it_is_sure(hu, tissue):
+    scan = scan_with(AFFINES["ras"], shape=(64, 64, 12))
+    scan.array[...] = hu
+    scan.array[0, 0, 0] = -1024 if hu != 38 else 0  # without air these are no HU
+    found = segment_at(Threshold(), scan, [world(scan.affine, (40, 40, 6))])
+    assert found.nodules[0].reason == f"no nodule within 10 mm of the point{tissue} (mean {hu} within 3 mm)"
+
+
 def test_points_have_the_numbers_of_their_order_and_share_no_voxel():
     scan = scan_with(AFFINES["lps"], ((30, 40, 10), 3), ((120, 100, 25), 4))
     points = [world(scan.affine, index) for index in [(120, 100, 25), (121, 100, 25), (30, 40, 10)]]

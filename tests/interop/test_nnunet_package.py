@@ -83,6 +83,7 @@ def test_logits_and_masks_are_nnunets(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("planner", "plans"),
     [("ExperimentPlanner", "nnUNetPlans"), ("nnUNetPlannerResEncM", "nnUNetResEncUNetMPlans")],
@@ -102,6 +103,7 @@ def test_what_nnunet_trains_with_the_fused_loss_predicts_the_same_here(
         "nnUNet_extTrainer": os.pathsep.join([str(folder_of_trainers.__path__[0]), str(trainers)]),
         "nnUNet_compile": "f",
         "nnUNet_n_proc_DA": "1",
+        "nnUNet_def_n_proc": "1",
     }
 
     def nnunet(command: str) -> None:
