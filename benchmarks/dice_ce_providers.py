@@ -1,6 +1,7 @@
-"""Ways to compute the mean soft Dice + cross-entropy loss of logits against class indices.
+"""Ways to compute the mean soft Dice + cross-entropy loss of logits against class indices, or against shares.
 
-All take logits (B, C, *S) of any float dtype and labels (B, *S) of any integer dtype, and return a scalar in float32.
+All take logits (B, C, *S) of any float dtype and labels (B, *S) of any integer dtype, or float32 shares (B, C, *S), and
+return a scalar in float32.
 ``eager`` and ``compiled`` run the fastest of eight written forms that were tried for any number of classes. The forms
 for two classes use that one sigmoid is enough there, which a user would have to know and write.
 """
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from harness import OURS, Case, Provider
 from torch import Tensor
 
-from lungkit.losses import DiceCELoss
+from lungkit.losses import DiceCELoss, SoftDiceCELoss
 
 _SMOOTH = 1e-5
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -70,6 +71,16 @@ def nnunet_formula(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), index) - coefficient.mean()
 
 
+def shares_form(logits: Tensor, shares: Tensor) -> Tensor:
+    """Soft labels (B, C, *S): Dice with the minimum of p and y (Wang et al., 2023) and cross-entropy."""
+    log_p = logits.log_softmax(1, dtype=torch.float32)
+    p = log_p.exp()
+    axes = tuple(range(2, logits.dim()))
+    overlap = torch.minimum(p, shares).sum(axes)
+    entropy = (shares * log_p).sum() / log_p[:, 0].numel()
+    return _dice(overlap, p.sum(axes), shares.sum(axes)) - entropy
+
+
 def _dice(overlap: Tensor, prediction: Tensor, volume: Tensor) -> Tensor:
     return (1 - (2 * overlap + _SMOOTH) / (prediction + volume + _SMOOTH)).mean()
 
@@ -89,6 +100,13 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "compiled, 2 classes": lambda: torch.compile(two_class_form, dynamic=False),
     "MONAI": _monai,
     "nnU-Net's formula": lambda: nnunet_formula,
+}
+
+
+LOSSES_OF_SHARES: dict[str, Callable[[], Loss]] = {
+    OURS: SoftDiceCELoss,
+    "eager": lambda: shares_form,
+    "compiled": lambda: torch.compile(shares_form, dynamic=False),
 }
 
 
@@ -137,13 +155,40 @@ class DiceCECase(Case):
         return logits.requires_grad_(), labels.to(self.labels_dtype)
 
     def build(self, provider: str, inputs: tuple[Tensor, Tensor]) -> Provider:
-        logits, labels = inputs
-        loss = LOSSES[provider]()
+        return self._provider(LOSSES[provider](), *inputs)
 
+    def _provider(self, loss: Loss, logits: Tensor, labels: Tensor) -> Provider:
         def backward(value: Any) -> tuple[Tensor, ...]:
             return torch.autograd.grad(value, logits)
 
         return Provider(lambda: loss(logits, labels), backward)
+
+
+@dataclass(frozen=True)
+class SharesCase(DiceCECase):
+    """The same of soft labels, one float32 vector a voxel."""
+
+    labels_dtype: torch.dtype = torch.float32
+
+    @property
+    def label(self) -> str:
+        return f"{super().label} shares"
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return tuple(LOSSES_OF_SHARES)
+
+    def fewest_bytes(self) -> Mapping[str, int]:
+        logits, labels = self.main_bytes(), torch.Size(self.shape).numel() * self.labels_dtype.itemsize
+        return {"forward": logits + labels, "backward": 2 * logits + labels}
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        drawn = [torch.randn(self.shape, generator=generator, device=self.device) for _ in range(2)]
+        return drawn[0].to(self.logits_dtype).requires_grad_(), drawn[1].softmax(1)
+
+    def build(self, provider: str, inputs: tuple[Tensor, Tensor]) -> Provider:
+        return self._provider(LOSSES_OF_SHARES[provider](), *inputs)
 
 
 def _name(dtype: torch.dtype) -> str:

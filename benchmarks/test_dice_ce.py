@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from dice_ce_providers import LOSSES, DiceCECase
+from dice_ce_providers import LOSSES, LOSSES_OF_SHARES, DiceCECase, SharesCase
 
 from lungkit.losses import DiceCELoss
 
@@ -29,7 +29,7 @@ def cases(selection: str, device: str, threads: tuple[int, ...]) -> list[DiceCEC
 
     many = threads[0]
     if selection == "smoke":
-        return [case(many, (2, 2, 12, 12, 12))]
+        return [case(many, (2, 2, 12, 12, 12)), SharesCase(device, many, (2, 2, 12, 12, 12))]
     if selection == "full":
         shapes = [(2, 2, n, n, n) for n in (96, 128, 160, 192, 256, 320)]
         shapes += [(2, 4, 96, 96, 96), (2, 4, 192, 192, 192), (1, 16, 96, 96, 96), (1, 16, 192, 192, 192)]
@@ -53,6 +53,7 @@ def cases(selection: str, device: str, threads: tuple[int, ...]) -> list[DiceCEC
             case(many, (2, 4, 192, 192, 192), _BF16, _U8),
             case(many, (1, 16, 128, 128, 128), _BF16, _U8),
             case(many, (1, 100, 96, 96, 96), _BF16, _U8),
+            SharesCase(device, many, cube, _BF16),
         ]
     patch = (2, 2, 96, 96, 96)
     return [
@@ -64,6 +65,8 @@ def cases(selection: str, device: str, threads: tuple[int, ...]) -> list[DiceCEC
         case(many, (1, 16, 96, 96, 96), _F32, _U8),
         case(many, (1, 100, 64, 64, 64), _F32, _U8),
         case(many, (8, 2, 512, 512), _F32, _U8),
+        SharesCase(device, many, patch),
+        SharesCase(device, many, (32, 2, 96, 96)),
     ]
 
 
@@ -84,3 +87,10 @@ def test_providers_solve_the_same_problem(provider: str) -> None:
     else:
         expected = DiceCELoss(softmax=True)(logits, labels)
     assert LOSSES[provider]()(logits, labels) == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("provider", [name for name in LOSSES_OF_SHARES if name != "compiled"])
+def test_providers_of_shares_solve_the_same_problem(provider: str) -> None:
+    logits, shares = SharesCase("cpu", 1, (2, 3, 6, 7)).inputs()
+    expected = LOSSES_OF_SHARES["eager"]()(logits.double(), shares.double())
+    assert float(LOSSES_OF_SHARES[provider]()(logits, shares)) == pytest.approx(float(expected), abs=1e-5)

@@ -26,6 +26,7 @@ class Form(NamedTuple):
     cross_entropy: str = "softmax"
     squared: bool = False
     gamma: float = 0.0
+    minimum: bool = False
 
 
 FORMS = [
@@ -41,6 +42,9 @@ FORMS = [
     Form("sigmoid", "none", squared=True),
     Form("none", "softmax", gamma=2.0),
     Form("none", "binary", squared=True),
+    Form(minimum=True),
+    Form("sigmoid", "binary", gamma=2.0, minimum=True),
+    Form("none", "none", minimum=True),
 ]
 ONE_CHANNEL_FORMS = [form for form in FORMS if "softmax" not in (form.activation, form.cross_entropy)]
 

@@ -9,7 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lungkit.losses import CodedLabelsLoss, DeepSupervisionLoss, DiceCELoss, DiceFocalLoss, SoftDiceCELoss
+from lungkit.losses import (
+    CodedLabelsLoss,
+    DeepSupervisionLoss,
+    DiceCELoss,
+    DiceFocalLoss,
+    FocalTverskyLoss,
+    LesionDiceLoss,
+    SoftDiceCELoss,
+)
 
 _IGNORED = 255
 _WEIGHT = torch.tensor([0.2, 1.0, 3.0])
@@ -46,7 +54,23 @@ def _regions(*, synchronise: bool, **options: object) -> nn.Module:
     return CodedLabelsLoss(DiceFocalLoss(sigmoid=True, synchronise=synchronise, **options), _VECTORS.round())
 
 
-_KINDS: dict[str, Callable[..., nn.Module]] = {"Dice + CE": _dice_ce, "soft": _soft, "regions": _regions}
+def _focal_tversky(*, synchronise: bool, **options: object) -> nn.Module:
+    return FocalTverskyLoss(softmax=True, ignore_index=_IGNORED, synchronise=synchronise, **options)
+
+
+class _OneLesion(LesionDiceLoss):
+    """Of what is class 1 in an image."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(logits, labels[:, 0], (labels[:, 0] == 1).to(torch.int32))
+
+
+_KINDS: dict[str, Callable[..., nn.Module]] = {
+    "Dice + CE": _dice_ce,
+    "soft": _soft,
+    "regions": _regions,
+    "focal Tversky": _focal_tversky,
+}
 
 CRITERIA: dict[str, Callable[..., nn.Module]] = {
     f"{kind}, {'batch' if batch else 'image'}, {reduction}": (
@@ -57,7 +81,7 @@ CRITERIA: dict[str, Callable[..., nn.Module]] = {
     for kind, build in _KINDS.items()
     for batch in (True, False)
     for reduction in ("mean", "sum")
-}
+} | {"lesions": lambda synchronise: DeepSupervisionLoss(_OneLesion(synchronise=synchronise))}
 """Losses that training uses, by their options; of every output of a network with deep supervision."""
 
 

@@ -188,6 +188,7 @@ def _of_statistics(draw: Draw, logits: Tensor) -> list[Any]:
         draw.chance(),
         draw.one_of((0.0, 1.0, 2.0, 1.5)),
         draw.one_of((None, None, 0, 1, 255, 256, -1)),
+        draw.chance(),
     ]
 
 

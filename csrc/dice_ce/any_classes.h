@@ -54,6 +54,7 @@ class Tile {
       : chunk_(chunk),
         options_(chunk.options),
         squared_(options_.squared),
+        minimum_(options_.minimum),
         gamma_(static_cast<A>(options_.gamma)) {
     stride_ = tile_voxels(chunk.classes) + row_padding;
     z_ = static_cast<A*>(chunk.scratch);
@@ -191,7 +192,7 @@ class Tile {
     using Label = std::conditional_t<indices, IndexLabel<A>, VectorLabel<A>>;
     const int64_t at = c * stride_ + i;
     const Vec<A> z = load(z_ + at), p = load(e_ + at) * load(scale_ + i), lse = load(lse_ + i);
-    return ClassOfVoxel<A, Label>{squared_, gamma_, z, p, lse, label_at(c, i)};
+    return ClassOfVoxel<A, Label>{squared_, minimum_, gamma_, z, p, lse, label_at(c, i)};
   }
 
   auto label_at(int64_t c, int i) const {
@@ -209,7 +210,7 @@ class Tile {
 
   const DiceCeChunk& chunk_;
   const DiceCeOptions& options_;
-  const bool squared_;
+  const bool squared_, minimum_;
   const A gamma_;
   A *z_, *e_, *y_;  // (classes, stride_): logits, exponentials or predictions, label vectors
   int64_t stride_;

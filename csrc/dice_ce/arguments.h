@@ -99,6 +99,7 @@ inline DiceCeArguments check_dice_ce(const Tensor& logits, const Tensor& labels,
                     .mask_layout = {},
                     .class_indices = class_indices,
                     .options = options};
+  a.options.minimum = options.minimum && !class_indices;
   a.logits_layout = channel_layout(a.logits);
   a.labels_layout = class_indices || labels.dim() < logits.dim() ? label_layout(a.labels, logits.dim())
                                                                  : channel_layout(a.labels);

@@ -76,7 +76,8 @@ __device__ __forceinline__ ClassOfVoxel<A, NumberLabel<A>> load_class(const View
   const int64_t index = view.logits_layout.channels == 1 ? 1 : c;  // one channel is that of class 1
   const A y = view.class_indices ? (code == index ? A(1) : A(0)) : load_label<A>(view, image, c, v);
   const A lse = view.options.cross_entropy == CrossEntropy::softmax ? exponentials.lse() : A(0);
-  return {view.options.squared, static_cast<A>(view.options.gamma), z, p, lse, {y}};
+  const DiceCeOptions& o = view.options;
+  return {o.squared, o.minimum, static_cast<A>(o.gamma), z, p, lse, {y}};
 }
 
 template <class T>

@@ -191,10 +191,10 @@ struct BinaryLogit {
 };
 
 // What one class of one voxel is. A Label y has times(v) = y v, rest_times(v) = (1 - y) v, add(sum, v), which
-// adds y v, and squared().
+// adds y v, and value(), which is y where it is added.
 template <class A, class Label>
 struct ClassOfVoxel {
-  bool squared;  // of DiceCeOptions
+  bool squared, minimum;  // of DiceCeOptions
   A gamma;
   Number<A> z, p;  // logit and prediction
   Number<A> lse;   // log sum exp of the voxel's logits, beside a softmax cross-entropy
@@ -202,7 +202,11 @@ struct ClassOfVoxel {
 
   // Adds its part of the statistics; `counts` says whether the voxel does.
   LUNGKIT_HD void add_to(Number<A> (&sums)[class_rows], CrossEntropy entropy, Truth<A> counts) const {
-    y.add(sums[row_intersection], p);
+    if (minimum) {
+      add_where(counts, sums[row_intersection], select(p <= y.value(), p, y.value()));
+    } else {
+      y.add(sums[row_intersection], p);
+    }
     sums[row_prediction] += squared ? p * p : p;
     y.add(sums[row_label], squared ? y.value() : Number<A>{} + A(1));
     if (entropy == CrossEntropy::softmax) {
@@ -218,7 +222,9 @@ struct ClassOfVoxel {
 
   // dL/dp
   LUNGKIT_HD Number<A> slope_of_prediction(Number<A> intersection, Number<A> prediction) const {
-    return y.times(intersection) + (squared ? A(2) * p * prediction : prediction);
+    const Number<A> zero = {};
+    const Number<A> overlap = minimum ? select(p <= y.value(), intersection, zero) : y.times(intersection);
+    return overlap + (squared ? A(2) * p * prediction : prediction);
   }
 
   // dL/d(-log p) of the softmax cross-entropy

@@ -21,19 +21,20 @@ template <class Backend>
 struct DiceCeOps {
   static Tensor statistics(const Tensor& logits, const Tensor& labels, std::optional<Tensor> mask,
                            std::string activation, std::string cross_entropy, bool squared, double gamma,
-                           std::optional<int64_t> ignore_index) {
-    return Backend::statistics(check_dice_ce(
-        logits, labels, mask, of_statistics(activation, cross_entropy, squared, gamma, ignore_index)));
+                           std::optional<int64_t> ignore_index, bool minimum) {
+    return Backend::statistics(
+        check_dice_ce(logits, labels, mask,
+                      of_statistics(activation, cross_entropy, squared, gamma, ignore_index, minimum)));
   }
 
   static std::tuple<Tensor, Tensor> loss(const Tensor& logits, const Tensor& labels,
                                          std::optional<Tensor> mask, std::optional<Tensor> weight,
                                          std::string activation, std::string cross_entropy, bool squared,
-                                         double gamma, std::optional<int64_t> ignore_index,
+                                         double gamma, std::optional<int64_t> ignore_index, bool minimum,
                                          bool include_background, bool jaccard, bool batch, bool mean,
                                          double smooth_nr, double smooth_dr, double lambda_dice,
                                          double lambda_ce, double label_smoothing) {
-    DiceCeOptions options = of_statistics(activation, cross_entropy, squared, gamma, ignore_index);
+    DiceCeOptions options = of_statistics(activation, cross_entropy, squared, gamma, ignore_index, minimum);
     options.needs_rest = label_smoothing > 0 || options.cross_entropy == CrossEntropy::binary;
     options.include_background = include_background;
     options.jaccard = jaccard;
@@ -53,9 +54,10 @@ struct DiceCeOps {
   static Tensor backward(const Tensor& slopes, std::optional<Tensor> scale, const Tensor& logits,
                          const Tensor& labels, std::optional<Tensor> mask, std::string activation,
                          std::string cross_entropy, bool squared, double gamma,
-                         std::optional<int64_t> ignore_index) {
-    const DiceCeArguments a = check_dice_ce(
-        logits, labels, mask, of_statistics(activation, cross_entropy, squared, gamma, ignore_index));
+                         std::optional<int64_t> ignore_index, bool minimum) {
+    const DiceCeArguments a =
+        check_dice_ce(logits, labels, mask,
+                      of_statistics(activation, cross_entropy, squared, gamma, ignore_index, minimum));
     check_slopes(slopes, scale, a);
     Tensor gradient = new_gradient(logits);
     Backend::differentiate(a, torch::stable::contiguous(slopes), scale, gradient);
@@ -70,13 +72,15 @@ struct DiceCeOps {
 
  private:
   static DiceCeOptions of_statistics(const std::string& activation, const std::string& cross_entropy,
-                                     bool squared, double gamma, std::optional<int64_t> ignore_index) {
+                                     bool squared, double gamma, std::optional<int64_t> ignore_index,
+                                     bool minimum) {
     return {.activation = activation_from(activation),
             .cross_entropy = cross_entropy_from(cross_entropy),
             .squared = squared,
             .gamma = gamma,
             .has_ignore_index = ignore_index.has_value(),
-            .ignore_index = ignore_index.value_or(0)};
+            .ignore_index = ignore_index.value_or(0),
+            .minimum = minimum};
   }
 };
 

@@ -11,7 +11,7 @@ enum class CrossEntropy : int { softmax, binary, none };
 // Rows of the statistics (6, B, C), and of the gradient with respect to them. y is the label of a voxel as a
 // vector, p its activated prediction, z its logits.
 enum Row : int {
-  row_intersection = 0,   // sum p y
+  row_intersection = 0,   // sum p y, or min(p, y)
   row_prediction = 1,     // sum p, or p^2
   row_label = 2,          // sum y, or y^2
   row_cross_entropy = 3,  // sum y f(p), f(p) = -(1 - p)^gamma log p
@@ -29,6 +29,7 @@ struct DiceCeOptions {
   bool needs_rest = true;  // row_rest may be anything where not
   bool has_ignore_index = false;
   int64_t ignore_index = 0;
+  bool minimum = false;  // min(p, y) in row_intersection; false beside class indices, where it is p y
 
   // Of the loss alone.
   bool include_background = true;

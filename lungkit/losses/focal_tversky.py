@@ -29,7 +29,7 @@ class FocalTverskyLoss(TverskyLoss):
         gamma: 1 is the Tversky loss.
         reduction: "mean" or "sum".
         synchronise: the loss of the images of all ranks, as in :class:`lungkit.losses.DiceCELoss`.
-        others: as in :class:`lungkit.losses.DiceLoss`.
+        others: as in :class:`lungkit.losses.TverskyLoss`.
 
     Shapes:
         as in :class:`lungkit.losses.DiceLoss`; returns a scalar.
@@ -64,6 +64,7 @@ class FocalTverskyLoss(TverskyLoss):
         smooth_dr: float = 1e-5,
         batch: bool = False,
         ignore_index: int | None = None,
+        minimum: bool = False,
         synchronise: bool = False,
     ) -> None:
         super().__init__(
@@ -78,6 +79,7 @@ class FocalTverskyLoss(TverskyLoss):
             smooth_dr=smooth_dr,
             batch=batch,
             ignore_index=ignore_index,
+            minimum=minimum,
         )
         check_not_negative(gamma=gamma)
         if gamma == 0 or reduction == "none":

@@ -38,6 +38,7 @@ class _OverlapLoss(nn.Module):
         ignore_index: int | None,
         squared_pred: bool = False,
         jaccard: bool = False,
+        minimum: bool = False,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, _REDUCTIONS)
@@ -47,6 +48,7 @@ class _OverlapLoss(nn.Module):
             cross_entropy="none",
             squared=squared_pred,
             ignore_index=ignore_index,
+            minimum=minimum,
             include_background=include_background,
             jaccard=jaccard,
             batch=batch,
@@ -185,6 +187,8 @@ class TverskyLoss(_OverlapLoss):
 
     Args:
         alpha, beta: weights of false positives and false negatives.
+        minimum: I is the sum of min(p, y), for soft labels: the compatible Tversky loss of Wang et al., "Dice
+            Semimetric Losses", 2023. The same for hard labels.
         others: as in :class:`DiceLoss`.
 
     Shapes:
@@ -215,6 +219,7 @@ class TverskyLoss(_OverlapLoss):
         smooth_dr: float = 1e-5,
         batch: bool = False,
         ignore_index: int | None = None,
+        minimum: bool = False,
     ) -> None:
         super().__init__(
             include_background=include_background,
@@ -226,6 +231,7 @@ class TverskyLoss(_OverlapLoss):
             smooth_dr=smooth_dr,
             batch=batch,
             ignore_index=ignore_index,
+            minimum=minimum,
         )
         check_not_negative(alpha=alpha, beta=beta)
         self.alpha = float(alpha)

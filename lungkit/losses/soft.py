@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
 from lungkit.losses._options import check_choice, check_not_negative
-from lungkit.losses._ranks import sums_over_ranks
+from lungkit.losses._ranks import sum_over_ranks
 from lungkit.ops._labels import equal_to
+from lungkit.ops.dice_ce import DiceCEOptions, fused_loss, fused_statistics, loss_of_statistics
 
 
 class SoftDiceCELoss(nn.Module):
-    r"""Dice semimetric loss + cross-entropy, for soft labels: y is a share of readers, not a class.
+    r"""Dice semimetric loss + cross-entropy, for soft labels, by one fused op: y is a share of readers, not a class.
 
     With p the softmax of the logits, sums over voxels and smoothing constants :math:`s_n, s_d`:
 
@@ -37,7 +36,7 @@ class SoftDiceCELoss(nn.Module):
     Shapes:
         input: logits (B, C, \*S), C at least 2; half types are computed in float32.
         target: shares (B, C, \*S) that sum to 1 over the classes.
-        mask: (B, 1, \*S), True where a voxel counts; None counts all.
+        mask: (B, 1, \*S) or (B, \*S), True where a voxel counts; None counts all.
         returns: a scalar; 0 over no voxel at all.
 
     Raises:
@@ -70,10 +69,16 @@ class SoftDiceCELoss(nn.Module):
         check_not_negative(
             smooth_nr=smooth_nr, smooth_dr=smooth_dr, lambda_dice=lambda_dice, lambda_ce=lambda_ce
         )
-        self.first = 0 if include_background else 1
-        self.mean = reduction == "mean"
-        self.smooth_nr, self.smooth_dr, self.batch = float(smooth_nr), float(smooth_dr), batch
-        self.lambda_dice, self.lambda_ce = float(lambda_dice), float(lambda_ce)
+        self.options = DiceCEOptions(
+            minimum=True,
+            include_background=include_background,
+            batch=batch,
+            mean=reduction == "mean",
+            smooth_nr=float(smooth_nr),
+            smooth_dr=float(smooth_dr),
+            lambda_dice=float(lambda_dice),
+            lambda_ce=float(lambda_ce),
+        )
         self.synchronise = synchronise
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -87,45 +92,10 @@ class SoftDiceCELoss(nn.Module):
                 f"soft labels must be floating and have the shape of the logits {tuple(input.shape)}, got "
                 f"{target.dtype} {tuple(target.shape)}"
             )
-        if mask is not None and mask.shape != (input.shape[0], 1, *input.shape[2:]):
-            raise UsageError(
-                f"mask must be (B, 1, *S) for logits {tuple(input.shape)}, got {tuple(mask.shape)}"
-            )
-        if input.dtype != torch.float64:
-            input = input.float()
-        target = target.to(input.dtype)
-        logarithms = F.log_softmax(input, 1)
-        if mask is not None:
-            # Labels of 0 for every class take a voxel out of all sums but that of the predictions.
-            target = target * mask
-        loss = input.new_zeros(())
-        if self.lambda_ce:
-            total = -(target * logarithms).sum()
-            voxels = input.new_full((), input[:, 0].numel()) if mask is None else mask.sum().to(input.dtype)
-            if self.synchronise:
-                total, voxels = sums_over_ranks(total, voxels)
-            loss = loss + self.lambda_ce * (total / voxels.clamp_min(1.0) if self.mean else total)
-        if self.lambda_dice:
-            loss = loss + self.lambda_dice * self._dice(logarithms, target, mask)
-        return loss
-
-    def _dice(self, logarithms: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        prediction, label = logarithms[:, self.first :].exp(), target[:, self.first :]
-        if mask is not None:
-            prediction = prediction * mask
-        axes = (0, *range(2, label.dim())) if self.batch else tuple(range(2, label.dim()))
-        overlap = torch.minimum(prediction, label).sum(axes)
-        total = prediction.sum(axes) + label.sum(axes)
-        voxels = total.new_ones(()) if mask is None else mask.sum(axes).to(total.dtype)
-        if self.synchronise and self.batch:
-            overlap, total, voxels = sums_over_ranks(overlap, total, voxels)
-        terms = 1.0 - (2.0 * overlap + self.smooth_nr) / (total + self.smooth_dr)
-        if mask is not None:
-            terms = torch.where(voxels > 0, terms, 0.0 * total)
-        if self.synchronise and not self.batch:
-            sum_of_terms, number = sums_over_ranks(terms.sum(), terms.new_full((), terms.numel()))
-            return sum_of_terms / number.clamp_min(1.0) if self.mean else sum_of_terms
-        return terms.mean() if self.mean and terms.numel() else terms.sum()
+        if not self.synchronise:
+            return fused_loss(input, target, self.options, mask=mask)
+        statistics = fused_statistics(input, target, self.options, mask=mask)
+        return loss_of_statistics(statistics, input, target, self.options, over_ranks=sum_over_ranks)
 
 
 class CodedLabelsLoss(nn.Module):

@@ -32,10 +32,11 @@ def statistics_twin(logits: Tensor, labels: Tensor, mask: Tensor | None, options
     elif options.cross_entropy == "binary":
         positive = _sum(_focal(F.softplus(-z), gamma), y)
         rest = _sum(_focal(F.softplus(z), gamma), (1 if valid is None else valid) - y)
+    minimum = options.minimum and not has_class_indices(logits, labels)
     voxels = z.new_full((len(z), 1), z.shape[2]) if valid is None else valid.sum(2)
     return torch.stack(
         [
-            _sum(p, y),
+            torch.where(p <= y, p, y).sum(2) if minimum else _sum(p, y),
             _sum(p, p) if options.squared else p.sum(2),
             _sum(y, y) if options.squared else y.sum(2),
             positive,
@@ -77,8 +78,8 @@ def backward_twin(
 def _gradient(
     slopes: Tensor, logits: Tensor, labels: Tensor, mask: Tensor | None, options: DiceCEOptions
 ) -> Tensor:
-    """Of one chunk. With the sums I, P, L, R and their slopes: dp = I' y + P' (or 2 P' p), brought through the
-    activation, and p sum(L' y + R') - (L' y + R') of the softmax's cross-entropy, or the same of sigmoids."""
+    """Of one chunk. With the sums I, P, L, R and their slopes: dp = I' y + P' (or I' where p <= y, or 2 P' p), brought
+    through the activation, and p sum(L' y + R') - (L' y + R') of the softmax's cross-entropy, or that of sigmoids."""
     if options.gamma:
         pull_back = torch.func.vjp(lambda of: statistics_twin(of, labels, mask, options), logits)[1]
         return pull_back(slopes)[0]
@@ -93,7 +94,10 @@ def _gradient(
         if options.activation == "softmax" and likely is not None
         else _activate(z, None, options.activation)
     )
-    gradient = torch.addcmul(2 * total * p if options.squared else total, overlap, y)
+    minimum = options.minimum and not has_class_indices(logits, labels)
+    gradient = torch.addcmul(
+        2 * total * p if options.squared else total, overlap, (p <= y).to(p) if minimum else y
+    )
     if options.activation == "softmax":
         gradient = p * (gradient - (p * gradient).sum(1, keepdim=True))
     elif options.activation == "sigmoid":

@@ -44,6 +44,7 @@ def dice_ce_statistics(
     squared: bool = False,
     gamma: float = 0.0,
     ignore_index: int | None = None,
+    minimum: bool = False,
 ) -> Tensor:
     r"""Sums from which every loss of the Dice family follows, from one read of logits and labels.
 
@@ -68,6 +69,8 @@ def dice_ce_statistics(
         gamma: focal exponent: in L, and in the binary R, each term is multiplied by (1 - its probability) ** gamma.
         ignore_index: class index whose voxels do not count. Beside label vectors: the channel that marks them, or,
             outside 0..C-1, voxels whose vector is zero do not count.
+        minimum: sum min(p, y) in I, which beside soft labels is largest at p = y; p y drives p to 0 or 1 (Wang et al.,
+            "Dice Semimetric Losses", 2023). The same for labels of 0 and 1. Not with ``squared``.
 
     Returns:
         (6, B, C) with I, P, Y, L, R, N in the order of :class:`Statistics`; float64 for float64 logits, else float32.
@@ -87,7 +90,7 @@ def dice_ce_statistics(
         >>> sums.intersection.tolist(), sums.prediction.tolist(), sums.label.tolist()
         ([[0.0, 8.0]], [[8.0, 8.0]], [[0.0, 16.0]])
     """
-    options = DiceCEOptions(activation, cross_entropy, squared, gamma, ignore_index)
+    options = DiceCEOptions(activation, cross_entropy, squared, gamma, ignore_index, minimum)
     return fused_statistics(logits, labels, options, mask=mask)
 
 
@@ -109,6 +112,7 @@ def dice_ce_loss(
     lambda_ce: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int | None = None,
+    minimum: bool = False,
 ) -> Tensor:
     r"""Soft Dice + cross-entropy loss, finished inside one op.
 
@@ -117,7 +121,8 @@ def dice_ce_loss(
         + \lambda_\text{ce}\,\mathrm{CE}
 
     with I, P, Y of :func:`dice_ce_statistics`. The arguments mean what they mean for
-    :class:`lungkit.losses.DiceCELoss`; logits, labels, mask and activation are those of :func:`dice_ce_statistics`.
+    :class:`lungkit.losses.DiceCELoss`; logits, labels, mask, activation and minimum are those of
+    :func:`dice_ce_statistics`.
     One channel takes binary cross-entropy and needs ``activation="sigmoid"``.
 
     Returns:
@@ -151,6 +156,7 @@ def dice_ce_loss(
         lambda_ce=lambda_ce,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
+        minimum=minimum,
     )
     return fused_loss(logits, labels, options, mask=mask, weight=weight)
 
@@ -277,6 +283,8 @@ def _check_arguments(logits: Tensor, labels: Tensor, mask: Tensor | None, option
         raise UsageError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
     if cross_entropy not in _CROSS_ENTROPIES:
         raise UsageError(f"cross_entropy must be one of {_CROSS_ENTROPIES}, got {cross_entropy!r}")
+    if options.minimum and options.squared:
+        raise UsageError("minimum and squared exclude each other: min(p, y) belongs to sums of p and y")
     if options.gamma < 0:
         raise UsageError(f"gamma must not be negative, got {options.gamma}")
     if logits.dtype not in _LOGIT_DTYPES:
@@ -326,7 +334,9 @@ def _check_voxels(
 
 # The scalars are those of DiceCEOptions, in its order.
 _VOXELS = "Tensor logits, Tensor labels, Tensor? mask"
-_OF_STATISTICS = "str activation, str cross_entropy, bool squared, float gamma, int? ignore_index"
+_OF_STATISTICS = (
+    "str activation, str cross_entropy, bool squared, float gamma, int? ignore_index, bool minimum"
+)
 _OF_LOSS = (
     f"{_OF_STATISTICS}, bool include_background, bool jaccard, bool batch, bool mean, float smooth_nr, "
     "float smooth_dr, float lambda_dice, float lambda_ce, float label_smoothing"

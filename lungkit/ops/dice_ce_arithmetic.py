@@ -26,7 +26,7 @@ class Statistics(NamedTuple):
     y is the label of a voxel as a one-hot (or soft) vector, p its activated prediction.
     """
 
-    intersection: Tensor  # sum p y
+    intersection: Tensor  # sum p y, or min(p, y)
     prediction: Tensor  # sum p, or sum p^2
     label: Tensor  # sum y, or sum y^2
     cross_entropy: Tensor  # sum -y log p, each term times (1 - p)^gamma
@@ -38,13 +38,13 @@ class Statistics(NamedTuple):
 class DiceCEOptions:
     """What the ops of Dice + cross-entropy compute, in the order in which the scalars follow the tensors of an op.
 
-    The first five say how the statistics are summed (:func:`lungkit.ops.dice_ce.dice_ce_statistics`), the others what
+    The first six say how the statistics are summed (:func:`lungkit.ops.dice_ce.dice_ce_statistics`), the others what
     the loss makes of them (:func:`lungkit.ops.dice_ce.dice_ce_loss`). ``DiceCEOptions(*scalars)`` is the way back.
 
     Example:
         >>> from lungkit.ops.dice_ce_arithmetic import DiceCEOptions
         >>> DiceCEOptions(squared=True).of_statistics()
-        ('softmax', 'softmax', True, 0.0, None)
+        ('softmax', 'softmax', True, 0.0, None, False)
     """
 
     activation: str = "softmax"
@@ -52,6 +52,7 @@ class DiceCEOptions:
     squared: bool = False
     gamma: float = 0.0
     ignore_index: int | None = None
+    minimum: bool = False
     include_background: bool = True
     jaccard: bool = False
     batch: bool = False
@@ -64,7 +65,14 @@ class DiceCEOptions:
 
     def of_statistics(self) -> tuple[Any, ...]:
         """Scalars of ``lungkit::dice_ce_statistics`` and ``lungkit::dice_ce_backward``."""
-        return self.activation, self.cross_entropy, self.squared, self.gamma, self.ignore_index
+        return (
+            self.activation,
+            self.cross_entropy,
+            self.squared,
+            self.gamma,
+            self.ignore_index,
+            self.minimum,
+        )
 
     def of_loss(self) -> tuple[Any, ...]:
         """Scalars of ``lungkit::dice_ce_loss``."""

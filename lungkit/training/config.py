@@ -386,10 +386,9 @@ def _check_loss(loss: LossConfig, data: DataConfig) -> None:
         raise UsageError(
             f"loss.overlap is {loss.overlap!r}, but loss.dice_weight 0 leaves the overlap term out"
         )
-    if data.labels == "readers" and (loss.overlap != "dice" or loss.lesion_weight):
-        option = "lesion_weight" if loss.lesion_weight else "overlap"
+    if data.labels == "readers" and loss.lesion_weight:
         raise UsageError(
-            f"loss.{option} is {getattr(loss, option)!r}, which needs one class a voxel; leave it out, or train on "
+            f"loss.lesion_weight is {loss.lesion_weight}, which needs one class a voxel; leave it out, or train on "
             "data.labels consensus"
         )
 

@@ -62,7 +62,12 @@ def make_criterion(
 
     def loss_of(*, gamma: float) -> nn.Module:
         loss = _loss_of_voxels(
-            config, _dice_and_entropy(config, sigmoid, codes, synchronise), gamma, sigmoid, synchronise
+            config,
+            _dice_and_entropy(config, sigmoid, codes, synchronise),
+            gamma,
+            sigmoid=sigmoid,
+            soft=codes is not None,
+            synchronise=synchronise,
         )
         if vectors is not None:
             loss = CodedLabelsLoss(loss, vectors, ignore_index=IGNORE_INDEX)
@@ -134,7 +139,13 @@ def _dice_and_entropy(
 
 
 def _loss_of_voxels(
-    config: LossConfig, dice_and_entropy: DiceAndEntropy, gamma: float, sigmoid: bool, synchronise: bool
+    config: LossConfig,
+    dice_and_entropy: DiceAndEntropy,
+    gamma: float,
+    *,
+    sigmoid: bool,
+    soft: bool,
+    synchronise: bool,
 ) -> nn.Module:
     """One fused loss where that does it, else the overlap and the cross-entropy by themselves."""
     is_mined = config.hard_negatives < 1 and config.ce_weight > 0
@@ -153,7 +164,8 @@ def _loss_of_voxels(
             beta=config.tversky_beta,
             gamma=gamma,
             batch=config.batch_dice,
-            ignore_index=None if sigmoid else IGNORE_INDEX,
+            ignore_index=None if sigmoid or soft else IGNORE_INDEX,
+            minimum=soft,
             synchronise=synchronise,
         )
         losses.append(focal)

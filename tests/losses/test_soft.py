@@ -44,6 +44,32 @@ def test_masked_hard_labels_give_the_value_and_gradient_of_ignored_ones():
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (soft, hard)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [False, True])
+def test_value_and_gradient_are_those_of_the_definition(batch, dtype):
+    logits, _ = logits_and_classes()
+    logits = logits.detach().to(dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(2)
+    shares = torch.softmax(torch.randn(2, 3, 6, 5, dtype=torch.float64, generator=generator), 1)
+    mask = torch.rand(2, 1, 6, 5, generator=generator) < 0.8
+    loss = SoftDiceCELoss(batch=batch, include_background=False, lambda_ce=0.5)(
+        logits, shares.to(dtype), mask
+    )
+    exact = logits.detach().double().requires_grad_()
+    p, y = exact.softmax(1) * mask, shares.to(dtype).double() * mask
+    axes = (0, 2, 3) if batch else (2, 3)
+    overlap, total = torch.minimum(p, y).sum(axes), p.sum(axes) + y.sum(axes)
+    dice = 1 - (2 * overlap + 1e-5) / (total + 1e-5)
+    entropy = -(y * exact.log_softmax(1)).sum() / mask.sum()
+    expected = (dice[1:] if batch else dice[:, 1:]).mean() + 0.5 * entropy
+    gradients = [
+        torch.autograd.grad(value, z)[0].double() for value, z in ((loss, logits), (expected, exact))
+    ]
+    tolerance = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*gradients, **tolerance)
+
+
 def test_the_loss_is_least_at_the_shares():
     shares = torch.tensor([0.75, 0.25], dtype=torch.float64).reshape(1, 2, 1, 1).expand(1, 2, 4, 4)
     criterion = SoftDiceCELoss(lambda_ce=0.0)
@@ -100,7 +126,7 @@ def test_deep_supervision_takes_codes():
     [
         (torch.zeros(1, 2, 4, 4, dtype=torch.uint8), None, "soft labels must be floating"),
         (torch.zeros(1, 3, 4, 4), None, "have the shape of the logits"),
-        (torch.zeros(1, 2, 4, 4), torch.ones(1, 4, 4), "mask must be"),
+        (torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4).bool(), "mask of shape"),
     ],
 )
 def test_what_does_not_fit_is_named(target, mask, message):

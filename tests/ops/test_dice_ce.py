@@ -132,7 +132,37 @@ def test_masked_voxels_count_nowhere(kernels, dtype, vectors):
         else random_indices((2, 9, 11), 2, torch.int32)
     )
     mask = (random_indices((2, 1, 9, 11), 5, torch.uint8) > 1).to(dtype)
-    assert_matches_twin(random_logits((2, 9, 11), 2, torch.float32), labels, Form(), mask=mask)
+    for form in (Form(), Form(minimum=True)):
+        assert_matches_twin(random_logits((2, 9, 11), 2, torch.float32), labels, form, mask=mask)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_minimum_is_the_product_for_hard_labels(kernels, classes):
+    logits, labels = (
+        random_logits((2, 9, 11), classes, torch.float32),
+        random_indices((2, 9, 11), classes, torch.int64),
+    )
+    vectors = torch.nn.functional.one_hot(labels, classes).movedim(-1, 1)
+    for target, exactly in ((labels, True), (vectors, False), (vectors.half(), False)):
+        for compute in (dice_ce_loss, lambda *a, **options: gradient_of(dice_ce_loss, *a, **options)):
+            product_of, minimum_of = (
+                compute(logits, target, minimum=minimum, **NNUNET) for minimum in (False, True)
+            )
+            torch.testing.assert_close(minimum_of, product_of, **({"rtol": 0, "atol": 0} if exactly else {}))
+
+
+def test_the_minimum_beside_soft_labels_is_largest_at_the_shares(kernels):
+    shares = torch.tensor([0.75, 0.25]).reshape(1, 2, 1, 1).expand(1, 2, 8, 8)
+    at_shares, elsewhere = (
+        dice_ce_loss(
+            torch.tensor([1 - p, p]).log().reshape(1, 2, 1, 1).expand(1, 2, 8, 8),
+            shares,
+            minimum=True,
+            lambda_ce=0.0,
+        )
+        for p in (0.25, 0.05)
+    )
+    assert abs(at_shares) < 1e-5 < 0.1 < elsewhere
 
 
 @pytest.mark.parametrize("dtype", INDEX_DTYPES)
@@ -338,6 +368,7 @@ INDICES = torch.zeros(2, 4, 5, dtype=torch.uint8)
         (LOGITS, INDICES, {"weight": [1.0, 2.0]}, r"one number for each of the 3 classes.*got shape \(2,\)"),
         (LOGITS, INDICES, {"mask": torch.zeros(2, 3, 4, 5).bool()}, "mask of shape .* do not fit"),
         (LOGITS, INDICES, {"mask": torch.zeros(2, 4, 5)}, "mask must be bool or uint8, got torch.float32"),
+        (LOGITS, LOGITS, {"minimum": True, "squared_pred": True}, "minimum and squared exclude each other"),
         (LOGITS, INDICES, {"activation": "relu"}, "activation must be one of .* got 'relu'"),
         (LOGITS, INDICES, {"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
         (LOGITS, torch.zeros_like(LOGITS).requires_grad_(), {}, "labels must not require a gradient"),
@@ -352,7 +383,7 @@ def test_arguments_that_do_not_fit_are_named(logits, labels, options, message):
 
 def test_the_op_itself_refuses_shapes_that_do_not_fit():
     with pytest.raises(RuntimeError, match=r"labels .* do not fit logits"):
-        OPS.dice_ce_statistics(LOGITS, torch.zeros(2, 5, 4).long(), None, *Form(), None)
+        OPS.dice_ce_statistics(LOGITS, torch.zeros(2, 5, 4).long(), None, *DiceCEOptions().of_statistics())
 
 
 # ---- CUDA alone -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lungkit.ops.dice_ce_arithmetic import (
 )
 
 OTHER = DiceCEOptions(
-    "sigmoid", "none", True, 2.0, 7, False, True, True, False, 1e-3, 1e-2, 0.7, 0.3, 0.2
+    "sigmoid", "none", True, 2.0, 7, True, False, True, True, False, 1e-3, 1e-2, 0.7, 0.3, 0.2
 )  # fmt: skip
 
 

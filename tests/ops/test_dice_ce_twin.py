@@ -17,6 +17,8 @@ FORMS = {
     "sigmoid and binary": DiceCEOptions("sigmoid", "binary"),
     "sigmoid and binary, focal": DiceCEOptions("sigmoid", "binary", gamma=1.5),
     "no activation": DiceCEOptions("none", "none", squared=True),
+    "minimum": DiceCEOptions(minimum=True),
+    "minimum, focal": DiceCEOptions("sigmoid", "binary", gamma=1.5, minimum=True),
     "softmax of the Dice alone": DiceCEOptions("softmax", "none"),
     "softmax of the cross-entropy alone": DiceCEOptions("none", "softmax"),
 }

@@ -85,6 +85,14 @@ def test_shares_of_readers_and_regions_are_mined_too() -> None:
         assert criterion(logits, labels).isfinite()
 
 
+def test_focal_tversky_of_shares_takes_the_smaller_of_share_and_probability() -> None:
+    readers = ReaderCodes(4, 2)
+    codes = torch.tensor([1, 3], dtype=torch.uint8).repeat(2, 4, 2)
+    logits = torch.tensor(readers.shares)[codes.long()].movedim(-1, 1).log()  # what the readers say
+    criterion = criterion_of({"overlap": "focal_tversky", "ce_weight": 0.0}, readers)
+    assert criterion(logits, codes) < 1e-4 < 0.1 < criterion(2 * logits, codes)
+
+
 def test_lesions_of_regions_are_refused() -> None:
     regions: Any = SimpleNamespace(
         root="DATASET", regions={"whole": (1, 2)}, region_vectors=torch.eye(3)[:, 1:].numpy()
