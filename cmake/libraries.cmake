@@ -103,12 +103,8 @@ if(LUNGKIT_EMULATOR)
   target_link_options(lungkit_emulated PRIVATE ${sanitize})
   set_target_properties(lungkit_emulated PROPERTIES PREFIX "")
 
-  # Those that the cost model prices, counting what they do (tests/cuda_on_cpu/counting.h): a line runs as often as the
-  # source says at -O0 only.
-  set(counted_ops attention_gate)
-  list(TRANSFORM counted_ops PREPEND ${csrc}/ OUTPUT_VARIABLE counted_sources)
-  list(TRANSFORM counted_sources APPEND /cuda.cu)
-  add_library(lungkit_counted MODULE EXCLUDE_FROM_ALL ${csrc}/library.cpp ${counted_sources})
+  # The same, counting what kernels do (tests/cuda_on_cpu/counting.h): a line runs as often as the source says at -O0 only.
+  add_library(lungkit_counted MODULE EXCLUDE_FROM_ALL ${csrc}/library.cpp ${cuda_sources})
   target_link_libraries(lungkit_counted PRIVATE torch_stable counting)
   target_compile_definitions(lungkit_counted PRIVATE LUNGKIT_EMULATE=lungkit_counted LUNGKIT_EMULATOR_COUNTS=1)
   target_compile_options(lungkit_counted PRIVATE -x c++ -include ${emulator}/cuda_on_cpu.h -O0 -g1 -w --coverage

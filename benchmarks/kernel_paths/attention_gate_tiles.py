@@ -13,7 +13,7 @@ def tiles_forward(gate: Gate) -> Configuration:
     """Of a gate whose channels are multiples of 16, channels-first."""
     tiles = -(-gate.voxels // TILE)
     weights = gate.inner * (gate.channels + 4)
-    fewest = 4 * (gate.voxels * (2 * gate.channels + 1) + gate.inner * gate.coarse_voxels)
+    fewest = 4 * (gate.voxels * (2 * gate.channels + 1) + gate.inner * gate.coarse_voxels + gate.parameters())
     launch = Launch(
         source="attention_gate",
         kernel="gate_tiles_forward_kernelIfE",

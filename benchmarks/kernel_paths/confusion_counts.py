@@ -48,6 +48,7 @@ class Counts:
 def counts_forward(counts: Counts) -> Configuration:
     of_image = math.prod(counts.grid)
     per_image = min(-(-of_image // (THREADS * GROUP)), max(128, 1024 // counts.images))
+    counted = 3 * counts.classes + 1  # numbers of an image, of 8 bytes, to which blocks add
     kind = 0 if counts.classes == 2 else 1 if counts.logits is not None else 2
     guess = "v" if counts.logits is None else TYPES[counts.logits].mangled
     skipped = [
@@ -72,17 +73,19 @@ def counts_forward(counts: Counts) -> Configuration:
         kernel=f"confusion_counts_kernelI{guess}LNS0_7ClassesE{kind}EE",
         blocks=per_image * counts.images,
         threads=THREADS,
-        shared_bytes=4 * (3 * counts.classes + 1),
+        shared_bytes=4 * counted,
         trips={
             "for (int k = threadIdx.x; k < local_size": (1 / 8, 0),
             "for (int64_t first = blockIdx.x * int64_t{block_voxels}": of_image
             / per_image
             / (THREADS * GROUP),
-            "for (int c = 1; c < static_cast<int>(layout.channels)": counts.classes - 1,
+            "for (int c = 1; c < static_cast<int>(layout.channels)": counts.classes - 1
+            if counts.logits
+            else 0,
             "for (int k = threadIdx.x; k < width": (1 / 8, 0),
         },
         skipped=skipped,
-        moved_bytes=counts.voxels * (1 + counts.guess_bytes),
+        moved_bytes=counts.voxels * (1 + counts.guess_bytes) + 2 * 8 * counts.images * counted,
         in_flight_bytes=32 * GROUP * (1 + (1 if counts.logits is None else TYPES[counts.logits].bytes)),
         units=counts.voxels / 32,
     )

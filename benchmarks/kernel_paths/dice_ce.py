@@ -121,9 +121,13 @@ def loss_forward(loss: Loss) -> Configuration:
         },
         skipped=loss.skipped(),
         moved_bytes=loss.logit_bytes + loss.label_bytes + left,
+        loaded_bytes=loss.logit_bytes + loss.label_bytes,
+        stored_bytes=left,
         in_flight_bytes=loss.in_flight,
         units=loss.voxels / 32,
     )
+    results = 4 * (1 + 6 * loss.images * loss.classes)  # the loss and its slopes
+    working = min(1.0, loss.images * loss.sums / FINISH_WARPS)  # a sum a warp, and one warp has the loss
     finish = Launch(
         source="dice_ce",
         kernel="finish_lossIfNS1_4WarpEE",
@@ -140,10 +144,12 @@ def loss_forward(loss: Loss) -> Configuration:
             "for (Index row = first_row, column = first_column": (0, 1, 1, 0, 1, 0, 0),
         },
         skipped=(),
-        moved_bytes=left,
+        moved_bytes=left + results,
+        loaded_bytes=left,
+        stored_bytes=results,
         in_flight_bytes=16 * 4 * 32,
-        units=FINISH_WARPS / 4,
-        working=1 / 4,  # most have a sum or none, one has the loss
+        units=FINISH_WARPS * working,
+        working=working,
         waits=1,
     )
     return Configuration(
@@ -171,7 +177,8 @@ def loss_backward(loss: Loss) -> Configuration:
             / (THREADS * loss.group)
         },
         skipped=loss.skipped(),
-        moved_bytes=moved,
+        moved_bytes=moved + 4 * 4 * loss.images * loss.classes,  # and the slopes of a softmax
+        stored_bytes=loss.logit_bytes,
         in_flight_bytes=loss.in_flight,
         units=loss.voxels / 32,
     )

@@ -61,6 +61,7 @@ def _launch(
     kernel: str,
     trips: tuple[float, ...],
     moved: float,
+    stored: float,
     pieces: int,
     line: str | None = None,
     skipped: Sequence[str] = (),
@@ -79,6 +80,7 @@ def _launch(
         moved_bytes=moved,
         in_flight_bytes=16 * 32 * pieces,
         units=tail.voxels * tail.channels / 32,
+        stored_bytes=stored,
     )
 
 
@@ -91,12 +93,14 @@ def _over_channels(tail: Tail, variants: int) -> tuple[float, ...]:
 
 
 def psi_forward(tail: Tail) -> Configuration:
-    moved = 3 * tail.bytes + 2 * tail.voxels
+    stored = tail.bytes + 2 * tail.voxels
+    moved = 2 * tail.bytes + 4 * tail.channels + stored
     launch = _launch(
         tail,
         "gate_psi_pieces_kernel",
         _over_channels(tail, 2 if tail.by_voxel else 1),
         moved,
+        stored,
         4 if tail.by_voxel else 8,
     )
     return Configuration(
@@ -110,13 +114,15 @@ def psi_forward(tail: Tail) -> Configuration:
 
 def psi_backward(tail: Tail) -> Configuration:
     left = 4 * tail.blocks * tail.channels
-    moved = 2 * tail.bytes + 2 * tail.voxels
+    weight = 4 * tail.channels
+    moved = 2 * tail.bytes + 2 * tail.voxels + weight
     step = "piece_row * width" if tail.by_voxel else "batch * piece_rows"
     main = _launch(
         tail,
         "gate_psi_backward_pieces_kernel",
         (tail.turns if tail.by_voxel else tail.turns / 4,),
         moved + left,
+        tail.bytes + left,
         4,
         f"for (int64_t first = 0; first < layout.channels; first += {step})",
     )
@@ -129,14 +135,16 @@ def psi_backward(tail: Tail) -> Configuration:
         shared_bytes=0,
         trips={"for (int64_t run = threadIdx.x; run < runs": (turns % 16, turns // 16)},
         skipped=(),
-        moved_bytes=left,
+        moved_bytes=left + weight,
+        loaded_bytes=left,
+        stored_bytes=weight,
         in_flight_bytes=4 * 32,
         units=tail.channels * WARPS,
         waits=1,
     )
     return Configuration(
         f"gate_psi backward {tail.name}",
-        moved,
+        moved + weight,
         (main, weights),
         None,
         HostCalls(allocations=3, checks=3),  # gradients, sums of tiles
@@ -146,7 +154,12 @@ def psi_backward(tail: Tail) -> Configuration:
 def scale_forward(tail: Tail) -> Configuration:
     moved = 2 * tail.bytes + 2 * tail.voxels
     launch = _launch(
-        tail, "gate_scale_pieces_kernel", _over_channels(tail, 1), moved, 2 if tail.by_voxel else 4
+        tail,
+        "gate_scale_pieces_kernel",
+        _over_channels(tail, 1),
+        moved,
+        tail.bytes,
+        2 if tail.by_voxel else 4,
     )
     return Configuration(
         f"gate_scale forward {tail.name}",
@@ -162,7 +175,14 @@ def scale_backward(tail: Tail) -> Configuration:
     trips = _over_channels(tail, 2)
     if tail.by_voxel:  # with the gradient of x and without it, a voxel after the other
         trips = (tail.turns / 2, 0) * 4
-    launch = _launch(tail, "gate_scale_backward_pieces_kernel", trips, moved, 4 if tail.by_voxel else 8)
+    launch = _launch(
+        tail,
+        "gate_scale_backward_pieces_kernel",
+        trips,
+        moved,
+        tail.bytes + 2 * tail.voxels,
+        4 if tail.by_voxel else 8,
+    )
     return Configuration(
         f"gate_scale backward {tail.name}", moved, (launch,), None, HostCalls(allocations=2, checks=1)
     )

@@ -60,6 +60,16 @@ class Norm:
         return f"{shape} bfloat16 {'channels-last' if self.by_voxel else 'channels-first'}"
 
     @property
+    def parameters(self) -> int:
+        """Bytes of weight and bias."""
+        return 2 * 4 * self.channels
+
+    @property
+    def statistics(self) -> int:
+        """Bytes of two numbers of every channel of an image."""
+        return 2 * 4 * self.images * self.channels
+
+    @property
     def sums(self) -> int:
         """Channels of a thread."""
         return VEC if self.by_voxel else 1
@@ -167,18 +177,19 @@ def _turns(plan: Plan) -> Mapping[str, float | tuple[float, ...]]:
 
 def norm_forward(norm: Norm) -> Configuration:
     main = 2 * norm.elements
+    affine = norm.statistics + norm.parameters
     small = norm.small(SMALL_FORWARD)
     launches: Sequence[Launch]
     if small is not None:
         launches = [
             _launch(
-                norm, norm.kernel("norm_small_kernel"), small, 2 * main, main / small.blocks / WARPS,
+                norm, norm.kernel("norm_small_kernel"), small, 2 * main + affine, main / small.blocks / WARPS,
                 _of_block(norm, small, 2), norm.working(small), waits=2,
             )
         ]  # fmt: skip
     else:
         moments, apply = norm.plan(MOMENTS, 1024), norm.plan(APPLY, 4096)
-        partial = 2 * 4 * norm.images * norm.channels * moments.chunks
+        partial = norm.statistics * moments.chunks
         turns = math.ceil(moments.chunks / THREADS)
         launches = [
             _launch(
@@ -186,12 +197,12 @@ def norm_forward(norm: Norm) -> Configuration:
                 {**_turns(moments), **_of_block(norm, moments, 2)},
             ),
             _combining(
-                "norm_combine_kernelIfE", norm.images * norm.channels, partial, 2,
+                "norm_combine_kernelIfE", norm.images * norm.channels, partial + norm.statistics, 2,
                 # Twice: what is left of four, and fours.
                 {"for (int64_t i = threadIdx.x; i < count": (turns % 4, turns // 4) * 2},
             ),
             _launch(
-                norm, norm.kernel("norm_apply_kernel"), apply, 2 * main, 512 * APPLY, _turns(apply)
+                norm, norm.kernel("norm_apply_kernel"), apply, 2 * main + affine, 512 * APPLY, _turns(apply)
             ),
         ]  # fmt: skip
     memory = 0 if small is not None else 1
@@ -206,30 +217,34 @@ def norm_forward(norm: Norm) -> Configuration:
 
 def norm_backward(norm: Norm) -> Configuration:
     main = 2 * norm.elements
+    affine = norm.statistics + norm.parameters
     small = norm.small(SMALL_BACKWARD)
     launches: Sequence[Launch]
     if small is not None:
         launches = [
             _launch(
-                norm, norm.kernel("norm_small_gradient_kernel", "Lb0E"), small, 3 * main,
+                norm, norm.kernel("norm_small_gradient_kernel", "Lb0E"), small,
+                3 * main + affine + norm.statistics,  # what parameters' gradients are summed from is left
                 2 * main / small.blocks / WARPS, _of_block(norm, small, 1), norm.working(small), waits=2,
             ),
             _combining(
                 "norm_parameter_gradients_kernelIffE", -(-norm.channels // THREADS),
-                2 * 4 * norm.images * norm.channels, 1,
+                affine, 1,
                 {"for (int64_t image = 0": (norm.images // 4, norm.images % 4)},
             ),
         ]  # fmt: skip
     else:
         sums, writing = norm.plan(GRADIENT, 1024), norm.plan(GRADIENT, 4096)
-        partial = 2 * 4 * norm.images * norm.channels * sums.chunks
+        partial = norm.statistics * sums.chunks
         launches = [
             _launch(
-                norm, norm.kernel("norm_gradient_sums_kernel"), sums, 2 * main + partial, 2 * 512 * GRADIENT,
-                {**_turns(sums), **_of_block(norm, sums, 1)},
+                norm, norm.kernel("norm_gradient_sums_kernel"), sums, 2 * main + partial + affine,
+                2 * 512 * GRADIENT, {**_turns(sums), **_of_block(norm, sums, 1)},
             ),
             _combining(
-                "norm_combine_gradients_kernelIffE", norm.channels, partial, norm.images + 2,
+                "norm_combine_gradients_kernelIffE", norm.channels,
+                # Reads the deviations and weights too; leaves two numbers of a channel, and the parameters' gradients.
+                partial + affine + norm.statistics + affine / 2, norm.images + 2,
                 {
                     # Over the images, and in what the parameters' gradients are summed from: fours and the rest.
                     "for (int64_t image = 0": (norm.images, norm.images // 4, norm.images % 4),
@@ -239,7 +254,8 @@ def norm_backward(norm: Norm) -> Configuration:
                 },
             ),
             _launch(
-                norm, norm.kernel("norm_input_gradient_kernel", "Lb0E"), writing, 3 * main,
+                norm, norm.kernel("norm_input_gradient_kernel", "Lb0E"), writing,
+                3 * main + affine + norm.statistics,
                 2 * 512 * GRADIENT, _turns(writing),
             ),
         ]  # fmt: skip
