@@ -21,7 +21,7 @@ SMALL, LARGE = (2, 8, 16), (16, 16, 16)
 GATE = Gate(1, 32, 16, SMALL)
 TAIL = Tail(1, 16, SMALL)
 NORMS = [Norm(1, 8, grid, by_voxel=True) for grid in (SMALL, LARGE)]  # one launch, three
-OF_SOFTMAX = ("softmax", "softmax", False, 0.0, None)
+OF_SOFTMAX = ("softmax", "softmax", False, 0.0, None, False)
 
 
 def _features(channels: int, grid: tuple[int, ...] = SMALL) -> Tensor:

@@ -109,7 +109,7 @@ def _loss_gradient(loss: Loss, ops: Any) -> object:
     return ops.dice_ce_backward(slopes, None, *_logits_and_labels(loss), None, *OF_SOFTMAX)
 
 
-OF_SOFTMAX = ("softmax", "softmax", False, 0.0, None)
+OF_SOFTMAX = ("softmax", "softmax", False, 0.0, None, False)
 
 
 def _logits_and_labels(loss: Loss) -> tuple[Tensor, Tensor]:
