@@ -49,7 +49,7 @@ class Counted:
 
 
 class Counting:
-    """The counts of ``library``, which ``torch.ops.load_library`` has loaded; ``scratch`` is a folder for gcov."""
+    """The counts of ``library``, which ``torch.ops.load_library`` has loaded; ``scratch`` is a folder for gcov alone, emptied each time."""
 
     def __init__(self, library: Path, scratch: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -62,8 +62,10 @@ class Counting:
         ).stdout
         self._names = {int(row[0], 16): row[2] for row in map(str.split, listed.splitlines())}
 
-    def count(self, call: Callable[[], Any]) -> Counted:
-        """What ``call`` launches and runs."""
+    def count(self, source: str, call: Callable[[], Any]) -> Counted:
+        """What ``call`` of an op, whose folder of csrc is ``source``, launches, and the lines that it runs."""
+        shutil.rmtree(self._scratch)
+        self._scratch.mkdir()
         os.environ["GCOV_PREFIX"] = str(self._scratch)
         self._library.lungkit_emulator_begin_counts()
         try:
@@ -71,18 +73,17 @@ class Counting:
             launches = tuple(map(self._launch, range(self._library.lungkit_emulator_end_counts())))
         finally:
             del os.environ["GCOV_PREFIX"]
-        return Counted(launches, self._lines())
+        return Counted(launches, self._lines(source))
 
     def _launch(self, index: int) -> LaunchCounts:
         counts: LaunchCounts = self._library.lungkit_emulator_counts(index)
         counts.name = self._names[counts.kernel]
         return counts
 
-    def _lines(self) -> Lines:
+    def _lines(self, source: str) -> Lines:
         runs: Counter[tuple[Path, int]] = Counter()
-        for data in self._scratch.rglob("*.gcda"):
+        for data in self._scratch.rglob(f"csrc/{source}/*.gcda"):
             notes = data.with_suffix(".gcno")  # beside the object file, where gcov would have put the data
-            notes.unlink(missing_ok=True)
             notes.symlink_to(Path("/") / notes.relative_to(self._scratch))
             report = subprocess.run(
                 [shutil.which("gcov") or "gcov", "--json-format", "--stdout", str(data)],
@@ -92,5 +93,4 @@ class Counting:
                 path = Path(os.path.normpath(file["file"]))
                 for line in file["lines"]:
                     runs[path, line["line_number"]] += line["count"]
-            data.unlink()
         return runs

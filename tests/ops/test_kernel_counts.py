@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu.counting import Counted, Counting, Lines
+from cuda_on_cpu.counting import Counting, Lines
 from kernel_paths import Configuration, Gate, gate_backward, gate_forward
 from kernel_paths.attention_gate_tiles import tiles_forward
 from kernel_paths.confusion_counts import Counts, counts_forward
@@ -72,8 +72,11 @@ def _tensors(gate: Gate) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.label)
 def test_gate_forward_does_what_the_cost_model_declares(counting, gate):
     inputs = _tensors(gate)
-    counted = counting.count(lambda: torch.ops.lungkit_counted.attention_gate(*inputs, False))
-    assert_as_declared(counted, gate_forward(gate, MULTIPROCESSORS))
+    assert_as_declared(
+        counting,
+        gate_forward(gate, MULTIPROCESSORS),
+        lambda: torch.ops.lungkit_counted.attention_gate(*inputs, False),
+    )
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.label)
@@ -81,12 +84,13 @@ def test_gate_backward_does_what_the_cost_model_declares(counting, gate):
     inputs = _tensors(gate)
     grad_out = torch.randn_like(inputs[0])
     grad_alpha = torch.randn(gate.images, 1, *gate.fine, dtype=torch.bfloat16)
-    counted = counting.count(
+    assert_as_declared(
+        counting,
+        gate_backward(gate),
         lambda: torch.ops.lungkit_counted.attention_gate_backward(
             grad_out, grad_alpha, *inputs, True, True, True, True, False
-        )
+        ),
     )
-    assert_as_declared(counted, gate_backward(gate))
 
 
 def _features(of: Loss | Tail | Norm, channels: int) -> Tensor:
@@ -172,16 +176,17 @@ CALLS: list[tuple[Configuration, Callable[[Any], object]]] = [
 
 @pytest.mark.parametrize(("configuration", "call"), CALLS, ids=[c.name for c, _ in CALLS])
 def test_ops_do_what_the_cost_model_declares(counting, configuration, call):
-    assert_as_declared(counting.count(lambda: call(torch.ops.lungkit_counted)), configuration)
+    assert_as_declared(counting, configuration, lambda: call(torch.ops.lungkit_counted))
 
 
-def assert_as_declared(counted: Counted, configuration: Configuration) -> None:
+def assert_as_declared(counting: Counting, configuration: Configuration, call: Callable[[], object]) -> None:
     """Launches, products and bytes are equal; loops turn as often; what is left out never runs.
 
     A loop that the lanes of a warp share out turns as often as for the lane that turns most: less than once more than
     for the average one, which is counted here. Where the compiler made several loops of one, the turns of each are its
     own. What is loaded and stored in all is declared where the source says it as the compiled code does.
     """
+    counted = counting.count(configuration.launches[0].source, call)
     assert len(counted.launches) == len(configuration.launches)
     for counts, declared in zip(counted.launches, configuration.launches, strict=True):
         assert declared.kernel in counts.name
