@@ -82,9 +82,10 @@ class Draw:
         return tensor
 
     def spoilt(self, arguments: list[Any]) -> list[Any]:
-        """With one of them changed to what may no longer fit."""
+        """With one of them changed to what may no longer fit: every other time a tensor, of which there are few."""
         changed = list(arguments)
-        position = self.between(0, len(changed) - 1)
+        tensors = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
+        position = self.one_of(tensors if self.chance() else range(len(arguments)))
         value = changed[position]
         if isinstance(value, Tensor):
             changed[position] = self._spoilt_tensor(value)
