@@ -49,7 +49,7 @@ class Counted:
 
 
 class Counting:
-    """The counts of ``library``, which ``torch.ops.load_library`` has loaded; ``scratch`` is a folder for gcov alone."""
+    """The counts of ``library``, which ``torch.ops.load_library`` has loaded; ``scratch`` is gcov's own folder."""
 
     def __init__(self, library: Path, scratch: Path) -> None:
         self._library = ctypes.CDLL(str(library))
