@@ -157,6 +157,27 @@ _BUDGETS = (
 )
 
 
+_BEFORE = {
+    "gate forward (1, 32, 96x96x96) Ci 16 bfloat16": "87 / 36",
+    "gate forward (8, 64, 512x512) Ci 32 bfloat16": "375 / 172",
+    "gate backward (1, 32, 96x96x96) Ci 16 bfloat16": "342 / 54",
+    "gate backward (8, 64, 512x512) Ci 32 bfloat16": "1430 / 260",
+    "dice_ce forward 2x2x192x192x192 bfloat16 uint8": "26 / 21",
+    "dice_ce backward 2x2x192x192x192 bfloat16 uint8": "23 / 38",
+}
+"""Issue floor and byte floor of the first kernels, in us."""
+
+
+def _before_and_now(found: Sequence[Prediction]) -> list[tuple[str, str, str]]:
+    floors = {
+        p.configuration.name: (1e6 * p.issue, 1e6 * p.configuration.fewest_bytes / BYTES_PER_SECOND)
+        for p in found
+    }
+    return [
+        (name, before, f"{floors[name][0]:.1f} / {floors[name][1]:.1f}") for name, before in _BEFORE.items()
+    ]
+
+
 def report(found: Sequence[Prediction], measured: Mapping[str, Any]) -> str:
     budgets = [row for budget in _BUDGETS for row in budget.rows(found)]
     return f"""# Predicted, not measured: lungkit's CUDA kernels on an H100
@@ -194,6 +215,13 @@ Why some are missed. The block that finishes the loss makes one round trip to me
 of one warp, one after the other; the same rule gives about 13 us for the kernel that it replaced, of which 12 were
 measured. Counts of four classes: half of the instructions set up a block and hand on its sums. Counts of logits: 79
 instructions for 32 voxels. Losses of 128^3 voxels: chunks are short beside what one leaves.
+
+## Predicted before the rewrite, and now
+
+The same floors of the first CUDA kernels, at f694bb1, were read from their machine code by hand, before this program
+could price them; this program cannot, as it knows the loops of today's kernels alone. Issue floor / byte floor in us:
+
+{_table(("call", "before", "now"), _before_and_now(found))}
 
 ## Predicted prices of the kernels
 
