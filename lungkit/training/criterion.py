@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lungkit.data import Dataset
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.readers import ReaderCodes
-from lungkit.errors import UsageError
 from lungkit.losses import (
     CodedLabelsLoss,
     DeepSupervisionLoss,
@@ -43,20 +42,12 @@ def make_criterion(
 
     Regions are as many binary problems, as in nnU-Net: sigmoid, Dice of each, binary cross-entropy.
     With ``synchronise`` it is the loss of the patches of all processes.
-
-    Raises:
-        UsageError: lesions are to count by themselves in a dataset of regions.
     """
     vectors = None
     if codes is not None:
         vectors = torch.from_numpy(codes.shares)
     elif dataset is not None and dataset.regions:
         vectors = torch.from_numpy(dataset.region_vectors)
-        if config.lesion_weight:
-            raise UsageError(
-                f"loss.lesion_weight is {config.lesion_weight}, but {dataset.root} declares regions; lesions that "
-                "count by themselves need classes"
-            )
 
     sigmoid = vectors is not None and codes is None
 

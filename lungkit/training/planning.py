@@ -234,6 +234,11 @@ def open_folds(config: TrainConfig) -> tuple[Dataset, list[Split]]:
             f"choose_postprocessing tries thresholds of classes that exclude each other, but {labelled.root} declares "
             "regions; leave it out"
         )
+    if labelled.regions and config.loss.lesion_weight:
+        raise UsageError(
+            f"loss.lesion_weight is {config.loss.lesion_weight}, but {labelled.root} declares regions; lesions that "
+            "count by themselves need classes"
+        )
     splits = make_or_load_splits(
         labelled, folds=config.data.folds, seed=_FOLDS_SEED, patient_pattern=config.data.patient_pattern
     )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lungkit.data.readers import ReaderCodes
-from lungkit.errors import UsageError
 from lungkit.losses import DiceCELoss, FocalTverskyLoss, HardNegativesLoss, LesionDiceLoss, TverskyLoss
 from lungkit.training.config import LossConfig
 from lungkit.training.criterion import make_criterion
@@ -91,11 +90,3 @@ def test_focal_tversky_of_shares_takes_the_smaller_of_share_and_probability() ->
     logits = torch.tensor(readers.shares)[codes.long()].movedim(-1, 1).log()  # what the readers say
     criterion = criterion_of({"overlap": "focal_tversky", "ce_weight": 0.0}, readers)
     assert criterion(logits, codes) < 1e-4 < 0.1 < criterion(2 * logits, codes)
-
-
-def test_lesions_of_regions_are_refused() -> None:
-    regions: Any = SimpleNamespace(
-        root="DATASET", regions={"whole": (1, 2)}, region_vectors=torch.eye(3)[:, 1:].numpy()
-    )
-    with pytest.raises(UsageError, match="DATASET declares regions"):
-        criterion_of({"lesion_weight": 0.5}, None, regions)

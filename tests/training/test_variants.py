@@ -139,13 +139,24 @@ def test_regions_train_are_measured_predicted_and_exported(make_dataset: MakeDat
     assert exported.metadata["regions"] == [["whole", [1, 2, 3]], ["core", [2, 3]], ["rim", [2]]]
 
 
-def test_regions_have_no_postprocessing_to_choose(make_dataset: MakeDataset, tiny: Tiny) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"choose_postprocessing": True}, r"choose_postprocessing .* declares regions"),
+        ({"loss__lesion_weight": 0.5}, r"loss\.lesion_weight is 0\.5, but .* declares regions"),
+    ],
+)
+def test_regions_refuse_what_needs_classes_before_any_scan_is_read(
+    make_dataset: MakeDataset, tiny: Tiny, options: dict[str, Any], said: str
+) -> None:
     root = make_dataset()
     content = json.loads((root / "dataset.json").read_text())
     content |= {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
     (root / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UsageError, match=r"choose_postprocessing .* declares regions"):
-        train(tiny(data__root=str(root), choose_postprocessing=True))
+    for scan in (root / "imagesTr").iterdir():
+        scan.write_bytes(b"")  # reading one would be another error
+    with pytest.raises(UsageError, match=said):
+        train(tiny(data__root=str(root), **options))
 
 
 def add_votes(root: Path, readers: int | None = 3) -> None:
