@@ -46,7 +46,10 @@ class As:
 def open_below(path: str) -> str | None:
     """A file at or below ``path`` that this process has open or mapped."""
     path = os.path.realpath(path)
-    held = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    held = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # a thread has closed it since, or the listing itself had it
+            held.append(os.readlink(f"/proc/self/fd/{name}"))
     maps = Path("/proc/self/maps").read_text().splitlines()
     held += [fields[5] for line in maps if len(fields := line.split(maxsplit=5)) == 6]
     return next((name for name in held if name == path or name.startswith(path + os.sep)), None)
