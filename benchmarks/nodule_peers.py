@@ -1,0 +1,367 @@
+"""Well-known tools' own networks on the nodule stacks, for as many minutes as lungkit-train, measured in the same way.
+
+    python benchmarks/nodule_peers.py DATA --peer monai-unet --minutes 20 -o WORK/monai-unet
+    python benchmarks/nodule_peers.py DATA --peer monai-attention-unet --minutes 20 -o WORK/monai-attention-unet
+    python benchmarks/nodule_peers.py DATA --peer lungkit --run RUN -o WORK/lungkit  # of --max_minutes 20
+    python benchmarks/nodule_peers.py --table WORK/*/run.json
+
+DATA is a dataset in nnU-Net raw layout with its folds; of the fold (``--fold``) the training cases train and the
+validation cases are measured, nothing is chosen on them: the weights are those at the end. The output folder gets
+``masks`` of the held-out cases, which ``lungkit-evaluate`` takes as well, and ``run.json``.
+
+Minutes are those of training steps with their waiting for data. Reading and preprocessing before, and the validations
+of the curve, do not count; of a lungkit run, whose ``max_minutes`` hold its validations too, the curve leaves them out
+as well, so that it trains for less than the others. All schedules end with the minutes.
+
+MONAI's networks get a slice with its neighbours, as lungkit's default has it, its own transforms, loss and sliding
+window, and widths of (16, 32, 64, 128, 256).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lungkit.data import read_volume, write_nifti
+from lungkit.errors import DataError, UsageError
+from lungkit.inference import Predictor
+from lungkit.metrics import CaseTable, MetricGroup, MetricOptions, bca_interval
+from lungkit.report.evaluation import evaluate_pairs, find_label_scheme
+from lungkit.training.config_io import load_config
+from lungkit.training.schedule import learning_rate_factor
+
+PEERS = ("monai-unet", "monai-attention-unet", "lungkit")
+METRICS = ("dice", "iou", "lesion_f1", "hd95_directed_mm")
+TARGETS = (0.70, 0.75)
+PATCH = (96, 96)
+RESULTS = Path(__file__).parent / "results" / "nodule-peers.md"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and measure a peer, or write the table."""
+    options = _parser().parse_args(arguments)
+    if options.table:
+        text = table([json.loads(path.read_text(encoding="utf-8")) for path in options.table])
+        options.results.write_text(text, encoding="utf-8")
+        sys.stdout.write(text)
+        return 0
+    if options.data is None or options.peer is None or options.output is None:
+        raise SystemExit("give DATA, --peer and -o FOLDER, or --table RUN.json ...")
+    split = json.loads((options.data / "splits_final.json").read_text(encoding="utf-8"))[options.fold]
+    masks = options.output / "masks"
+    masks.mkdir(parents=True)
+    found = _TRAINERS[options.peer](options, split["train"], sorted(split["val"]), masks)
+    end = measure(masks, options.data, sorted(split["val"]), MetricOptions())
+    record = {
+        "peer": options.peer,
+        "fold": options.fold,
+        "minutes": options.minutes,
+        "threads": torch.get_num_threads(),
+        "machine": _machine(),
+        **found,
+        "end": {name: _number(end.mean(name)) for name in METRICS},
+        "cases": {
+            row.case_id: {name: _number(row.values[name]) for name in METRICS}
+            for row in end.of_label(end.labels[0])
+        },
+    }
+    (options.output / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(table([record]))
+    return 0
+
+
+def measure(masks: Path, data: Path, cases: Sequence[str], options: MetricOptions) -> CaseTable:
+    """Metrics of predicted masks, as lungkit-evaluate gives them."""
+    pairs = {case: (masks / f"{case}.nii.gz", data / "labelsTr" / f"{case}.nii.gz") for case in cases}
+    evaluation = evaluate_pairs(pairs, find_label_scheme(data), options=options)
+    if evaluation.failed:
+        raise DataError(next(iter(evaluation.failed.values())))
+    return evaluation.table
+
+
+def mean_dice(masks: Path, data: Path, cases: Sequence[str]) -> float:
+    """Of predicted masks, for a point of the curve."""
+    return measure(masks, data, cases, MetricOptions(groups=(MetricGroup.OVERLAP,))).mean("dice")
+
+
+def train_monai(
+    options: argparse.Namespace, train: Sequence[str], val: Sequence[str], masks: Path
+) -> dict[str, Any]:
+    """Train one of MONAI's networks as its tutorials do; the masks are those of the last weights."""
+    from monai.data import CacheDataset, DataLoader, set_track_meta
+    from monai.losses import DiceCELoss
+    from monai.transforms import Compose
+    from monai.utils import set_determinism
+
+    set_determinism(options.seed)
+    set_track_meta(False)
+    budget, batch_size = 60 * options.minutes, options.batch_size or 16
+    network = monai_network(options.peer, len(find_label_scheme(options.data).values))
+    optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=1e-5)
+    loss_of = DiceCELoss(softmax=True, to_onehot_y=True)
+    slices = [
+        {"image": image, "label": label[None]}
+        for case in train
+        for image, label in zip(*read_slices(options.data, case), strict=True)
+    ]
+    dataset = CacheDataset(slices, Compose(_training_transforms()), progress=False, num_workers=None)
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=len(slices) >= batch_size,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+    )
+    batches = _endless(loader)
+    curve: list[tuple[float, float]] = []
+    seconds, step = 0.0, 0
+    while seconds < budget:
+        started = time.perf_counter()
+        batch = next(batches)
+        factor = learning_rate_factor(step, None, schedule="polynomial", share=seconds / budget)
+        for group in optimiser.param_groups:
+            group["lr"] = options.learning_rate * factor
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+            logits = network(batch["image"])
+        loss_of(logits.float(), batch["label"]).backward()
+        optimiser.step()
+        seconds, step = seconds + time.perf_counter() - started, step + 1
+        if seconds >= budget * (len(curve) + 1) / options.checkpoints or seconds >= budget:
+            predict_monai(network, options.data, val, masks, bf16=options.bf16)
+            curve.append((round(seconds, 2), mean_dice(masks, options.data, val)))
+            sys.stdout.write(f"{seconds:.0f} s, step {step}: mean Dice {curve[-1][1]:.4f}\n")
+            sys.stdout.flush()
+    return {
+        "tool": "MONAI",
+        "network": f"{type(network).__name__}, 2D with both neighbours" + (", bf16" if options.bf16 else ""),
+        "versions": {name: metadata.version(name) for name in ("monai", "torch")},
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "patch_size": list(PATCH),
+        "batch_size": batch_size,
+        "learning_rate": options.learning_rate,
+        "workers": options.workers,
+        "steps": step,
+        "seconds": round(seconds, 2),
+        "seconds_per_step": seconds / step,
+        "curve": curve,
+    }
+
+
+def monai_network(peer: str, classes: int) -> torch.nn.Module:
+    """The network of a peer, as MONAI makes it."""
+    from monai.networks.nets import AttentionUnet, UNet
+
+    shape = {
+        "spatial_dims": 2,
+        "in_channels": 3,
+        "out_channels": classes,
+        "channels": (16, 32, 64, 128, 256),
+        "strides": (2, 2, 2, 2),
+    }
+    if peer == "monai-attention-unet":
+        return AttentionUnet(**shape)
+    return UNet(**shape, num_res_units=2, norm="batch")
+
+
+def read_slices(data: Path, case: str) -> tuple[np.ndarray, np.ndarray]:
+    """Every slice with its neighbours, float32 (Z, 3, X, Y), and its label, uint8 (Z, X, Y); ends are repeated."""
+    image = read_volume(data / "imagesTr" / f"{case}_0000.nii.gz").array.transpose(2, 0, 1)
+    label = read_volume(data / "labelsTr" / f"{case}.nii.gz").array.transpose(2, 0, 1)
+    padded = np.pad(image.astype(np.float32), ((1, 1), (0, 0), (0, 0)), mode="edge")
+    return np.stack([padded[:-2], padded[1:-1], padded[2:]], axis=1), label.astype(np.uint8)
+
+
+def predict_monai(
+    network: torch.nn.Module, data: Path, cases: Sequence[str], masks: Path, *, bf16: bool
+) -> None:
+    """Write the masks of the cases, by MONAI's sliding window on every slice."""
+    from monai.inferers import sliding_window_inference
+    from monai.transforms import ScaleIntensity
+
+    network.eval()
+    for case in cases:
+        slices = torch.stack(
+            [torch.as_tensor(ScaleIntensity()(image)) for image in read_slices(data, case)[0]]
+        )
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = sliding_window_inference(slices, PATCH, 16, network)
+        affine = read_volume(data / "imagesTr" / f"{case}_0000.nii.gz").affine
+        mask = logits.argmax(1).to(torch.uint8).numpy().transpose(1, 2, 0)
+        write_nifti(masks / f"{case}.nii.gz", mask, affine)
+    network.train()
+
+
+def _training_transforms() -> list[Any]:
+    from monai import transforms as tr
+
+    both = ("image", "label")
+    return [
+        tr.ScaleIntensityd("image"),
+        tr.EnsureTyped(both),
+        tr.RandCropByPosNegLabeld(both, "label", PATCH, pos=1, neg=1, num_samples=1, allow_smaller=True),
+        tr.ResizeWithPadOrCropd(both, PATCH),
+        tr.RandFlipd(both, prob=0.5, spatial_axis=0),
+        tr.RandFlipd(both, prob=0.5, spatial_axis=1),
+        tr.RandRotated(both, range_x=math.radians(15), prob=0.2, mode=("bilinear", "nearest")),
+        tr.RandZoomd(both, prob=0.2, min_zoom=0.9, max_zoom=1.1, mode=("bilinear", "nearest")),
+        tr.RandScaleIntensityd("image", factors=0.1, prob=0.5),
+        tr.RandShiftIntensityd("image", offsets=0.1, prob=0.5),
+    ]
+
+
+def _endless(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
+    while True:
+        yield from loader
+
+
+def read_lungkit(
+    options: argparse.Namespace, train: Sequence[str], val: Sequence[str], masks: Path
+) -> dict[str, Any]:
+    """The curve of a finished run, and the masks of its last weights without postprocessing.
+
+    Its best weights and its postprocessing were chosen on the held-out cases, and are left alone therefore.
+    """
+    if options.run is None:
+        raise UsageError("--peer lungkit needs --run, the folder of a finished run of lungkit-train")
+    config = load_config(options.run / "config.yaml")
+    held_out = json.loads((options.run / "dataset.json").read_text(encoding="utf-8"))["split"]["val"]
+    if sorted(held_out) != list(val):
+        raise DataError(f"{options.run}: validated on other cases than fold {options.fold} of {options.data}")
+    rows = [
+        json.loads(line) for line in (options.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    seconds, curve = 0.0, []
+    for row in rows:
+        seconds += row["seconds_waiting_for_data"] + row["seconds_computing"]
+        if row.get("val_dice") is not None:
+            curve.append((round(seconds, 2), row["val_dice"]))
+    predictor = Predictor.from_run(options.run / "checkpoints" / "last", device="cpu")
+    for case in val:
+        scan = read_volume(options.data / "imagesTr" / f"{case}_0000.nii.gz")
+        write_nifti(masks / f"{case}.nii.gz", predictor(scan).mask, scan.affine)
+    environment = json.loads((options.run / "env.json").read_text(encoding="utf-8"))
+    return {
+        "tool": "lungkit",
+        "network": f"{config.model.name}, {config.data.dims}D, {config.engine.precision}",
+        "versions": {name: environment["versions"][name] for name in ("lungkit", "torch")},
+        "threads": environment["threads"],
+        "minutes": config.max_minutes,
+        "parameters": sum(parameter.numel() for parameter in predictor.models[0].network.parameters()),
+        "patch_size": list(config.data.patch_size or ()),
+        "batch_size": config.batch_size,
+        "steps": rows[-1]["step"],
+        "seconds": round(seconds, 2),
+        "seconds_per_step": seconds / rows[-1]["step"],
+        "curve": curve,
+    }
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown of finished runs."""
+
+    def told(key: str) -> str:
+        return " and ".join(
+            sorted({f"{record[key]:g}" if key != "machine" else record[key] for record in records})
+        )
+
+    versions = sorted(
+        {f"{name} {version}" for record in records for name, version in record["versions"].items()}
+    )
+    cases = {len(record["cases"]) for record in records}
+    lines = [
+        "# Well-known tools on the nodule stacks, given the same minutes",
+        "",
+        f"Machine: {told('machine')}, {told('threads')} threads. Budget: {told('minutes')} minutes of training each.",
+        f"Versions: {', '.join(versions)}.",
+        f"Cases: {' and '.join(map(str, sorted(cases)))} held-out stacks of fold {told('fold')}, on which nothing was",
+        "chosen: the weights are those at the end of the budget, without postprocessing. All masks are measured by",
+        "lungkit's metrics; the interval is BCa over patients.",
+        "",
+        "Minutes are those of training steps and their waiting for data, without preprocessing before and validations",
+        "on the way; lungkit's budget holds its validations, so that it trains for less. The minutes to a mean Dice are",
+        "those of the first validation that has it. HD95 leaves out cases without a mask, whose number follows it.",
+        "",
+        "| tool | network | parameters | steps of batch | minutes trained | Dice [95 % interval] | IoU | lesion F1 "
+        "| HD95 mm (without) | " + " | ".join(f"minutes to {target:.2f}" for target in TARGETS) + " |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | "
+        + " | ".join("---:" for _ in TARGETS)
+        + " |",
+    ]
+    for record in records:
+        values = {name: [case[name] for case in record["cases"].values()] for name in METRICS}
+        interval = bca_interval(values["dice"], clusters=[case.split("_n")[0] for case in record["cases"]])
+        end, missing = record["end"], values["hd95_directed_mm"].count(None)
+        distance = "-" if end["hd95_directed_mm"] is None else f"{end['hd95_directed_mm']:.2f}"
+        cells = [
+            record["tool"],
+            record["network"],
+            f"{record['parameters'] / 1e6:.2f} M",
+            f"{record['steps']} x {record['batch_size']}",
+            f"{record['seconds'] / 60:.1f}",
+            f"{end['dice']:.3f} [{interval.low:.3f}, {interval.high:.3f}]",
+            f"{end['iou']:.3f}",
+            f"{end['lesion_f1']:.3f}",
+            f"{distance} ({missing})",
+            *(_minutes_to(record["curve"], target) for target in TARGETS),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = sorted({f"{record['tool']}: {record['note']}" for record in records if "note" in record})
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def _minutes_to(curve: Sequence[Sequence[float]], target: float) -> str:
+    return next((f"{seconds / 60:.1f}" for seconds, dice in curve if dice >= target), "not reached")
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _machine() -> str:
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(encoding="utf-8").splitlines() if described.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, nargs="?", metavar="DATA")
+    parser.add_argument("--peer", choices=PEERS)
+    parser.add_argument("-o", "--output", type=Path, help="new folder")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training")
+    parser.add_argument("--checkpoints", type=int, default=10, help="points of the curve")
+    parser.add_argument("--batch_size", type=int, help="default: 16")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of MONAI's networks, with AdamW")
+    parser.add_argument("--workers", type=int, default=1, help="processes that augment")
+    parser.add_argument("--bf16", action="store_true", help="MONAI's networks under autocast")
+    parser.add_argument("--seed", type=int, default=0, help="of MONAI's networks")
+    parser.add_argument("--run", type=Path, help="of lungkit-train, for --peer lungkit")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", metavar="RUN.json", help="write the table of these runs"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the table")
+    return parser
+
+
+_TRAINERS = {"monai-unet": train_monai, "monai-attention-unet": train_monai, "lungkit": read_lungkit}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

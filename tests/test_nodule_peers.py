@@ -1,0 +1,81 @@
+"""benchmarks/nodule_peers.py on tiny phantoms, and its table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lungkit.data import write_phantom_dataset
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "nodule_peers.py"
+
+
+@pytest.fixture(scope="module")
+def peers():
+    spec = importlib.util.spec_from_file_location("nodule_peers_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_monai_peer_leaves_masks_a_curve_and_what_they_measure(peers, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("monai")
+    from monai.data import set_track_meta
+
+    monkeypatch.setattr(peers, "PATCH", (32, 32))
+    data = write_phantom_dataset(tmp_path / "data", cases=5, shape=(2, 48, 48), dims=3)
+    arguments = [str(data), "--peer", "monai-unet", "--minutes", "0.005", "--checkpoints", "1"]
+    arguments += ["--batch_size", "2", "--workers", "0", "-o", str(tmp_path / "run")]
+    try:
+        assert peers.main(arguments) == 0
+    finally:
+        set_track_meta(True)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    held_out = json.loads((data / "splits_final.json").read_text())[0]["val"]
+    assert sorted(record["cases"]) == sorted(held_out)
+    assert sorted(path.name for path in (tmp_path / "run" / "masks").iterdir()) == sorted(
+        f"{case}.nii.gz" for case in held_out
+    )
+    (seconds, dice), *others = record["curve"]
+    assert not others and seconds == record["seconds"] >= 0.3 and record["steps"] >= 1
+    assert dice == pytest.approx(record["end"]["dice"])
+
+
+def record(**changes):
+    values = {"dice": 0.8, "iou": 0.7, "lesion_f1": 1.0, "hd95_directed_mm": 2.0}
+    return {
+        "tool": "MONAI",
+        "network": "UNet",
+        "machine": "a machine",
+        "threads": 2,
+        "minutes": 20.0,
+        "fold": 0,
+        "versions": {"monai": "1.6.1"},
+        "parameters": 1_250_000,
+        "steps": 100,
+        "batch_size": 16,
+        "seconds": 1200.0,
+        "curve": [[120.0, 0.6], [240.0, 0.7], [360.0, 0.72]],
+        "end": values,
+        "cases": {"P1_n00": values, "P2_n00": {**values, "dice": 0.6, "hd95_directed_mm": None}},
+        **changes,
+    }
+
+
+def test_table_tells_when_each_dice_was_reached_and_how_sure_the_end_is(peers, tmp_path):
+    paths = [tmp_path / "monai.json", tmp_path / "other.json"]
+    paths[0].write_text(json.dumps(record()))
+    paths[1].write_text(json.dumps(record(tool="other", threads=1, note="mirrored.")))
+    assert peers.main(["--table", *map(str, paths), "--results", str(tmp_path / "table.md")]) == 0
+    text = (tmp_path / "table.md").read_text()
+    assert "a machine, 1 and 2 threads" in text and "other: mirrored." in text
+    row = next(line for line in text.splitlines() if line.startswith("| MONAI"))
+    assert row == (
+        "| MONAI | UNet | 1.25 M | 100 x 16 | 20.0 | 0.800 [0.600, 0.800] | 0.700 | 1.000 | 2.00 (1) "
+        "| 4.0 | not reached |"
+    )
