@@ -57,6 +57,7 @@ def steps(folder: Path, *, rehearse: bool) -> list[Step]:
         "tests/ops/test_norm_act.py",
         "tests/ops/test_on_device.py",
     )
+    races = (python, "benchmarks/race_check.py")
     if rehearse:
         return [
             Step(
@@ -68,19 +69,26 @@ def steps(folder: Path, *, rehearse: bool) -> list[Step]:
                 "tests", (*pytest, "-x", "-m", "cuda", "tests/ops", "tests/metrics/test_surface_cuda.py"), 300
             ),
             Step("sanitizers", (*pytest, "tests/ops/test_sanitized.py"), 600),
+            Step("calls of the race check", (*races, "--device", "cpu", "--smoke"), 300),
             Step("kernel times", (*times, "--device", "cpu", "--smoke"), 300),
             Step("benchmarks", (*bench, "--smoke", "-k", "norm_act or gate_tail or confusion_counts"), 600),
             Step("table of benchmarks", summary, 60),
         ]
-    sanitizers = [
-        Step(
+
+    def sanitizer(tool: str, command: tuple[str, ...]) -> Step:
+        return Step(
             f"compute-sanitizer {tool}",
-            ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, "-m", "cuda", "-x", *ops),
+            ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command),
             480,
             ("compute-sanitizer",),
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
-        for tool in ("memcheck", "racecheck", "synccheck")
+
+    # Inside cuBLAS, which the tests call too, racecheck ends with an error of its own.
+    sanitizers = [
+        sanitizer("memcheck", (*pytest, "-m", "cuda", "-x", *ops)),
+        sanitizer("racecheck", races),
+        sanitizer("synccheck", (*pytest, "-m", "cuda", "-x", *ops)),
     ]
     profile = Step(
         "ncu",
