@@ -80,11 +80,21 @@ def emulated_op(name: str) -> Callable[..., Any]:
 
 
 def device_op(name: str) -> Callable[..., Any]:
-    """The CUDA kernels of an op, run on a device; the results come back."""
+    """The CUDA kernels of an op, run on a device; the results come back, and so does what the op writes in place."""
+    op = getattr(torch.ops.lungkit, name).default
+    written = [
+        number
+        for number, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
     def call(*arguments: Any) -> Any:
-        moved = (_moved(value) if isinstance(value, Tensor) else value for value in arguments)
-        results = getattr(torch.ops.lungkit, name)(*moved)
+        moved = [_moved(value) if isinstance(value, Tensor) else value for value in arguments]
+        results = op(*moved)
+        for number in written:  # gaps included, into which nothing may be written
+            arguments[number].untyped_storage().copy_(moved[number].untyped_storage())
+        if results is None:
+            return None
         return results.cpu() if isinstance(results, Tensor) else tuple(part.cpu() for part in results)
 
     return call

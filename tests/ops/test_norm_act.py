@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_kernels import CPU, EMULATED, kernel_param, on_cuda_kernels, on_kernels, on_the_cpu
+from op_kernels import kernel_param, on_cuda_kernels, on_kernels, on_the_cpu
 from torch import Tensor
 
 from lungkit.errors import UsageError
@@ -40,8 +40,6 @@ EMULATED_SHAPES = [
 # As a share of the largest value: half types round once, on the way out; float sums over a chunk.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SLOPE = 0.1
-# On a device the fixture would overwrite a copy.
-in_place_kernels = pytest.mark.parametrize("kernels", [*CPU, *EMULATED], indirect=True)
 
 
 def draw(
@@ -203,6 +201,24 @@ def test_statistics_of_half_features_are_float(kernels):
     assert y.unique().tolist() == [-1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (2, 3, 31, 35)], ids=["one block", "several blocks"])
+def test_weight_and_bias_of_two_dtypes_get_gradients_of_their_own(kernels, shape, dtypes):
+    x, grad = (draw(shape, torch.bfloat16, seed) for seed in (0, 1))
+    parameters = [draw(shape[1:2], torch.bfloat16, seed) for seed in (2, 3)]
+    _, mean, rstd = OPS.norm_act(x, None, None, None, shape[1], 1e-5, SLOPE)
+
+    def gradients(*kinds: torch.dtype) -> list[Tensor]:
+        weight, bias = (value.to(kind) for value, kind in zip(parameters, kinds, strict=True))
+        return OPS.norm_act_backward(grad, x, None, mean, rstd, weight, bias, SLOPE, False)
+
+    alike = gradients(torch.float32, torch.float32)
+    mixed = gradients(*dtypes)
+    assert torch.equal(mixed[0], alike[0])
+    for found, expected, dtype in zip(mixed[1:3], alike[1:3], dtypes, strict=True):
+        torch.testing.assert_close(found, expected.to(dtype))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_results_lie_as_the_features_do(kernels, channels_last):
     x = draw((2, 5, 4, 6, 5), torch.float32, 0, channels_last=channels_last).requires_grad_()
@@ -211,7 +227,6 @@ def test_results_lie_as_the_features_do(kernels, channels_last):
     assert y.stride() == x.grad.stride() == x.stride()
 
 
-@in_place_kernels
 def test_in_place_overwrites_its_input_where_no_gradient_is_recorded(kernels):
     for channels_last in (False, True):
         x = draw((2, 6, 9, 8), torch.float32, 0, channels_last=channels_last)
@@ -222,7 +237,6 @@ def test_in_place_overwrites_its_input_where_no_gradient_is_recorded(kernels):
         assert torch.equal(y, expected)
 
 
-@in_place_kernels
 def test_in_place_of_a_view_with_gaps_writes_to_the_view(kernels):
     base = draw((2, 6, 9, 8), torch.float32, 0).contiguous(memory_format=torch.channels_last)
     kept = base.clone()
@@ -375,7 +389,6 @@ def test_a_residual_in_another_order_of_memory_than_a_channels_last_line(kernels
     torch.testing.assert_close(norm_act(x, groups=1, residual=residual), expected)
 
 
-@in_place_kernels
 def test_in_place_refuses_elements_that_share_their_memory(kernels):
     x = torch.ones(1, 3, 8).expand(2, 3, 8)
     with torch.no_grad(), pytest.raises(RuntimeError, match="share their memory"):
