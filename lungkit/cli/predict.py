@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -149,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
         help="remove lesions of which no voxel has this probability",
     )
     add("--smallest-lesion-ml", type=float, metavar="ML", help="remove lesions that are smaller")
+    add(
+        "--lesion-share",
+        type=float,
+        metavar="S",
+        help="remove lesions below this share of the scan's largest by probability mass; 1: all but the largest",
+    )
     add("--fill-holes", action=argparse.BooleanOptionalAction, help="close holes within axial slices")
     add(
         "--inside-lungs",
@@ -344,7 +350,7 @@ def _postprocessing(options: argparse.Namespace, trained: Postprocessing) -> Pos
     base = Postprocessing() if options.no_postprocessing else trained
     given = {
         name: value
-        for name in ("threshold", "lesion_probability", "smallest_lesion_ml", "fill_holes", "inside_lungs")
+        for name in (field.name for field in fields(Postprocessing))
         if (value := getattr(options, name)) is not None
     }
     return replace(base, **given)

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from lungkit.errors import DataError, UsageError
+from lungkit.inference.lesions import Lesions, beside_largest, voxels_of
 from lungkit.inference.lungs import lung_mask, near_lungs
 
 _LOG = logging.getLogger("lungkit")
 
 LUNG_MARGIN_MM = 5.0
 """How far from the lungs a lesion may begin and still be kept by ``inside_lungs``."""
+
+PROBABILITY_STEPS = 200
+"""Steps from probability 0 to 1 in which the mass of lesions is counted."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Postprocessing:
         lesion_probability: remove lesions of which no voxel has this foreground probability: pieces that the network is
             nowhere sure of. With a lower ``threshold`` it is a hysteresis. 0 removes none.
         smallest_lesion_ml: remove smaller lesions; 0 removes none.
+        lesion_share: remove lesions whose mass, the sum of the foreground probability of their voxels in steps of half
+            a percent (:func:`probability_steps`), is below this share of the largest of their class in the scan. 1
+            leaves the largest alone, nnU-Net's "all but the largest component" (Isensee et al., 2021); 0 removes none.
+            Where scans may hold several tumours, those of lesser mass go too.
 
     A lesion is a 26-connected component of one class, as in :func:`lungkit.metrics.label_lesions`.
 
@@ -45,7 +53,7 @@ class Postprocessing:
     Example:
         >>> Postprocessing(threshold=0.4, smallest_lesion_ml=0.05).to_dict()
         {'threshold': 0.4, 'fill_holes': False, 'inside_lungs': False,
-         'lesion_probability': 0.0, 'smallest_lesion_ml': 0.05}
+         'lesion_probability': 0.0, 'smallest_lesion_ml': 0.05, 'lesion_share': 0.0}
     """
 
     threshold: float | None = None
@@ -53,6 +61,7 @@ class Postprocessing:
     inside_lungs: bool = False
     lesion_probability: float = 0.0
     smallest_lesion_ml: float = 0.0
+    lesion_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not (_is_number(self.threshold) and 0 < self.threshold < 1):
@@ -65,6 +74,10 @@ class Postprocessing:
             raise UsageError(
                 f"smallest_lesion_ml is {self.smallest_lesion_ml!r}; give a volume of at least 0 ml"
             )
+        if not (_is_number(self.lesion_share) and 0 <= self.lesion_share <= 1):
+            raise UsageError(
+                f"lesion_share is {self.lesion_share!r}; give a share of the largest lesion, from 0 to 1"
+            )
         for name in ("fill_holes", "inside_lungs"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give True or False")
@@ -72,9 +85,7 @@ class Postprocessing:
     @property
     def changes_masks(self) -> bool:
         """Whether :func:`postprocess` does anything; the threshold acts before it."""
-        return (
-            self.fill_holes or self.inside_lungs or self.lesion_probability > 0 or self.smallest_lesion_ml > 0
-        )
+        return self != Postprocessing(threshold=self.threshold)
 
     def summary(self) -> str:
         """What is done, in a few words.
@@ -90,6 +101,8 @@ class Postprocessing:
             f"lesions nowhere at probability {self.lesion_probability:g} removed": self.lesion_probability
             > 0,
             f"lesions below {self.smallest_lesion_ml:g} ml removed": self.smallest_lesion_ml > 0,
+            f"lesions below {self.lesion_share:g} of the largest removed": 0 < self.lesion_share < 1,
+            "lesions beside the largest removed": self.lesion_share == 1,
         }
         return ", ".join(part for part, done in parts.items() if done) or "none"
 
@@ -128,13 +141,14 @@ def postprocess(
     hu: np.ndarray | None = None,
     lungs: np.ndarray | None = None,
     sure: np.ndarray | None = None,
+    probability: np.ndarray | None = None,
 ) -> np.ndarray:
     """Apply ``options`` to a predicted mask; their threshold is not for masks and has no effect here.
 
     Where no lungs are found in ``hu``, ``inside_lungs`` removes nothing and says so in the log.
 
-    Beside ``label`` and the result it takes up to 7 bytes per voxel of the box round the foreground, and what
-    :func:`~lungkit.inference.lungs.lung_mask` takes.
+    Beside ``label`` and the result it takes up to 7 bytes per voxel of the box round the foreground, for
+    ``lesion_share`` 9 per voxel of foreground, and what :func:`~lungkit.inference.lungs.lung_mask` takes.
 
     Args:
         label: uint8 (Z, Y, X), 0 background; not changed.
@@ -143,12 +157,14 @@ def postprocess(
         hu: the scan in HU on the grid of ``label``, for ``inside_lungs``.
         lungs: their mask where it is known already, instead of ``hu``.
         sure: bool (Z, Y, X), voxels of at least ``lesion_probability``, where that is asked for.
+        probability: (Z, Y, X), that of foreground, where ``lesion_share`` is asked for; in any unit, such as
+            :func:`probability_steps`, as masses are held against each other alone.
 
     Returns:
         uint8 (Z, Y, X), a new array.
 
     Raises:
-        UsageError: arrays do not fit, or ``inside_lungs`` without a scan in HU.
+        UsageError: arrays do not fit, or one that an option needs is not given.
 
     Example:
         >>> label = np.zeros((1, 5, 9), np.uint8)
@@ -160,7 +176,8 @@ def postprocess(
     spacing = _checked_spacing(spacing_mm)
     if label.ndim != 3 or label.dtype != np.uint8:
         raise UsageError(f"label must be uint8 (Z, Y, X), got {label.dtype} {label.shape}")
-    for name, other in (("hu", hu), ("lungs", lungs), ("sure", sure)):
+    given = {"hu": hu, "lungs": lungs, "sure": sure, "probability": probability}
+    for name, other in given.items():
         if other is not None and other.shape != label.shape:
             raise UsageError(
                 f"{name} has shape {other.shape}, label {label.shape}; they must lie on one grid"
@@ -172,6 +189,10 @@ def postprocess(
         )
     if options.lesion_probability and sure is None:
         raise UsageError("lesion_probability needs the voxels that reach it: pass sure, or switch it off")
+    if options.lesion_share and probability is None:
+        raise UsageError(
+            "lesion_share needs the probability of foreground: pass probability, or switch it off"
+        )
     result = label.copy()
     box = foreground_box(result)
     if box is None:
@@ -188,52 +209,18 @@ def postprocess(
         else:
             region = near_lungs(lungs, spacing, LUNG_MARGIN_MM, box)
     likely = sure[box] if sure is not None and options.lesion_probability else None
-    if region is not None or likely is not None or options.smallest_lesion_ml > 0:
+    masses = probability[box] if probability is not None and options.lesion_share else None
+    if region is not None or likely is not None or masses is not None or options.smallest_lesion_ml > 0:
         lesions = Lesions.find(part)
         kept = lesions.kept(smallest=voxels_of(options.smallest_lesion_ml, spacing), region=region)
         if likely is not None:
             kept &= lesions.kept(region=likely)
+        if masses is not None:
+            kept = beside_largest(
+                kept, lesions.masses(masses), lesions.classes_in(part), options.lesion_share
+            )
         part[lesions.foreground] *= kept[lesions.numbers]
     return result
-
-
-@dataclass(frozen=True, eq=False)
-class Lesions:
-    """The lesions of a label map (Z, Y, X), numbered from 1.
-
-    ``foreground`` is bool (Z, Y, X); ``numbers`` (N,) says for each of its voxels which lesion it belongs to;
-    ``sizes`` are the voxels of each number.
-    """
-
-    foreground: np.ndarray
-    numbers: np.ndarray
-    sizes: np.ndarray
-
-    @classmethod
-    def find(cls, label: np.ndarray) -> Lesions:
-        """Components of the classes of a uint8 label map."""
-        pieces, count = cc3d.connected_components(np.ascontiguousarray(label), connectivity=26, return_N=True)
-        foreground = label != 0
-        numbers = pieces[foreground]
-        return cls(foreground, numbers, np.bincount(numbers, minlength=count + 1))
-
-    def kept(self, *, smallest: int = 0, region: np.ndarray | None = None) -> np.ndarray:
-        """Whether each number has at least ``smallest`` voxels, and one of them in ``region``; bool."""
-        kept: np.ndarray = self.sizes >= smallest
-        if region is not None:
-            kept &= np.bincount(self.numbers[region[self.foreground]], minlength=len(self.sizes)) > 0
-        return kept
-
-
-def voxels_of(volume_ml: float, spacing_mm: Sequence[float]) -> int:
-    """The fewest voxels that make up a volume.
-
-    Example:
-        >>> voxels_of(0.1, (2.5, 0.8, 0.8)), voxels_of(0.0, (1.0, 1.0, 1.0))
-        (63, 0)
-    """
-    # Rounding must not cost a lesion of just this volume a voxel.
-    return math.ceil(volume_ml * 1000 / math.prod(spacing_mm) - 1e-6)
 
 
 def fill_holes(label: np.ndarray) -> None:
@@ -358,6 +345,20 @@ def foreground_probability(probabilities: Tensor, *, regions: bool = False) -> T
     """
     foreground = probabilities[1:]
     return foreground.amax(0) if regions else foreground[0] if len(foreground) == 1 else foreground.sum(0)
+
+
+def probability_steps(probability: Tensor) -> Tensor:
+    r"""Probabilities (\*S) in whole steps of 1/200, downwards, as uint8.
+
+    A byte a voxel holds what the masses of lesions need. A step is reached just where ``probability >= step / 200``
+    says so, in the format of ``probability``.
+
+    Example:
+        >>> probability_steps(torch.tensor([0.0, 0.004, 0.3, 0.9, 1.0])).tolist()
+        [0, 0, 60, 180, 200]
+    """
+    edges = probability.new_tensor([step / PROBABILITY_STEPS for step in range(1, PROBABILITY_STEPS + 1)])
+    return torch.bucketize(probability.contiguous(), edges, out_int32=True, right=True).to(torch.uint8)
 
 
 def classes_from_regions(scores: Tensor, sequence: Sequence[int], threshold: float | None) -> Tensor:

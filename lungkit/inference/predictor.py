@@ -30,6 +30,7 @@ from lungkit.inference.postprocessing import (
     classes_from_regions,
     foreground_probability,
     postprocess,
+    probability_steps,
 )
 from lungkit.inference.precision import Precision, choose_precision
 from lungkit.inference.scan_doubts import scan_doubts
@@ -213,8 +214,8 @@ class Predictor:
         threshold = self.postprocessing.threshold
         # The largest logit has the largest probability, where nothing else is asked for. The mean of several models and
         # what is resampled are of logits or of probabilities as the models say.
-        surest = self.postprocessing.lesion_probability
-        as_logits = threshold is None and not surest and not attention
+        surest, share = self.postprocessing.lesion_probability, self.postprocessing.lesion_share
+        as_logits = threshold is None and not surest and not share and not attention
         as_logits = as_logits and (
             self.models[0].averaging == "logits"
             or (len(self.models) == 1 and self.models[0].geometry_of(volumes[0]).shape == geometry.shape)
@@ -231,6 +232,7 @@ class Predictor:
                 maps = {name: empty(np.float32) for name in [*self.labels][1:]} if probabilities else {}
                 alpha, alpha_slices = empty(np.float32) if attention else (None, None)
                 sure, sure_slices = empty(np.bool_) if surest else (None, None)
+                steps, steps_slices = empty(np.uint8) if share else (None, None)
                 scored = self._scores(volumes, attempt, progress, as_logits=as_logits, attention=attention)
                 for first, last, scores in scored:
                     if as_logits:
@@ -247,15 +249,18 @@ class Predictor:
                     else:
                         found = classes_from_regions(scores[1:classes], sequence, threshold)
                     mask_slices[first:last] = found.cpu().numpy()
-                    if sure_slices is not None:
+                    if surest or share:
                         foreground = foreground_probability(scores[:classes], regions=sequence is not None)
-                        sure_slices[first:last] = (foreground >= surest).cpu().numpy()
+                        if sure_slices is not None:
+                            sure_slices[first:last] = (foreground >= surest).cpu().numpy()
+                        if steps_slices is not None:
+                            steps_slices[first:last] = probability_steps(foreground).cpu().numpy()
                     for index, (_, map_slices) in enumerate(maps.values(), start=1):
                         map_slices[first:last] = scores[index].cpu().numpy()
                     if alpha_slices is not None:
                         alpha_slices[first:last] = scores[classes].cpu().numpy()
         return Prediction(
-            mask=self._finish(mask, volumes, sure),
+            mask=self._finish(mask, volumes, sure, steps),
             affine=volumes[0].affine,
             labels=dict(self.labels),
             seconds=time.perf_counter() - started,
@@ -403,15 +408,24 @@ class Predictor:
             **wanted,
         )
 
-    def _finish(self, mask: np.ndarray, volumes: Sequence[Volume], sure: np.ndarray | None) -> np.ndarray:
+    def _finish(
+        self,
+        mask: np.ndarray,
+        volumes: Sequence[Volume],
+        sure: np.ndarray | None,
+        probability: np.ndarray | None,
+    ) -> np.ndarray:
         """The class indices in ``mask`` postprocessed, as values of the labels; in place where uint8 holds them."""
         geometry = plan_geometry(volumes[0])
         slices = orient(mask, geometry)
         options = self.postprocessing
         if options.changes_masks:
             hu = orient(volumes[0].array, geometry) if self.in_hu else None
-            likely = None if sure is None else orient(sure, geometry)
-            slices[...] = postprocess(slices, geometry.spacing_mm, options, hu=hu, sure=likely)
+            maps = (None if array is None else orient(array, geometry) for array in (sure, probability))
+            likely, expected = maps
+            slices[...] = postprocess(
+                slices, geometry.spacing_mm, options, hu=hu, sure=likely, probability=expected
+            )
         values = np.array(list(self.labels.values()))
         if (values == np.arange(len(values))).all():
             return mask

@@ -226,9 +226,9 @@ class TrainConfig:
         batch_size: patches per process and step; None is decided by the dataset.
         validate_every: epochs between validations; the last epoch is always validated.
         patience: validations without a better Dice after which training stops; None never stops early.
-        choose_postprocessing: after the last epoch try thresholds, filled holes, lungs (in HU) and smallest lesions on
-            the validation cases, keep what raises their mean Dice by over 0.002, and store it with the best weights;
-            what that gives cases without a say in the choice is told too.
+        choose_postprocessing: after the last epoch try the options of lungkit.inference.Postprocessing, one after the
+            other, on the validation cases, keep what raises their mean Dice by over 0.002, and store it with the best
+            weights; what that gives cases without a say in the choice is told too.
         choose_postprocessing_by: "dice", or "lesion_f1" against false pieces: keep what raises the mean lesion F1 by
             over 0.002 and costs no more Dice than that.
         save_validation: keep the masks that the run's best weights predict for the validation cases, in validation/ of

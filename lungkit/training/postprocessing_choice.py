@@ -15,16 +15,17 @@ from torch import Tensor
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.geometry import orient, plan_geometry
 from lungkit.inference import Postprocessing, Predictor
+from lungkit.inference.lesions import Lesions, beside_largest, voxels_of
 from lungkit.inference.lungs import lung_mask, near_lungs
 from lungkit.inference.postprocessing import (
     LUNG_MARGIN_MM,
-    Lesions,
+    PROBABILITY_STEPS,
     classes_from_probabilities,
     fill_holes,
     foreground_box,
     foreground_probability,
     largest,
-    voxels_of,
+    probability_steps,
 )
 from lungkit.metrics import label_lesions, overlap_metrics
 from lungkit.pipeline.labelled import LabelledScans
@@ -40,6 +41,7 @@ _THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8)
 _SURE = (0.6, 0.7, 0.8, 0.9, 0.95)
 _GROUPS = 5
 _SIZES_ML = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,12 @@ def choose_postprocessing(
 ) -> Choice:
     """Try the options of :class:`~lungkit.inference.Postprocessing` one after the other on validation cases.
 
-    Threshold, holes, lesions outside the lungs (where scans are in HU), lesions nowhere sure, small lesions: of each
-    the value with the highest mean Dice is kept if it beats going without by more than :data:`MARGIN`, together with
-    what was kept before. Dice is that of the final table: on the scans' own grid, mean over the cases of each class,
-    then over the classes. By "lesion_f1" it is the lesion F1, a lesion being found where one voxel is shared, and the
-    mean Dice may not fall by more than the margin: for false pieces, which Dice hardly sees.
+    Threshold, holes, lesions outside the lungs (where scans are in HU), lesions nowhere sure, small lesions, lesions
+    beside a larger one: of each the value with the highest mean Dice is kept if it beats going without by more than
+    :data:`MARGIN`, together with what was kept before. Dice is that of the final table: on the scans' own grid, mean
+    over the cases of each class, then over the classes. By "lesion_f1" it is the lesion F1, a lesion being found where
+    one voxel is shared, and the mean Dice may not fall by more than the margin: for false pieces, which Dice hardly
+    sees.
 
     A number of cases that were chosen on flatters. So the patients are divided into up to five groups, the choice is
     made again without each of them, and its cases are measured with that: :attr:`Choice.held_out`.
@@ -164,6 +167,7 @@ def choose_postprocessing(
         "inside_lungs": (False, True) if predictor.in_hu else (False,),
         "lesion_probability": (0.0, *_SURE),
         "smallest_lesion_ml": (0.0, *_SIZES_ML),
+        "lesion_share": (0.0, *_SHARES),
     }
     if not counts:
         return Choice(Postprocessing(), math.nan, math.nan, ())
@@ -253,22 +257,20 @@ def _count(
 ) -> np.ndarray:
     """TP, FP and FN of every foreground class for all that is tried, and its lesions: true, found, predicted, real.
 
-    int64 (1 + thresholds, 2, 2 or 1, 1 + sure, 1 + sizes, classes - 1, 7); the axes are those of the options.
+    int64 (1 + thresholds, 2, 2 or 1, 1 + sure, 1 + sizes, 1 + shares, classes - 1, 7); the axes are those of the
+    options.
     """
-    ascending = sorted({*thresholds, *_SURE})
     plain, likely, reached = (np.zeros(truth.shape, np.uint8) for _ in range(3))
     for first, last, probabilities in stream:
         foreground = foreground_probability(probabilities)
         plain[first:last] = classes_from_probabilities(probabilities).cpu().numpy()
         likely[first:last] = (largest(probabilities[1:]) + 1).cpu().numpy()
-        levels = torch.bucketize(foreground.contiguous(), foreground.new_tensor(ascending), right=True)
-        reached[first:last] = levels.to(torch.uint8).cpu().numpy()
+        reached[first:last] = probability_steps(foreground).cpu().numpy()
     sizes = [voxels_of(volume, spacing_mm) for volume in (0.0, *_SIZES_ML)]
-    box = foreground_box(np.maximum(plain, reached))
-    counts = np.zeros(
-        (1 + len(thresholds), 2, 1 if hu is None else 2, 1 + len(_SURE), len(sizes), num_classes - 1, 7),
-        np.int64,
-    )
+    lowest = _steps(min(thresholds))
+    box = foreground_box(np.maximum(plain, reached >= lowest))
+    tried = (1 + len(thresholds), 2, 1 if hu is None else 2, 1 + len(_SURE), len(sizes), 1 + len(_SHARES))
+    counts = np.zeros((*tried, num_classes - 1, 7), np.int64)
     true_lesions = np.zeros(truth.shape, np.int64)
     for index in range(1, num_classes):
         counts[..., index - 1, 2] = np.count_nonzero(truth == index)
@@ -283,41 +285,64 @@ def _count(
         lungs = lung_mask(hu, spacing_mm)
         regions.append(near_lungs(lungs, spacing_mm, LUNG_MARGIN_MM, box) if lungs.any() else None)
     for t, level in enumerate((None, *thresholds)):
-        label = plain[box].copy() if level is None else likely[box] * (reached[box] > ascending.index(level))
+        label = plain[box].copy() if level is None else likely[box] * (reached[box] >= _steps(level))
         for filled in range(2):
             if filled:
                 fill_holes(label)
             lesions = Lesions.find(label)
-            at, found, true = lesions.numbers, label[lesions.foreground], truth[box][lesions.foreground]
-            # A lesion is of one class: what is tried on it only keeps or removes it.
-            counted, total = true != IGNORE_INDEX, len(lesions.sizes)
-            predicted = np.bincount(at[counted], minlength=total)
-            hit = counted & (true == found)
-            right = np.bincount(at[hit], minlength=total)
-            touching = np.unique(np.stack([at[hit], true_lesions[box][lesions.foreground][hit]]), axis=1)
-            class_of = np.zeros(total, np.int64)
-            class_of[at] = found
-            peaks = np.zeros(total, np.uint8)
-            np.maximum.at(peaks, at, reached[box][lesions.foreground])
-            tried = itertools.product(enumerate(regions), enumerate((None, *_SURE)), enumerate(sizes))
-            for (r, region), (p, sure), (s, smallest) in tried:
-                kept = lesions.kept(smallest=smallest, region=region)
-                if sure is not None:
-                    kept &= peaks > ascending.index(sure)
-                for index in range(1, num_classes):
-                    chosen = kept & (class_of == index)
-                    positives = int(right[chosen].sum())
-                    seen = chosen & (predicted > 0)  # a lesion in voxels to ignore alone is none
-                    counts[t, filled, r, p, s, index - 1] += (
-                        positives,
-                        int(predicted[chosen].sum()) - positives,
-                        -positives,
-                        0,
-                        len(np.unique(touching[1][chosen[touching[0]]])),
-                        int(seen.sum()),
-                        int((seen & (right > 0)).sum()),
-                    )
+            class_of, masses = lesions.classes_in(label), lesions.masses(reached[box])
+            peaks = np.zeros(len(class_of), np.uint8)
+            np.maximum.at(peaks, lesions.numbers, reached[box][lesions.foreground])
+            count_kept = _counter(lesions, class_of, truth[box], true_lesions[box], num_classes)
+            counted: dict[bytes, np.ndarray] = {}  # most of what is tried keeps the same lesions
+            for (r, region), (p, sure), (s, smallest) in itertools.product(
+                enumerate(regions), enumerate((0.0, *_SURE)), enumerate(sizes)
+            ):
+                large = lesions.kept(smallest=smallest, region=region) & (peaks >= _steps(sure))
+                for h, share in enumerate((0.0, *_SHARES)):
+                    kept = beside_largest(large, masses, class_of, share)
+                    key = kept.tobytes()
+                    if key not in counted:
+                        counted[key] = count_kept(kept)
+                    counts[t, filled, r, p, s, h] += counted[key]
     return counts
+
+
+def _counter(
+    lesions: Lesions, class_of: np.ndarray, truth: np.ndarray, true_lesions: np.ndarray, num_classes: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What those lesions count that are kept, (classes - 1, 7): what keeping none gives is to be added."""
+    at, true = lesions.numbers, truth[lesions.foreground]
+    # A lesion is of one class: what is tried on it only keeps or removes it.
+    valid, total = true != IGNORE_INDEX, len(lesions.sizes)
+    predicted = np.bincount(at[valid], minlength=total)
+    hit = valid & (true == class_of[at])
+    right = np.bincount(at[hit], minlength=total)
+    touching = np.unique(np.stack([at[hit], true_lesions[lesions.foreground][hit]]), axis=1)
+
+    def count(kept: np.ndarray) -> np.ndarray:
+        counts = np.zeros((num_classes - 1, 7), np.int64)
+        for index in range(1, num_classes):
+            chosen = kept & (class_of == index)
+            positives = int(right[chosen].sum())
+            seen = chosen & (predicted > 0)  # a lesion in voxels to ignore alone is none
+            counts[index - 1] = (
+                positives,
+                int(predicted[chosen].sum()) - positives,
+                -positives,
+                0,
+                len(np.unique(touching[1][chosen[touching[0]]])),
+                int(seen.sum()),
+                int((seen & (right > 0)).sum()),
+            )
+        return counts
+
+    return count
+
+
+def _steps(probability: float) -> int:
+    """The step that a tried probability is: all of them are whole ones."""
+    return round(probability * PROBABILITY_STEPS)
 
 
 def _or_none(value: float) -> float | None:

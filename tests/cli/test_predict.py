@@ -214,6 +214,28 @@ def test_postprocessing_is_asked_for_by_option(tmp_path, scans, model):
     assert report["postprocessing"]["smallest_lesion_ml"] == 1
 
 
+def test_lesions_beside_a_larger_one_go_by_option(tmp_path, model):
+    array = np.full((20, 18, 10), -800, np.int16)
+    array[4:9, 4:8, 2:6], array[14:16, 14, 8] = 200, 200
+    write_nifti(tmp_path / "two.nii.gz", array, AFFINE)
+    found = {}
+    for share in (0, 0.3):
+        out = tmp_path / f"share {share}"
+        assert (
+            predict("-i", tmp_path / "two.nii.gz", "-o", out, "--model", model, "--lesion-share", share) == 0
+        )
+        report = json.loads((out / "reports" / "two.json").read_text())
+        assert report["postprocessing"]["lesion_share"] == share
+        found[share] = int(read_volume(out / "two.nii.gz").array.sum())
+    assert found == {0: 82, 0.3: 80}
+
+
+def test_a_share_above_all_is_a_usage_error(tmp_path, scans, model, capsys):
+    arguments = ("-i", scans / "a.nii.gz", "--model", model, "-o", tmp_path / "out", "--lesion-share", 1.5)
+    assert predict(*arguments) == 2
+    assert "lesion_share is 1.5" in capsys.readouterr().err
+
+
 def bad_inputs(tmp_path: Path) -> dict[str, tuple[Path, int, str]]:
     folder = tmp_path / "bad"
     folder.mkdir()

@@ -10,8 +10,8 @@ import torch
 from scipy import ndimage
 
 from lungkit.errors import DataError, UsageError
+from lungkit.inference.lesions import Lesions
 from lungkit.inference.postprocessing import (
-    Lesions,
     Postprocessing,
     classes_from_logits,
     classes_from_probabilities,
@@ -19,11 +19,18 @@ from lungkit.inference.postprocessing import (
     foreground_box,
     largest,
     postprocess,
-    voxels_of,
+    probability_steps,
 )
 
 MM = (1.0, 1.0, 1.0)
-ALL_ON = Postprocessing(threshold=0.3, fill_holes=True, inside_lungs=True, smallest_lesion_ml=0.05)
+ALL_ON = Postprocessing(
+    threshold=0.3,
+    fill_holes=True,
+    inside_lungs=True,
+    lesion_probability=0.7,
+    smallest_lesion_ml=0.05,
+    lesion_share=0.3,
+)
 
 
 def blobs(
@@ -50,8 +57,10 @@ def test_options_are_off_unless_asked_for():
 
 def test_the_summary_names_what_is_on():
     assert ALL_ON.summary() == (
-        "threshold 0.3, holes filled, lesions outside the lungs removed, lesions below 0.05 ml removed"
+        "threshold 0.3, holes filled, lesions outside the lungs removed, lesions nowhere at probability 0.7 removed, "
+        "lesions below 0.05 ml removed, lesions below 0.3 of the largest removed"
     )
+    assert Postprocessing(lesion_share=1.0).summary() == "lesions beside the largest removed"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +81,10 @@ def test_a_dict_that_is_not_understood_is_refused(content):
         {"smallest_lesion_ml": -0.1},
         {"lesion_probability": 1.0},
         {"lesion_probability": -0.1},
+        {"lesion_share": -0.1},
+        {"lesion_share": 1.01},
+        {"lesion_share": float("nan")},
+        {"lesion_share": True},
         {"smallest_lesion_ml": float("inf")},
         {"fill_holes": "yes"},
         {"inside_lungs": None},
@@ -97,7 +110,8 @@ def test_the_mask_given_is_not_changed():
 
 def test_an_empty_mask_stays_empty():
     label = np.zeros((3, 4, 5), np.uint8)
-    assert not postprocess(label, MM, ALL_ON, hu=np.zeros((3, 4, 5), np.int16)).any()
+    given = {"hu": label.astype(np.int16), "sure": label > 0, "probability": label}
+    assert not postprocess(label, MM, ALL_ON, **given).any()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -160,10 +174,6 @@ def test_a_lesion_of_just_the_volume_stays():
     # 0.7 * 0.7 * 2.5 * 10 is not 12.25 in floating point.
     options = Postprocessing(smallest_lesion_ml=12.25e-3)
     assert postprocess(label, (2.5, 0.7, 0.7), options).sum() == 10
-
-
-def test_volumes_count_in_voxels_upwards():
-    assert [voxels_of(ml, (5.0, 2.0, 1.0)) for ml in (0.0, 0.01, 0.0101, 0.5)] == [0, 1, 2, 50]
 
 
 def test_lesions_of_different_classes_are_apart():
@@ -231,6 +241,7 @@ def test_where_there_are_no_lungs_nothing_is_removed(caplog):
         (np.zeros((2, 3, 4), np.int64), {}, "got int64"),
         (np.zeros((2, 3, 4), np.uint8), {"hu": np.zeros((2, 3, 5))}, "hu has shape"),
         (np.zeros((2, 3, 4), np.uint8), {"lungs": np.zeros((1, 3, 4), bool)}, "lungs has shape"),
+        (np.zeros((2, 3, 4), np.uint8), {"probability": np.zeros((2, 4, 3))}, "probability has shape"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(label, arguments, message):
@@ -333,3 +344,71 @@ def test_lesions_that_are_nowhere_sure_are_removed_whole():
     assert np.array_equal(result, np.where(label == 1, 1, 0))
     with pytest.raises(UsageError, match="pass sure"):
         postprocess(label, MM, Postprocessing(lesion_probability=0.8))
+
+
+def pieces(*masses: tuple[int, float], probability: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """Lesions in a row, each a (class, mass) of voxels of one probability; the label map and that of probability."""
+    label = np.zeros((1, 2 * len(masses), 24), np.uint8)
+    for row, (index, mass) in enumerate(masses):
+        label[0, 2 * row, : round(mass / probability)] = index
+    return label, np.where(label > 0, probability, 0.1)
+
+
+def rows_left(share: float, *masses: tuple[int, float], **options) -> list[int]:
+    label, probability = pieces(*masses)
+    result = postprocess(label, MM, Postprocessing(lesion_share=share, **options), probability=probability)
+    assert (result[result > 0] == label[result > 0]).all()
+    rows = [row for row in range(len(masses)) if result[0, 2 * row].any()]
+    assert all((result[0, 2 * row] == label[0, 2 * row]).all() for row in rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("share", "rows"),
+    [(0.0, [0, 1, 2, 3]), (0.05, [0, 1, 2, 3]), (0.2, [0, 1, 2]), (0.5, [0, 1]), (1.0, [1])],
+)
+def test_lesions_below_the_share_of_the_largest_go(share, rows):
+    """Of masses 6, 10, 2 and 1: that of just the share stays."""
+    assert rows_left(share, (1, 6), (1, 10), (1, 2), (1, 1)) == rows
+
+
+def test_lesions_as_large_as_the_largest_stay_with_it():
+    assert rows_left(1.0, (1, 4), (1, 3), (1, 4)) == [0, 2]
+
+
+def test_each_class_has_its_own_largest_lesion():
+    assert rows_left(0.5, (1, 10), (2, 1), (1, 2), (3, 3), (3, 1)) == [0, 1, 3]
+
+
+def test_the_share_is_of_the_largest_that_the_other_rules_leave():
+    label, probability = pieces((1, 10), (1, 2), (1, 1))
+    lungs = np.zeros((1, 6, 24), bool)
+    lungs[0, 4:, :3] = True
+    spacing = (1.0, 4.0, 1.0)  # the first row is 16 mm away
+    options = Postprocessing(lesion_share=0.5, inside_lungs=True)
+    result = postprocess(label, spacing, options, lungs=lungs, probability=probability)
+    assert [bool(row.any()) for row in result[0, ::2]] == [False, False, True]
+
+
+def test_the_mass_and_not_the_volume_says_which_lesion_is_the_largest():
+    label, probability = pieces((1, 2), (1, 4))
+    probability[0, 0, :4] = 0.95  # 3.8 in 4 voxels beside 4 in 8, then 0.4 in 8
+    probability[0, 2, :8] = 0.05
+    options = Postprocessing(lesion_share=1.0)
+    result = postprocess(label, MM, options, probability=probability)
+    assert result[0, 0].any() and not result[0, 2].any()
+
+
+def test_without_probability_the_share_says_what_is_missing():
+    with pytest.raises(UsageError, match=r"lesion_share needs the probability.*pass probability"):
+        postprocess(blobs(0), MM, Postprocessing(lesion_share=0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_of_probability_is_reached_where_the_probability_is(dtype):
+    """Also at each step and one representable number below it."""
+    exact = torch.tensor([step / 200 for step in range(201)], dtype=dtype)
+    below = torch.nextafter(exact, torch.tensor(-1.0, dtype=dtype))
+    assert probability_steps(exact).tolist() == list(range(201))
+    assert probability_steps(below).tolist() == [0, *range(200)]
+    assert probability_steps(exact).dtype == torch.uint8

@@ -166,6 +166,18 @@ def test_postprocessing_of_training_is_used_and_can_be_turned_off(tmp_path):
     assert everything(volume).mask.sum() == 6 * 6 * 4 + 1
 
 
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_lesions_of_little_mass_beside_the_largest_are_removed(tmp_path, threshold):
+    volume = Volume(np.full((20, 20, 8), -500, np.int16), np.diag([1, 1, 1, 1.0]))
+    volume.array[2:8, 2:8, 2:6], volume.array[15:17, 15, 5], volume.array[15:19, 2:8, 2:6] = 500, 500, 500
+    model = TrainedModel.load(save_model(tmp_path / "m", threshold_network()))
+    for share, voxels in ((0.0, 242), (0.2, 240), (0.8, 144)):
+        options = Postprocessing(threshold=threshold, lesion_share=share)
+        prediction = exact(model, postprocessing=options)(volume, probabilities=True)
+        assert prediction.mask.sum() == voxels
+        assert (prediction.probabilities["tumour"] > 0.5).sum() == 242
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 3), (1, 1, 2), (40, 3, 9)])
 def test_scans_smaller_than_a_patch_are_padded_with_air(tmp_path, shape):
     predictor = exact(TrainedModel.load(save_model(tmp_path / "m", threshold_network())))

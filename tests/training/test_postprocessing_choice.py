@@ -213,6 +213,31 @@ def test_specks_go_with_the_smallest_volume_that_removes_them(choose):
     assert choose(FromImage(), [case("a", logits, label)]).options == Postprocessing(smallest_lesion_ml=0.01)
 
 
+def beside_a_tumour(*, real: bool) -> Case:
+    """A tumour of 1.536 ml and another piece of 0.144 ml as sure as it, real or not."""
+    label = np.zeros((3, 16, 16), np.uint8)
+    label[:, 1:9, 1:9] = 1
+    logits = np.where(label == 1, 9.0, -9.0)
+    logits[0, 11:14, 1:7] = 9.0
+    label[0, 11:14, 1:7] = real
+    return case(f"real {real}", logits, label)
+
+
+def test_pieces_larger_than_a_small_tumour_elsewhere_go_by_their_share_of_the_one_beside_them(choose):
+    label = np.zeros((2, 12, 12), np.uint8)
+    label[:, 3:5, 3:6] = 1  # 0.096 ml
+    small = case("small", np.where(label == 1, 9.0, -9.0), label)
+    choice = choose(FromImage(), [beside_a_tumour(real=False), small])
+    assert choice.options == Postprocessing(lesion_share=0.1)
+    assert choice.dice == 1.0
+
+
+def test_a_share_that_costs_as_many_true_lesions_as_false_ones_is_not_kept(choose):
+    cases = [beside_a_tumour(real=True), beside_a_tumour(real=False)]
+    assert choose(FromImage(), cases).options == Postprocessing()
+    assert choose(FromImage(), [beside_a_tumour(real=True)]).options == Postprocessing()
+
+
 def test_a_perfect_network_gets_nothing(choose):
     label = np.zeros((2, 12, 12), np.uint8)
     label[:, 3:9, 3:9] = 1
