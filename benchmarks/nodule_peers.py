@@ -2,6 +2,7 @@
 
     python benchmarks/nodule_peers.py DATA --peer monai-unet --minutes 20 -o WORK/monai-unet
     python benchmarks/nodule_peers.py DATA --peer monai-attention-unet --minutes 20 -o WORK/monai-attention-unet
+    python benchmarks/nodule_peers.py DATA --peer nnunet --nnunet-python VENV/bin/python --minutes 20 -o WORK/nnunet
     python benchmarks/nodule_peers.py DATA --peer lungkit --run RUN -o WORK/lungkit  # of --max_minutes 20
     python benchmarks/nodule_peers.py --table WORK/*/run.json
 
@@ -13,8 +14,9 @@ Minutes are those of training steps with their waiting for data. Reading and pre
 of the curve, do not count; of a lungkit run, whose ``max_minutes`` hold its validations too, the curve leaves them out
 as well, so that it trains for less than the others. All schedules end with the minutes.
 
-MONAI's networks get a slice with its neighbours, as lungkit's default has it, its own transforms, loss and sliding
-window, and widths of (16, 32, 64, 128, 256).
+MONAI's networks (monai_peer.py) get a slice with its neighbours, as lungkit's default has it, its own transforms, loss
+and sliding window, and widths of (16, 32, 64, 128, 256). nnU-Net (nnunet_peer.py) goes by its own 2D plan, which is
+made for a GPU of 8 GB: ``--batch_size`` replaces that of the plan, with which a CPU takes a minute for a few steps.
 """
 
 from __future__ import annotations
@@ -24,14 +26,13 @@ import json
 import math
 import platform
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from monai_peer import train_monai
+from nnunet_peer import train_nnunet
 
 from lungkit.data import read_volume, write_nifti
 from lungkit.errors import DataError, UsageError
@@ -39,12 +40,10 @@ from lungkit.inference import Predictor
 from lungkit.metrics import CaseTable, MetricGroup, MetricOptions, bca_interval
 from lungkit.report.evaluation import evaluate_pairs, find_label_scheme
 from lungkit.training.config_io import load_config
-from lungkit.training.schedule import learning_rate_factor
 
-PEERS = ("monai-unet", "monai-attention-unet", "lungkit")
+PEERS = ("monai-unet", "monai-attention-unet", "nnunet", "lungkit")
 METRICS = ("dice", "iou", "lesion_f1", "hd95_directed_mm")
 TARGETS = (0.70, 0.75)
-PATCH = (96, 96)
 RESULTS = Path(__file__).parent / "results" / "nodule-peers.md"
 
 
@@ -61,8 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = json.loads((options.data / "splits_final.json").read_text(encoding="utf-8"))[options.fold]
     masks = options.output / "masks"
     masks.mkdir(parents=True)
-    found = _TRAINERS[options.peer](options, split["train"], sorted(split["val"]), masks)
-    end = measure(masks, options.data, sorted(split["val"]), MetricOptions())
+    val = sorted(split["val"])
+    overlap = MetricOptions(groups=(MetricGroup.OVERLAP,))
+
+    def dice_of(folder: Path) -> float:
+        return measure(folder, options.data, val, overlap).mean("dice")
+
+    if options.peer == "lungkit":
+        found = read_lungkit(options, val, masks)
+    elif options.peer == "nnunet":
+        found = train_nnunet(options, val, masks, dice_of)
+    else:
+        found = train_monai(options, split["train"], val, masks, dice_of)
+    end = measure(masks, options.data, val, MetricOptions())
     record = {
         "peer": options.peer,
         "fold": options.fold,
@@ -90,146 +100,7 @@ def measure(masks: Path, data: Path, cases: Sequence[str], options: MetricOption
     return evaluation.table
 
 
-def mean_dice(masks: Path, data: Path, cases: Sequence[str]) -> float:
-    """Of predicted masks, for a point of the curve."""
-    return measure(masks, data, cases, MetricOptions(groups=(MetricGroup.OVERLAP,))).mean("dice")
-
-
-def train_monai(
-    options: argparse.Namespace, train: Sequence[str], val: Sequence[str], masks: Path
-) -> dict[str, Any]:
-    """Train one of MONAI's networks as its tutorials do; the masks are those of the last weights."""
-    from monai.data import CacheDataset, DataLoader, set_track_meta
-    from monai.losses import DiceCELoss
-    from monai.transforms import Compose
-    from monai.utils import set_determinism
-
-    set_determinism(options.seed)
-    set_track_meta(False)
-    budget, batch_size = 60 * options.minutes, options.batch_size or 16
-    network = monai_network(options.peer, len(find_label_scheme(options.data).values))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=1e-5)
-    loss_of = DiceCELoss(softmax=True, to_onehot_y=True)
-    slices = [
-        {"image": image, "label": label[None]}
-        for case in train
-        for image, label in zip(*read_slices(options.data, case), strict=True)
-    ]
-    dataset = CacheDataset(slices, Compose(_training_transforms()), progress=False, num_workers=None)
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=len(slices) >= batch_size,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-    )
-    batches = _endless(loader)
-    curve: list[tuple[float, float]] = []
-    seconds, step = 0.0, 0
-    while seconds < budget:
-        started = time.perf_counter()
-        batch = next(batches)
-        factor = learning_rate_factor(step, None, schedule="polynomial", share=seconds / budget)
-        for group in optimiser.param_groups:
-            group["lr"] = options.learning_rate * factor
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            logits = network(batch["image"])
-        loss_of(logits.float(), batch["label"]).backward()
-        optimiser.step()
-        seconds, step = seconds + time.perf_counter() - started, step + 1
-        if seconds >= budget * (len(curve) + 1) / options.checkpoints or seconds >= budget:
-            predict_monai(network, options.data, val, masks, bf16=options.bf16)
-            curve.append((round(seconds, 2), mean_dice(masks, options.data, val)))
-            sys.stdout.write(f"{seconds:.0f} s, step {step}: mean Dice {curve[-1][1]:.4f}\n")
-            sys.stdout.flush()
-    return {
-        "tool": "MONAI",
-        "network": f"{type(network).__name__}, 2D with both neighbours" + (", bf16" if options.bf16 else ""),
-        "versions": {name: metadata.version(name) for name in ("monai", "torch")},
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "patch_size": list(PATCH),
-        "batch_size": batch_size,
-        "learning_rate": options.learning_rate,
-        "workers": options.workers,
-        "steps": step,
-        "seconds": round(seconds, 2),
-        "seconds_per_step": seconds / step,
-        "curve": curve,
-    }
-
-
-def monai_network(peer: str, classes: int) -> torch.nn.Module:
-    """The network of a peer, as MONAI makes it."""
-    from monai.networks.nets import AttentionUnet, UNet
-
-    shape = {
-        "spatial_dims": 2,
-        "in_channels": 3,
-        "out_channels": classes,
-        "channels": (16, 32, 64, 128, 256),
-        "strides": (2, 2, 2, 2),
-    }
-    if peer == "monai-attention-unet":
-        return AttentionUnet(**shape)
-    return UNet(**shape, num_res_units=2, norm="batch")
-
-
-def read_slices(data: Path, case: str) -> tuple[np.ndarray, np.ndarray]:
-    """Every slice with its neighbours, float32 (Z, 3, X, Y), and its label, uint8 (Z, X, Y); ends are repeated."""
-    image = read_volume(data / "imagesTr" / f"{case}_0000.nii.gz").array.transpose(2, 0, 1)
-    label = read_volume(data / "labelsTr" / f"{case}.nii.gz").array.transpose(2, 0, 1)
-    padded = np.pad(image.astype(np.float32), ((1, 1), (0, 0), (0, 0)), mode="edge")
-    return np.stack([padded[:-2], padded[1:-1], padded[2:]], axis=1), label.astype(np.uint8)
-
-
-def predict_monai(
-    network: torch.nn.Module, data: Path, cases: Sequence[str], masks: Path, *, bf16: bool
-) -> None:
-    """Write the masks of the cases, by MONAI's sliding window on every slice."""
-    from monai.inferers import sliding_window_inference
-    from monai.transforms import ScaleIntensity
-
-    network.eval()
-    for case in cases:
-        slices = torch.stack(
-            [torch.as_tensor(ScaleIntensity()(image)) for image in read_slices(data, case)[0]]
-        )
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = sliding_window_inference(slices, PATCH, 16, network)
-        affine = read_volume(data / "imagesTr" / f"{case}_0000.nii.gz").affine
-        mask = logits.argmax(1).to(torch.uint8).numpy().transpose(1, 2, 0)
-        write_nifti(masks / f"{case}.nii.gz", mask, affine)
-    network.train()
-
-
-def _training_transforms() -> list[Any]:
-    from monai import transforms as tr
-
-    both = ("image", "label")
-    return [
-        tr.ScaleIntensityd("image"),
-        tr.EnsureTyped(both),
-        tr.RandCropByPosNegLabeld(both, "label", PATCH, pos=1, neg=1, num_samples=1, allow_smaller=True),
-        tr.ResizeWithPadOrCropd(both, PATCH),
-        tr.RandFlipd(both, prob=0.5, spatial_axis=0),
-        tr.RandFlipd(both, prob=0.5, spatial_axis=1),
-        tr.RandRotated(both, range_x=math.radians(15), prob=0.2, mode=("bilinear", "nearest")),
-        tr.RandZoomd(both, prob=0.2, min_zoom=0.9, max_zoom=1.1, mode=("bilinear", "nearest")),
-        tr.RandScaleIntensityd("image", factors=0.1, prob=0.5),
-        tr.RandShiftIntensityd("image", offsets=0.1, prob=0.5),
-    ]
-
-
-def _endless(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
-    while True:
-        yield from loader
-
-
-def read_lungkit(
-    options: argparse.Namespace, train: Sequence[str], val: Sequence[str], masks: Path
-) -> dict[str, Any]:
+def read_lungkit(options: argparse.Namespace, val: Sequence[str], masks: Path) -> dict[str, Any]:
     """The curve of a finished run, and the masks of its last weights without postprocessing.
 
     Its best weights and its postprocessing were chosen on the held-out cases, and are left alone therefore.
@@ -277,22 +148,20 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             sorted({f"{record[key]:g}" if key != "machine" else record[key] for record in records})
         )
 
-    versions = sorted(
-        {f"{name} {version}" for record in records for name, version in record["versions"].items()}
-    )
+    versions = {f"{record['tool']}: {_listed(record['versions'])}" for record in records}
     cases = {len(record["cases"]) for record in records}
     lines = [
         "# Well-known tools on the nodule stacks, given the same minutes",
         "",
         f"Machine: {told('machine')}, {told('threads')} threads. Budget: {told('minutes')} minutes of training each.",
-        f"Versions: {', '.join(versions)}.",
+        f"Versions: {'; '.join(sorted(versions))}.",
         f"Cases: {' and '.join(map(str, sorted(cases)))} held-out stacks of fold {told('fold')}, on which nothing was",
         "chosen: the weights are those at the end of the budget, without postprocessing. All masks are measured by",
         "lungkit's metrics; the interval is BCa over patients.",
         "",
         "Minutes are those of training steps and their waiting for data, without preprocessing before and validations",
-        "on the way; lungkit's budget holds its validations, so that it trains for less. The minutes to a mean Dice are",
-        "those of the first validation that has it. HD95 leaves out cases without a mask, whose number follows it.",
+        "on the way; lungkit's budget holds its validations, so that it trains for less. The minutes to a mean Dice",
+        "are those of the first validation that has it. HD95 leaves out cases without a mask, whose number follows it.",
         "",
         "| tool | network | parameters | steps of batch | minutes trained | Dice [95 % interval] | IoU | lesion F1 "
         "| HD95 mm (without) | " + " | ".join(f"minutes to {target:.2f}" for target in TARGETS) + " |",
@@ -326,6 +195,10 @@ def _minutes_to(curve: Sequence[Sequence[float]], target: float) -> str:
     return next((f"{seconds / 60:.1f}" for seconds, dice in curve if dice >= target), "not reached")
 
 
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -347,20 +220,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=20.0, help="of training")
     parser.add_argument("--checkpoints", type=int, default=10, help="points of the curve")
-    parser.add_argument("--batch_size", type=int, help="default: 16")
+    parser.add_argument("--batch_size", type=int, help="default: 16, of nnU-Net its plan's")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of MONAI's networks, with AdamW")
     parser.add_argument("--workers", type=int, default=1, help="processes that augment")
     parser.add_argument("--bf16", action="store_true", help="MONAI's networks under autocast")
     parser.add_argument("--seed", type=int, default=0, help="of MONAI's networks")
     parser.add_argument("--run", type=Path, help="of lungkit-train, for --peer lungkit")
+    parser.add_argument("--nnunet-python", type=Path, help="of the environment with nnunetv2")
+    parser.add_argument(
+        "--nnunet-folder", type=Path, help="what it preprocessed, made where absent (default: in the output)"
+    )
     parser.add_argument(
         "--table", type=Path, nargs="+", metavar="RUN.json", help="write the table of these runs"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the table")
     return parser
-
-
-_TRAINERS = {"monai-unet": train_monai, "monai-attention-unet": train_monai, "lungkit": read_lungkit}
 
 
 if __name__ == "__main__":

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import monai_peer
+import nodule_peers
 import pytest
 
 from lungkit.data import write_phantom_dataset
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "nodule_peers.py"
 
-
-@pytest.fixture(scope="module")
-def peers():
-    spec = importlib.util.spec_from_file_location("nodule_peers_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_monai_peer_leaves_masks_a_curve_and_what_they_measure(peers, tmp_path, monkeypatch, capsys):
+def test_monai_peer_leaves_masks_a_curve_and_what_they_measure(tmp_path, monkeypatch, capsys):
     pytest.importorskip("monai")
     from monai.data import set_track_meta
 
-    monkeypatch.setattr(peers, "PATCH", (32, 32))
+    monkeypatch.setattr(monai_peer, "PATCH", (32, 32))
     data = write_phantom_dataset(tmp_path / "data", cases=5, shape=(2, 48, 48), dims=3)
     arguments = [str(data), "--peer", "monai-unet", "--minutes", "0.005", "--checkpoints", "1"]
     arguments += ["--batch_size", "2", "--workers", "0", "-o", str(tmp_path / "run")]
     try:
-        assert peers.main(arguments) == 0
+        assert nodule_peers.main(arguments) == 0
     finally:
         set_track_meta(True)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -67,11 +55,11 @@ def record(**changes):
     }
 
 
-def test_table_tells_when_each_dice_was_reached_and_how_sure_the_end_is(peers, tmp_path):
+def test_table_tells_when_each_dice_was_reached_and_how_sure_the_end_is(tmp_path):
     paths = [tmp_path / "monai.json", tmp_path / "other.json"]
     paths[0].write_text(json.dumps(record()))
     paths[1].write_text(json.dumps(record(tool="other", threads=1, note="mirrored.")))
-    assert peers.main(["--table", *map(str, paths), "--results", str(tmp_path / "table.md")]) == 0
+    assert nodule_peers.main(["--table", *map(str, paths), "--results", str(tmp_path / "table.md")]) == 0
     text = (tmp_path / "table.md").read_text()
     assert "a machine, 1 and 2 threads" in text and "other: mirrored." in text
     row = next(line for line in text.splitlines() if line.startswith("| MONAI"))
