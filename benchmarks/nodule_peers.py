@@ -108,6 +108,8 @@ def read_lungkit(options: argparse.Namespace, val: Sequence[str], masks: Path) -
     if options.run is None:
         raise UsageError("--peer lungkit needs --run, the folder of a finished run of lungkit-train")
     config = load_config(options.run / "config.yaml")
+    if config.max_minutes is None:
+        raise UsageError(f"{options.run} was not given minutes; train with --max_minutes")
     held_out = json.loads((options.run / "dataset.json").read_text(encoding="utf-8"))["split"]["val"]
     if sorted(held_out) != list(val):
         raise DataError(f"{options.run}: validated on other cases than fold {options.fold} of {options.data}")
@@ -137,6 +139,7 @@ def read_lungkit(options: argparse.Namespace, val: Sequence[str], masks: Path) -
         "seconds": round(seconds, 2),
         "seconds_per_step": seconds / rows[-1]["step"],
         "curve": curve,
+        "note": "the curve is that of its own validations, on the grid of training",
     }
 
 
