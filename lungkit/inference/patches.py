@@ -23,7 +23,7 @@ class Tiling:
     """How patches are laid over a scan for a network: each model is used with the tiling it was measured with.
 
     Args:
-        whole_slices: a 2D network takes slices whole, else in patches of its own size.
+        whole_slices: a 2D network takes slices whole, else in patches of the size that it was trained on.
         weighting: of the voxels of a patch.
         whole_steps: the step between patches is rounded down to whole voxels before patches are counted; that makes a
             difference where patch x (1 - overlap) is no whole number.
@@ -44,6 +44,11 @@ class Tiling:
 
 
 TILING = Tiling()
+"""Of models that say nothing, as lungkit's did until they were used in patches."""
+
+TRAINED_TILING = Tiling(whole_slices=False)
+"""Of the models that lungkit trains. A patch of another size than those of training has other statistics at its norms,
+and its zero padding elsewhere: on nodules the Dice of whole slices was lower, from pieces that are not there."""
 
 _SIGMA_FRACTION = 1 / 8
 _SMALLEST = 32

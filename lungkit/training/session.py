@@ -19,6 +19,7 @@ from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.data.readers import CodedCase
 from lungkit.errors import CheckpointError, DataError
 from lungkit.inference import TrainedModel
+from lungkit.inference.patches import TRAINED_TILING
 from lungkit.metrics import CaseTable
 from lungkit.nn.convolution import CHANNELS_LAST
 from lungkit.training.batches import Batches, augment_generator, seed_of_step
@@ -291,6 +292,7 @@ class Session:
                 "regions": [[name, list(values)] for name, values in self.prepared.dataset.regions.items()],
                 "channels": list(self.prepared.dataset.channel_names),
                 "patch_size": list(self.plan.patch_size),
+                "tiling": asdict(TRAINED_TILING),
                 "context_slices": self.plan.context_slices,
                 "training_spacing_mm": _spacing_range(self.prepared),
                 "intensities": [asdict(channel) for channel in self.prepared.fingerprint.channels],

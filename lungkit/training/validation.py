@@ -11,7 +11,7 @@ from torch import nn
 from lungkit.data import CachedCase
 from lungkit.data.dataset import IGNORE_INDEX
 from lungkit.inference import predict_label
-from lungkit.inference.patches import patches_per_call, prediction_patch
+from lungkit.inference.patches import TRAINED_TILING, patches_per_call, prediction_patch
 from lungkit.inference.sliding_window import device_of
 from lungkit.metrics import CaseTable, evaluate_case
 from lungkit.training.engine import gather_objects
@@ -42,7 +42,7 @@ def validate(
     device = device_of(network, torch.device("cpu"))
     mine = []
     for case in cases[rank::world_size]:
-        patch = prediction_patch(plan.patch_size, case.shape)
+        patch = prediction_patch(plan.patch_size, case.shape, whole_slices=TRAINED_TILING.whole_slices)
         label = predict_label(
             network,
             torch.from_numpy(case.image_float()).to(device),
