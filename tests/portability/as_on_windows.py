@@ -48,7 +48,9 @@ def open_below(path: str) -> str | None:
     path = os.path.realpath(path)
     held = []
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # a thread has closed it since, or the listing itself had it
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # a thread has closed it since, or the listing itself had it
             held.append(os.readlink(f"/proc/self/fd/{name}"))
     maps = Path("/proc/self/maps").read_text().splitlines()
     held += [fields[5] for line in maps if len(fields := line.split(maxsplit=5)) == 6]
