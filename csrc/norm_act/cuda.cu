@@ -304,26 +304,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward_cuda(
     const MaybeTensor& weight, const MaybeTensor& bias, double slope, bool needs_residual) {
   check_norm_act_backward(grad_y, x, y, mean, rstd, weight, bias, slope, needs_residual);
   LUNGKIT_CHECK(on_device(x), "norm_act_backward: x must be on the GPU");
-  LUNGKIT_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(),
-                "norm_act_backward: weight and bias must have the same dtype");
   const DeviceGuard guard(x);
   const Tensor values = with_runs(x), slopes = with_runs_like(values, grad_y);
   const MaybeTensor signs = y ? MaybeTensor(with_runs_like(values, *y)) : y;
   Tensor grad_x = new_features(values);
   MaybeTensor grad_residual;
   if (needs_residual) grad_residual = new_features(values);
+  // One kernel writes the gradients of both parameters: of different dtypes they pass through that of the sums.
+  const bool mixed = weight && bias && weight->scalar_type() != bias->scalar_type();
   const auto gradient_of = [&](const MaybeTensor& parameter) {
     if (!parameter) return torch::stable::new_empty(x, {0});
     return x.numel() == 0 ? torch::stable::new_zeros(*parameter, {x.size(1)})
-                          : torch::stable::new_empty(*parameter, {x.size(1)});
+                          : torch::stable::new_empty(*parameter, {x.size(1)},
+                                                     mixed ? mean.scalar_type() : parameter->scalar_type());
   };
-  const Tensor grad_weight = gradient_of(weight), grad_bias = gradient_of(bias);
+  Tensor grad_weight = gradient_of(weight), grad_bias = gradient_of(bias);
   if (x.numel() > 0) {
     dispatch_floating(x.scalar_type(), "norm_act_backward", [&](auto zero) {
       launch_backward<decltype(zero)>(slopes, values, signs, torch::stable::contiguous(mean),
                                       torch::stable::contiguous(rstd), weight, bias, slope, grad_x,
                                       grad_residual, grad_weight, grad_bias);
     });
+  }
+  if (mixed) {
+    grad_weight = torch::stable::to(grad_weight, weight->scalar_type());
+    grad_bias = torch::stable::to(grad_bias, bias->scalar_type());
   }
   return {grad_x, grad_weight, grad_bias, grad_residual ? *grad_residual : torch::stable::new_empty(x, {0})};
 }
