@@ -31,6 +31,11 @@ class Plan:
     chunks: int
     lines: int
     turns: int
+    threads: int = THREADS
+
+    @property
+    def warps(self) -> int:
+        return self.threads // 32
 
     @property
     def blocks(self) -> int:
@@ -74,10 +79,10 @@ class Norm:
         """Channels of a thread."""
         return VEC if self.by_voxel else 1
 
-    def _tiled(self, widest: int) -> tuple[int, int, int, int]:
+    def _tiled(self, widest: int, threads: int = THREADS) -> tuple[int, int, int, int]:
         tile = min(self.channels // VEC, widest) if self.by_voxel else 1
-        rows = THREADS // tile
-        parts = min(max(THREADS // (tile * self.sums), 1), math.ceil(math.sqrt(rows)))
+        rows = threads // tile
+        parts = min(max(threads // (tile * self.sums), 1), math.ceil(math.sqrt(rows)))
         lines = self.images * (-(-self.channels // VEC // tile) if self.by_voxel else self.channels)
         return tile, rows, parts, lines
 
@@ -94,13 +99,17 @@ class Norm:
         while tile > 0:
             tiled = self._tiled(tile)
             if self.rows <= tiled[1] * vectors:
-                return Plan(*tiled[:3], 1, tiled[3], 1)
+                threads = THREADS
+                while threads > 32 and self.rows <= threads // 2 // tiled[0]:
+                    threads //= 2
+                tiled = self._tiled(tile, threads)
+                return Plan(*tiled[:3], 1, tiled[3], 1, threads)
             tile //= 2
         return None
 
     def working(self, plan: Plan) -> float:
         """Share of a block's warps that have a row."""
-        return min(1.0, math.ceil(self.rows * plan.tile / 32) / WARPS)
+        return min(1.0, math.ceil(self.rows * plan.tile / 32) / plan.warps)
 
     def kernel(self, name: str, after: str = "") -> str:
         return f"{name}INS0_5PlaceIN3c108BFloat16ELi8ELb{int(self.by_voxel)}EEE{after}"
@@ -109,12 +118,12 @@ class Norm:
 def _of_block(norm: Norm, plan: Plan, loops: int) -> Mapping[str, float | tuple[float, ...]]:
     """Turns of the sums over a block: `loops` at each level, first over rows and then over the parts."""
     levels = ((plan.parts * plan.tile, plan.rows * plan.tile), (plan.tile, plan.parts * plan.tile))
-    warps = tuple(min(1.0, slots * norm.sums / 32 / WARPS) for slots, _ in levels)
+    warps = tuple(min(1.0, slots * norm.sums / 32 / plan.warps) for slots, _ in levels)
     turns = tuple(end / slots for slots, end in levels)
     return {
         "for (int j = threadIdx.x; j < slots * sums": warps,
         "for (int i = slot; i < end; i += step": tuple(turn for turn in turns for _ in range(loops)),
-        "for (int j = threadIdx.x; j < end": 1 / WARPS,
+        "for (int j = threadIdx.x; j < end": 1 / plan.warps,
     }
 
 
@@ -141,7 +150,7 @@ def _launch(
         source="norm_act",
         kernel=kernel,
         blocks=plan.blocks,
-        threads=THREADS,
+        threads=plan.threads,
         shared_bytes=0,
         trips=trips,
         skipped=SKIPPED,
@@ -183,7 +192,7 @@ def norm_forward(norm: Norm) -> Configuration:
     if small is not None:
         launches = [
             _launch(
-                norm, norm.kernel("norm_small_kernel"), small, 2 * main + affine, main / small.blocks / WARPS,
+                norm, norm.kernel("norm_small_kernel"), small, 2 * main + affine, main / small.blocks / small.warps,
                 _of_block(norm, small, 2), norm.working(small), waits=2,
             )
         ]  # fmt: skip
@@ -225,7 +234,7 @@ def norm_backward(norm: Norm) -> Configuration:
             _launch(
                 norm, norm.kernel("norm_small_gradient_kernel", "Lb0E"), small,
                 3 * main + affine + norm.statistics,  # what parameters' gradients are summed from is left
-                2 * main / small.blocks / WARPS, _of_block(norm, small, 1), norm.working(small), waits=2,
+                2 * main / small.blocks / small.warps, _of_block(norm, small, 1), norm.working(small), waits=2,
             ),
             _combining(
                 "norm_parameter_gradients_kernelIffE", -(-norm.channels // THREADS),

@@ -42,6 +42,7 @@ struct Plan {
   int64_t blocks;
 };
 constexpr int64_t most_batches = 16;
+constexpr int fewest_threads = 32;  // at least one a channel of a block that holds its channels
 constexpr Plan moments_plan{moment_vectors, 1024}, gradient_sums_plan{gradient_vectors, 1024};
 constexpr Plan apply_plan{apply_vectors, 4096}, input_gradient_plan{gradient_vectors, 4096};
 
@@ -53,15 +54,15 @@ int64_t lines_of(const Shape& shape) {
 
 // With a tile of at most `widest_tile` vectors, and a chunk still to be chosen.
 template <class P>
-Shape tiled_shape(const Tensor& x, int64_t groups, int64_t widest_tile) {
+Shape tiled_shape(const Tensor& x, int64_t groups, int64_t widest_tile, int threads = block_threads) {
   Shape shape{};
   shape.layout = readable_layout(x);
   shape.groups = static_cast<int>(groups);
   shape.group_channels = static_cast<int>(shape.layout.channels / groups);
   shape.tile = P::by_voxel ? static_cast<int>(std::min(shape.layout.channels / P::vec, widest_tile)) : 1;
-  shape.rows = block_threads / shape.tile;
+  shape.rows = threads / shape.tile;
   const int balanced = static_cast<int>(std::ceil(std::sqrt(shape.rows)));
-  shape.parts = std::clamp(block_threads / (shape.tile * P::sums), 1, balanced);
+  shape.parts = std::clamp(threads / (shape.tile * P::sums), 1, balanced);
   return shape;
 }
 
@@ -83,17 +84,27 @@ Shape shape_of(const Tensor& x, int64_t groups, const Plan& plan) {
 }
 
 // Where a block with `vectors` of each thread holds its channels, each a group of its own: blocks as wide as
-// the 32 bytes that memory is read in, or as they must be to hold all voxels.
+// the 32 bytes that memory is read in, or as they must be to hold all voxels; of no more threads than have a
+// vector, since a multiprocessor holds the more of the many blocks of a deep level the smaller they are.
 template <class P>
 std::optional<Shape> small_shape_of(const Tensor& x, int64_t groups, int vectors) {
   if (groups != x.size(1)) return std::nullopt;
   for (int64_t tile = 32 / static_cast<int64_t>(sizeof(typename P::Stored) * P::vec); tile > 0; tile /= 2) {
     Shape shape = tiled_shape<P>(x, groups, tile);
+    if (rows_of<P>(shape) > int64_t{shape.rows} * vectors) continue;
+    for (int threads = block_threads / 2; threads >= fewest_threads; threads /= 2) {
+      if (rows_of<P>(shape) <= threads / shape.tile) shape = tiled_shape<P>(x, groups, tile, threads);
+    }
     shape.chunks = 1;
     shape.chunk_rows = shape.rows * vectors;
-    if (rows_of<P>(shape) <= shape.chunk_rows) return shape;
+    return shape;
   }
   return std::nullopt;
+}
+
+// Of a block that holds its channels.
+unsigned threads_of(const Shape& shape) {
+  return static_cast<unsigned>(ceil_div(int64_t{shape.rows} * shape.tile, 32) * 32);
 }
 
 template <class P>
@@ -171,7 +182,7 @@ void launch_forward(const Tensor& x, const Tensor& y, const Tensor& mean, const 
     using P = typename decltype(access)::type;
     const int64_t groups = mean.size(1);
     if (const auto small = small_shape_of<P>(x, groups, small_forward_vectors)) {
-      LUNGKIT_LAUNCH((norm_small_kernel<P>), grid_of<P>(*small), block_threads, 0, stream, *small,
+      LUNGKIT_LAUNCH((norm_small_kernel<P>), grid_of<P>(*small), threads_of(*small), 0, stream, *small,
                      input<Stored>(read), input<Stored>(residual), output<Stored>(written), means, rstds,
                      parameters);
       return;
@@ -260,7 +271,7 @@ void launch_backward(const Tensor& grad_y, const Tensor& x, const MaybeTensor& y
       const Partials<Sum> partials = partials_in<Sum>(memory);
       const dim3 grid = grid_of<P>(*small);
       const auto launch = [&]<bool with_y>() {
-        LUNGKIT_LAUNCH((norm_small_gradient_kernel<P, with_y>), grid, block_threads, 0, stream, *small,
+        LUNGKIT_LAUNCH((norm_small_gradient_kernel<P, with_y>), grid, threads_of(*small), 0, stream, *small,
                        input<Stored>(slopes), input<Stored>(read), input<Stored>(y), means, rstds, parameters,
                        partials, output<Stored>(written), output<Stored>(grad_residual));
       };
@@ -310,7 +321,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward_cuda(
   Tensor grad_x = new_features(values);
   MaybeTensor grad_residual;
   if (needs_residual) grad_residual = new_features(values);
-  // One kernel writes the gradients of both parameters: of different dtypes they pass through that of the sums.
+  // One kernel writes the gradients of both parameters: of different dtypes they pass through that of the
+  // sums.
   const bool mixed = weight && bias && weight->scalar_type() != bias->scalar_type();
   const auto gradient_of = [&](const MaybeTensor& parameter) {
     if (!parameter) return torch::stable::new_empty(x, {0});

@@ -156,6 +156,14 @@ def test_a_channel_that_a_block_holds_takes_one_launch(emulator, extent, forward
     assert counts.launches == backward  # the parameters' gradients, sums over images, take one of their own
 
 
+@pytest.mark.parametrize(("extent", "threads"), [(2, 32), (8, 64), (16, 256)])
+def test_a_block_that_holds_a_channel_has_no_more_threads_than_have_a_vector(emulator, extent, threads):
+    x = draw((1, 6, extent, extent, extent), torch.bfloat16, 0)
+    with emulator.counted() as counts:
+        torch.ops.lungkit_emulated.norm_act(x, None, None, None, 6, 1e-5, SLOPE)
+    assert (counts.blocks, counts.threads) == (6, 6 * threads)
+
+
 @pytest.mark.parametrize(
     "view",
     [
