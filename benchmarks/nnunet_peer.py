@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,10 +21,7 @@ from pathlib import Path
 from typing import Any
 
 DATASET = "Dataset001_Nodules"
-NOTE = (
-    "masks at the end are mirrored, its predictor's default, those of the curve are not; the learning rate follows "
-    "its polynomial over the minutes in place of epochs"
-)
+NOTE = "{mirroring}; the learning rate follows its polynomial over the minutes in place of epochs"
 
 
 def train_nnunet(
@@ -59,6 +57,7 @@ def train_nnunet(
         "seconds": 60 * options.minutes,
         "checkpoints": options.checkpoints,
         "batch_size": options.batch_size,
+        "mirrored": not options.no_mirroring,
         "masks": str(masks.resolve()),
         "curve": str(options.output.resolve() / "curve"),
         "result": str(options.output.resolve() / "trained.json"),
@@ -68,7 +67,9 @@ def train_nnunet(
     subprocess.run([options.nnunet_python, __file__, written], env=environment, check=True)
     found = json.loads(Path(settings["result"]).read_text(encoding="utf-8"))
     curve = [(round(seconds, 2), dice_of(Path(at))) for seconds, at in found.pop("checkpoints")]
-    return {"tool": "nnU-Net", **found, "workers": options.workers, "curve": curve, "note": NOTE}
+    mirroring = "the masks at the end are those with mirroring, its predictor's default, the curve's without"
+    note = NOTE.format(mirroring="no mirroring" if options.no_mirroring else mirroring)
+    return {"tool": "nnU-Net", **found, "workers": options.workers, "curve": curve, "note": note}
 
 
 def run_trainer(settings: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +100,10 @@ def run_trainer(settings: dict[str, Any]) -> dict[str, Any]:
             target = Path(settings["curve"], f"{len(checkpoints) + 1:02d}")
             predict(trainer, settings, target, mirrored=False)
             checkpoints.append((seconds, str(target)))
-    predict(trainer, settings, Path(settings["masks"]), mirrored=True)
+    if settings["mirrored"]:
+        predict(trainer, settings, Path(settings["masks"]), mirrored=True)
+    else:
+        shutil.copytree(target, settings["masks"], dirs_exist_ok=True)
     trainer.on_train_end()
     name = type(trainer.network).__name__
     if plan["batch_size"] != planned:
