@@ -1,6 +1,6 @@
 """Trains the packaged model of nodules: on all patients, and once without each fifth of them for its figures.
 
-    python benchmarks/train_nodule_model.py LIDC_FOLDER WORK_FOLDER [--epochs 24] [--processes 6] [OPTIONS]
+    python benchmarks/train_nodule_model.py LIDC_FOLDER WORK_FOLDER [--epochs 12] [--processes 6] [OPTIONS]
 
 LIDC_FOLDER is the set of nodule stacks in nnU-Net raw layout, with its five folds (split by patient); OPTIONS are those
 of lungkit-train. WORK_FOLDER gets ``data`` (links to the set, with a sixth fold that trains on everything but one stack
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--epochs", type=int, default=24, help=f"of {STEPS_PER_EPOCH} steps")
+    parser.add_argument("--epochs", type=int, default=12, help=f"of {STEPS_PER_EPOCH} steps")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", nargs="*", help="names of runs, as fold-0 or all")
     options, options.more = parser.parse_known_args(arguments)  # what is left is for lungkit-train
@@ -73,14 +73,7 @@ def _start(options: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
         *options.more,
     ]  # fmt: skip
     if (work / "runs" / name).is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "lungkit.cli.train",
-            "--resume",
-            str(work / "runs" / name),
-            "--quiet",
-        ]
+        command = [*_TRAIN, "--resume", str(work / "runs" / name), "--quiet"]
     with (work / f"{name}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
 
