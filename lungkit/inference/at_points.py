@@ -28,7 +28,7 @@ _FIRST_MM, _FURTHEST_MM = 20.0, 80.0
 _SHIFT_MM = 3.0
 """Between a click and those that the stability is taken from."""
 _BALL_MM = 3.0
-_WIDEST_SHARE = 1 / 3  # of the view's width, that a nodule takes which needs no wider one
+_WIDEST_SHARE = 1 / 3  # of the view's side, that a nodule takes which needs no wider one
 _LARGER = 1.25
 _HU_BELOW = -500.0  # other intensities do not go so far below zero
 
@@ -75,9 +75,9 @@ def segment_at(
 
     A mass that fills the square looks like none of the training's nodules, and at most pieces of it are found. Where no
     component holds the point itself, or the one that does is wider than a third of the square, squares of 1.5, 2 and 3
-    times the side are therefore looked at too, shrunk to 128 pixels. As long as what holds the point in them is larger
-    by a quarter it is taken instead, with a warning: outlines of what is larger than the training's nodules are to be
-    checked.
+    times the side are therefore looked at too, shrunk to 128 pixels, up to the first in which the component that holds
+    the point is no wider than a third. It is taken where what was seen before did not hold the point, or was smaller by
+    a fifth, with a warning: outlines of what is larger than the training's nodules are to be checked.
 
     Args:
         predictor: one model or several, of one channel.
@@ -202,15 +202,22 @@ def _nodule(
 def _looked_at(clicks: _Clicks, place: np.ndarray, walls: Crop | None) -> tuple[float, Crop, np.ndarray]:
     """The view in which the nodule is seen best, its crop, and the nodule in it."""
     seen = (1.0, *clicks.followed(place, walls))
-    if _holds(seen, place) and _width(seen[2]) <= CROP_PIXELS * _WIDEST_SHARE:
+    if _holds(seen, place) and _fits(seen):
         return seen
     for view in WIDER_VIEWS:
         wider = (view, *clicks.followed(place, walls, view))
-        if _holds(wider, place) and wider[2].sum() > _LARGER * seen[2].sum():
+        if not _holds(wider, place):
+            continue
+        if not _holds(seen, place) or wider[2].sum() > _LARGER * seen[2].sum():
             seen = wider
-        elif seen[0] > 1:
+        if _fits(wider):
             break
     return seen
+
+
+def _fits(seen: tuple[float, Crop, np.ndarray]) -> bool:
+    view, _, inside = seen
+    return _width(inside) <= CROP_PIXELS * view * _WIDEST_SHARE
 
 
 def _holds(seen: tuple[float, Crop, np.ndarray], place: np.ndarray) -> bool:
