@@ -329,6 +329,8 @@ def initialise(module: nn.Module) -> None:
         >>> bool(abs(layer.weight.std() - (2 / (64 * 9)) ** 0.5) < 1e-3), bool((layer.bias == 0).all())
         (True, True)
     """
+    if any(weight.is_meta for weight in module.parameters(recurse=False)):
+        return  # nothing to draw; PyTorch would import its compiler for it, which takes over a second
     if isinstance(module, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
         nn.init.normal_(module.weight, std=module.in_channels**-0.5)
     elif isinstance(module, (nn.Conv2d, nn.Conv3d)):

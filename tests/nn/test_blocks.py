@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lungkit.errors import UsageError
+from lungkit.nn import UNet
 from lungkit.nn.blocks import ACTIVATIONS, ConvBlock, ConvUnit, Upsample, initialise, make_activation, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,3 +124,14 @@ def test_seeded_with_none_draws_from_the_global_state():
     with seeded(None):
         torch.rand(5)
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_is_drawn_without_memory(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("weights are drawn on the meta device")
+
+    monkeypatch.setattr(torch.nn.init, "normal_", refuse)
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", refuse)
+    with torch.device("meta"):
+        network = UNet(2, features=(4, 8))
+    assert all(weight.is_meta for weight in network.parameters())
