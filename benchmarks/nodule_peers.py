@@ -34,7 +34,6 @@ import torch
 from monai_peer import train_monai
 from nnunet_peer import train_nnunet
 
-from lungkit.data import read_volume, write_nifti
 from lungkit.errors import DataError, UsageError
 from lungkit.inference import Predictor
 from lungkit.metrics import CaseTable, MetricGroup, MetricOptions, bca_interval
@@ -123,8 +122,7 @@ def read_lungkit(options: argparse.Namespace, val: Sequence[str], masks: Path) -
             curve.append((round(seconds, 2), row["val_dice"]))
     predictor = Predictor.from_run(options.run / "checkpoints" / "last", device="cpu")
     for case in val:
-        scan = read_volume(options.data / "imagesTr" / f"{case}_0000.nii.gz")
-        write_nifti(masks / f"{case}.nii.gz", predictor(scan).mask, scan.affine)
+        predictor(options.data / "imagesTr" / f"{case}_0000.nii.gz").save(masks / f"{case}.nii.gz")
     environment = json.loads((options.run / "env.json").read_text(encoding="utf-8"))
     return {
         "tool": "lungkit",
