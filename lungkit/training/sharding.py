@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+_LARGEST_BUNDLE = 64 << 20
 
 
 def shard_network(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -30,16 +37,67 @@ def shard_network(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def gathered(state: Any) -> Any:
     """``state`` (of a network or an optimiser) with whole tensors, in the memory of the CPU, for shards; every process
-    must call it."""
+    must call it.
+
+    Shards travel together, up to 64 MiB of a process at a time, and not one by one as hundreds of messages of a few
+    bytes (``DTensor.full_tensor``), in which gloo of torch 2.13 has been seen to damage its heap and abort.
+    """
     from torch.distributed.tensor import DTensor
 
-    if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
-    if isinstance(state, dict):
-        return {name: gathered(value) for name, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(gathered(value) for value in state)
-    return state
+    def visit(value: Any, of_shard: Callable[[DTensor], Any]) -> Any:
+        if isinstance(value, DTensor):
+            return of_shard(value)
+        if isinstance(value, dict):
+            return {name: visit(entry, of_shard) for name, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(visit(entry, of_shard) for entry in value)
+        return value
+
+    shards: list[DTensor] = []
+    visit(state, shards.append)
+    whole = chain.from_iterable(map(_gathered_together, _bundles(shards)))
+    return visit(state, lambda _: next(whole))
+
+
+def _bundles(shards: list[DTensor]) -> Iterator[list[DTensor]]:
+    """Neighbours of one number format, of some MiB together."""
+    bundle: list[DTensor] = []
+    size = 0
+    for shard in shards:
+        own = _padded_rows(shard) * _row_size(shard) * shard.dtype.itemsize
+        if bundle and (shard.dtype != bundle[0].dtype or size + own > _LARGEST_BUNDLE):
+            yield bundle
+            bundle, size = [], 0
+        bundle.append(shard)
+        size += own
+    if bundle:
+        yield bundle
+
+
+def _gathered_together(bundle: list[DTensor]) -> list[Tensor]:
+    """Whole tensors of shards along their first axis, by one message of each process."""
+    mesh = bundle[0].device_mesh
+    own = [_padded_rows(shard) * _row_size(shard) for shard in bundle]
+    sent = torch.zeros(sum(own), dtype=bundle[0].dtype, device=bundle[0].device)
+    for part, shard in zip(sent.split(own), bundle, strict=True):
+        local = shard.to_local().detach()
+        part[: local.numel()] = local.reshape(-1)  # the last shards may be shorter, or empty
+    received = sent.new_empty(mesh.size(), len(sent))
+    torch.distributed.all_gather(list(received), sent, group=mesh.get_group())
+    parts = received.cpu().split(own, dim=1)
+    return [
+        part.reshape(-1, *shard.shape[1:])[: shard.shape[0]].clone()
+        for part, shard in zip(parts, bundle, strict=True)
+    ]
+
+
+def _padded_rows(shard: DTensor) -> int:
+    """Rows of the first process's part, which no other's exceeds (``torch.chunk``)."""
+    return -(-shard.shape[0] // shard.device_mesh.size())
+
+
+def _row_size(shard: DTensor) -> int:
+    return math.prod(shard.shape[1:])
 
 
 def shared_out(whole: Tensor, like: Tensor) -> Tensor:
@@ -96,8 +154,8 @@ class ShardedWeightAverage:
     @torch.no_grad()
     def gather(self) -> None:
         """Bring :attr:`network` up to date; every process must call it."""
-        for whole, average in zip(self.network.parameters(), self._averages, strict=True):
-            whole.copy_(gathered(average))
+        for whole, average in zip(self.network.parameters(), gathered(self._averages), strict=True):
+            whole.copy_(average)
         for copied, value in zip(self.network.buffers(), self._trained.buffers(), strict=True):
             copied.copy_(value)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import lungkit
 from lungkit.checkpoint import load_checkpoint
@@ -137,6 +139,36 @@ def test_what_is_no_share_stays_as_it_is():
     value = torch.ones(3)
     assert shared_out(value, torch.zeros(3)) is value
     assert gathered({"step": 1, "rows": [value]}) == {"step": 1, "rows": [value]}
+
+
+def test_shares_travel_in_bundles_of_one_number_format(monkeypatch):
+    monkeypatch.setattr("lungkit.training.sharding._LARGEST_BUNDLE", 64)
+    messages = []
+    gather = torch.distributed.all_gather
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_gather",
+        lambda whole, own, **options: messages.append(own.numel()) or gather(whole, own, **options),
+    )
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        tensors = [
+            torch.randn(8),
+            torch.zeros(0),
+            torch.randn(2, 4),
+            torch.randn(1).double(),
+            torch.randn(40),
+        ]
+        shares = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in tensors]
+        found = gathered({"rows": shares, "step": 3})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert messages == [16, 1, 40]
+    assert found["step"] == 3
+    for whole, tensor in zip(found["rows"], tensors, strict=True):
+        assert type(whole) is torch.Tensor
+        assert torch.equal(whole, tensor)
 
 
 def test_options_that_shares_do_not_go_with_are_refused(tiny):
