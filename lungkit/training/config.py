@@ -219,12 +219,13 @@ class TrainConfig:
         data, model, init, loss, optimiser, augment, engine: the parts.
         epochs: None is decided by the dataset, with ``max_minutes`` as many as there is time for.
         max_minutes: minutes from the first step to the last validation, after which the run ends; the schedule is then
-            planned from the measured time of a step, so that the learning rate reaches its end when the time does. Each
-            epoch's validation and checkpoint count; reading and preprocessing scans before, and measuring the final
+            planned from the measured time of a step, so that the learning rate reaches its end when the time does.
+            Validations and checkpoints count; reading and preprocessing scans before, and measuring the final
             model after, come on top. A resumed run has what is left. None sets no limit.
         steps_per_epoch: optimiser steps; None is decided by the dataset.
         batch_size: patches per process and step; None is decided by the dataset.
-        validate_every: epochs between validations; the last epoch is always validated.
+        validate_every: epochs between validations; the last epoch is always validated. None is 1, with ``max_minutes``
+            as many as keep validations to about a tenth of the time, by what the first one takes.
         patience: validations without a better Dice after which training stops; None never stops early.
         choose_postprocessing: after the last epoch try the options of lungkit.inference.Postprocessing, one after the
             other, on the validation cases, keep what raises their mean Dice by over 0.002, and store it with the best
@@ -261,7 +262,7 @@ class TrainConfig:
     max_minutes: float | None = None
     steps_per_epoch: int | None = None
     batch_size: int | None = None
-    validate_every: int = 1
+    validate_every: int | None = None
     patience: int | None = None
     choose_postprocessing: bool = False
     choose_postprocessing_by: Literal["dice", "lesion_f1"] = "dice"

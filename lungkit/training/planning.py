@@ -382,6 +382,7 @@ def resolve(config: TrainConfig, plan: Plan) -> TrainConfig:
         epochs=plan.epochs,
         steps_per_epoch=plan.steps_per_epoch,
         batch_size=plan.batch_size,
+        validate_every=config.validate_every or (1 if plan.max_minutes is None else None),
     )
 
 

@@ -129,13 +129,14 @@ class Run:
             )
 
     def _start_clock(self) -> TimeBudget | None:
-        plan, every = self.plan, self.session.config.validate_every
+        plan = self.plan
         if plan.max_minutes is None:
             return None
         return TimeBudget(
             60 * plan.max_minutes,
             self.session.position.pace,
-            validate_every=plan.steps_per_epoch * every,
+            steps_per_epoch=plan.steps_per_epoch,
+            validate_every=self.session.config.validate_every,
             total_steps=plan.total_steps,
             clock=self._clock,
         )
@@ -204,7 +205,8 @@ class Run:
             "seconds_waiting_for_data": round(position.waited, 3),
             "seconds_computing": round(position.computed, 3),
         }
-        improved, validated = False, session.epoch % session.config.validate_every == 0 or session.is_over
+        every = session.config.validate_every or position.pace.validate_every
+        improved, validated = False, session.epoch % every == 0 or session.is_over
         if validated:
             improved = self._validate(row)
             self._count_time(TimeBudget.after_validation)

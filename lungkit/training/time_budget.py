@@ -9,6 +9,7 @@ from dataclasses import dataclass
 STEPS_BETWEEN_LOOKS = 8
 _FEWEST_STEPS = 3  # before their mean says how long a step takes
 _SMALLEST_WEIGHT = 0.1  # of the last few steps in the running mean
+_SHARE_OF_VALIDATIONS = 0.1  # of the time of training, where their number is left open
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Pace:
     steps_measured: int = 0
     validation_seconds: float = 0.0
     """Of the last validation."""
+    validate_every: int = 1
+    """Epochs between validations, where the configuration leaves it open."""
     first_step: int = 0
     """Where the line begins."""
     first_share: float = 0.0
@@ -62,13 +65,14 @@ class TimeBudget:
     Args:
         seconds: of the whole run.
         pace: where it is; changed.
-        validate_every: steps between validations.
+        steps_per_epoch: of which one or several lie between validations.
+        validate_every: epochs between validations; None decides at the first one.
         total_steps: steps after which the run ends though time be left; None where time alone ends it.
         clock: seconds that only grow, as ``time.monotonic``.
 
     Example:
         >>> times = iter([0.0, 5.0, 11.0])
-        >>> budget = TimeBudget(101, Pace(), validate_every=1000, total_steps=None, clock=lambda: next(times))
+        >>> budget = TimeBudget(101, Pace(), steps_per_epoch=1000, total_steps=None, clock=lambda: next(times))
         >>> budget.after_steps(1, 1)
         >>> budget.after_steps(7, 6)
         >>> budget.pace.step_seconds, budget.pace.last_step, round(budget.pace.share(52), 2)
@@ -80,16 +84,28 @@ class TimeBudget:
         seconds: float,
         pace: Pace,
         *,
-        validate_every: int,
+        steps_per_epoch: int,
+        validate_every: int | None = None,
         total_steps: int | None,
         clock: Callable[[], float],
     ) -> None:
         self.seconds, self.pace = seconds, pace
-        self.validate_every, self.total_steps = validate_every, total_steps
+        self._steps_per_epoch, self._is_open, self.total_steps = (
+            steps_per_epoch,
+            validate_every is None,
+            total_steps,
+        )
         self._clock, self._looked = clock, clock()
         self._is_warm = False
         if pace.last_step is None:
             pace.last_step = total_steps
+        if validate_every is not None:
+            pace.validate_every = validate_every
+
+    @property
+    def validate_every(self) -> int:
+        """Steps between validations."""
+        return self._steps_per_epoch * self.pace.validate_every
 
     @property
     def seconds_left(self) -> float:
@@ -108,7 +124,13 @@ class TimeBudget:
 
     def after_validation(self, step: int) -> None:
         """A validation has ended, nothing else was done since the clock was looked at last."""
-        self.pace.validation_seconds = self.spend()
+        pace, is_first = self.pace, self.pace.validation_seconds == 0
+        pace.validation_seconds = self.spend()
+        if self._is_open and is_first and pace.step_seconds:
+            of_epoch = pace.step_seconds * self._steps_per_epoch
+            pace.validate_every = max(
+                1, math.ceil(pace.validation_seconds / (_SHARE_OF_VALIDATIONS * of_epoch))
+            )
         self._plan(step)
 
     def spend(self) -> float:

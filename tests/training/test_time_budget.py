@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def rows_of(trainer: Trainer) -> list[dict[str, Any]]:
 def run_budget(seconds: float, step_seconds: Callable[[int], float]) -> list[float]:
     """The share at every step of a run whose step s takes ``step_seconds(s)``; looks at the clock after each."""
     clock, shares = Clock(), []
-    budget = TimeBudget(seconds, Pace(), validate_every=1000, total_steps=None, clock=clock)
+    budget = TimeBudget(seconds, Pace(), steps_per_epoch=1000, total_steps=None, clock=clock)
     while not budget.pace.is_over(len(shares)):
         shares.append(budget.pace.share(len(shares)))
         clock.now += step_seconds(len(shares))
@@ -81,7 +82,7 @@ def test_the_share_never_falls_and_ends_where_the_time_does(step_seconds: Callab
 
 def test_fewer_steps_than_there_is_time_for_are_the_end() -> None:
     clock = Clock()
-    budget = TimeBudget(1000, Pace(), validate_every=5, total_steps=20, clock=clock)
+    budget = TimeBudget(1000, Pace(), steps_per_epoch=5, total_steps=20, clock=clock)
     for step in range(1, 11):
         clock.now += 1
         budget.after_steps(step, 1)
@@ -90,7 +91,9 @@ def test_fewer_steps_than_there_is_time_for_are_the_end() -> None:
 
 
 def test_a_run_ends_with_its_time_validations_included(tiny: Tiny, clock: Clock) -> None:
-    rows = rows_of(Trainer(tiny(epochs=None, max_minutes=1, steps_per_epoch=10), clock=clock))
+    rows = rows_of(
+        Trainer(tiny(epochs=None, max_minutes=1, steps_per_epoch=10, validate_every=1), clock=clock)
+    )
     # (1 step a second for 10 s, 2 s of validation) five times: what is then left is not enough for a step and another.
     assert clock.now == 100 + 60 and rows[-1]["step"] == 50
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
@@ -101,6 +104,23 @@ def test_an_epoch_that_the_time_cuts_short_is_validated_and_numbered(tiny: Tiny,
         Trainer(tiny(epochs=None, max_minutes=0.5, steps_per_epoch=16, validate_every=3), clock=clock)
     )
     assert [(row["epoch"], row["step"], "val_dice" in row) for row in rows] == [(1, 16, False), (2, 30, True)]
+
+
+def test_validations_take_a_tenth_of_the_time_where_their_number_is_open(tiny: Tiny, clock: Clock) -> None:
+    rows = rows_of(Trainer(tiny(epochs=None, max_minutes=2, steps_per_epoch=8), clock=clock))
+    # 2 s of validation are a tenth of 20 steps, so it follows every third epoch of 8 steps, after the first one.
+    assert clock.now == 100 + 120
+    assert [row["epoch"] for row in rows if "val_dice" in row] == [1, 3, 6, 9, 12, 14]
+    assert rows[-1]["step"] == 120 - 6 * 2
+
+
+def test_a_resumed_run_validates_as_often(tiny: Tiny, clock: Clock, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(epochs=None, max_minutes=1, steps_per_epoch=8, name="parts"), clock=clock)
+    trainer.on_epoch_end = lambda row: trainer.stop() if row["epoch"] == 2 else None
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    rows = rows_of(Trainer.from_run(tmp_path / "runs" / "parts", clock=clock))
+    assert [row["epoch"] for row in rows if "val_dice" in row] == [1, 3, 6, 7]
 
 
 def test_the_learning_rate_ends_near_zero(tiny: Tiny, clock: Clock) -> None:
