@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = {
         "peer": options.peer,
         "fold": options.fold,
+        "seed": None if options.peer == "nnunet" else options.seed,
         "minutes": options.minutes,
         "threads": torch.get_num_threads(),
         "machine": _machine(),
@@ -130,6 +131,7 @@ def read_lungkit(options: argparse.Namespace, val: Sequence[str], masks: Path) -
         "versions": {name: environment["versions"][name] for name in ("lungkit", "torch")},
         "threads": environment["threads"],
         "minutes": config.max_minutes,
+        "seed": config.seed,
         "parameters": sum(parameter.numel() for parameter in predictor.models[0].network.parameters()),
         "patch_size": list(config.data.patch_size or ()),
         "batch_size": config.batch_size,
@@ -164,9 +166,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         "on the way; lungkit's budget holds its validations, so that it trains for less. The minutes to a mean Dice",
         "are those of the first validation that has it. HD95 leaves out cases without a mask, whose number follows it.",
         "",
-        "| tool | network | parameters | steps of batch | minutes trained | Dice [95 % interval] | IoU | lesion F1 "
-        "| HD95 mm (without) | " + " | ".join(f"minutes to {target:.2f}" for target in TARGETS) + " |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | "
+        "| tool | network | seed | parameters | steps of batch | minutes trained | Dice [95 % interval] | IoU "
+        "| lesion F1 | HD95 mm (without) | "
+        + " | ".join(f"minutes to {target:.2f}" for target in TARGETS)
+        + " |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | "
         + " | ".join("---:" for _ in TARGETS)
         + " |",
     ]
@@ -178,6 +182,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         cells = [
             record["tool"],
             record["network"],
+            "-" if record["seed"] is None else str(record["seed"]),
             f"{record['parameters'] / 1e6:.2f} M",
             f"{record['steps']} x {record['batch_size']}",
             f"{record['seconds'] / 60:.1f}",

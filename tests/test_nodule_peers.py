@@ -43,6 +43,7 @@ def record(**changes):
         "threads": 2,
         "minutes": 20.0,
         "fold": 0,
+        "seed": 0,
         "versions": {"monai": "1.6.1"},
         "parameters": 1_250_000,
         "steps": 100,
@@ -58,12 +59,12 @@ def record(**changes):
 def test_table_tells_when_each_dice_was_reached_and_how_sure_the_end_is(tmp_path):
     paths = [tmp_path / "monai.json", tmp_path / "other.json"]
     paths[0].write_text(json.dumps(record()))
-    paths[1].write_text(json.dumps(record(tool="other", threads=1, note="mirrored.")))
+    paths[1].write_text(json.dumps(record(tool="other", threads=1, seed=None, note="mirrored.")))
     assert nodule_peers.main(["--table", *map(str, paths), "--results", str(tmp_path / "table.md")]) == 0
     text = (tmp_path / "table.md").read_text()
     assert "a machine, 1 and 2 threads" in text and "other: mirrored." in text
     row = next(line for line in text.splitlines() if line.startswith("| MONAI"))
     assert row == (
-        "| MONAI | UNet | 1.25 M | 100 x 16 | 20.0 | 0.800 [0.600, 0.800] | 0.700 | 1.000 | 2.00 (1) "
+        "| MONAI | UNet | 0 | 1.25 M | 100 x 16 | 20.0 | 0.800 [0.600, 0.800] | 0.700 | 1.000 | 2.00 (1) "
         "| 4.0 | not reached |"
     )
