@@ -1,6 +1,6 @@
 // Statistics are taken in chunks of a fixed size, each in two passes while it is in the cache, and combined
-// in order: the same bits for any number of threads. Where there are rows (image and group) enough, a thread
-// does a whole row, which then need not come from memory twice.
+// in order: the same bits for any number of threads. Where there are enough of what has statistics of its
+// own, a thread does the whole of one, which then need not come from memory twice.
 #include <cmath>
 #include <numeric>
 #include <tuple>
@@ -17,7 +17,7 @@ namespace lungkit {
 namespace {
 
 constexpr int64_t chunk_elements = 1 << 13;
-constexpr int64_t rows_worth_a_thread = 4;
+constexpr int64_t units_worth_a_thread = 4;
 
 // A line is what lies in memory without a gap: a channel of a channels-first image, or a channels-last image
 // whole.
@@ -70,28 +70,33 @@ void* write_at(const Shape& shape, const MaybeTensor& tensor, int64_t line, int6
 // chunk).
 template <class First, class Between, class Second>
 void in_two_passes(const Shape& shape, const First& first, const Between& between, const Second& second) {
-  const int64_t rows = shape.layout.batch * shape.groups;
-  if (!shape.by_voxel && rows >= rows_worth_a_thread) {
-    const int64_t lines = shape.layout.channels / shape.groups;
-    torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        for (int64_t i = 0; i < lines * shape.chunks; ++i)
-          first(row * lines + i / shape.chunks, i % shape.chunks);
-        between(row / shape.groups, row % shape.groups);
-        for (int64_t i = 0; i < lines * shape.chunks; ++i)
-          second(row * lines + i / shape.chunks, i % shape.chunks);
+  // What lies together and has statistics of its own: a row, or a channels-last image with all its groups.
+  const int64_t units_per_image = shape.by_voxel ? 1 : shape.groups,
+                units = shape.layout.batch * units_per_image;
+  const int64_t of_unit = shape.lines() / units * shape.chunks;
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto close = [&](int64_t unit) {
+    if (!shape.by_voxel) return between(unit / units_per_image, unit % units_per_image);
+    for (int64_t group = 0; group < shape.groups; ++group) between(unit, group);
+  };
+  const auto each = [&](const auto& pass) {
+    return [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) pass(i / shape.chunks, i % shape.chunks);
+    };
+  };
+  if (units % threads == 0 || units >= units_worth_a_thread * threads) {
+    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        each(first)(unit * of_unit, (unit + 1) * of_unit);
+        close(unit);
+        each(second)(unit * of_unit, (unit + 1) * of_unit);
       }
     });
     return;
   }
-  const auto each = [&](const auto& pass) {
-    torch::stable::parallel_for(0, shape.lines() * shape.chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) pass(i / shape.chunks, i % shape.chunks);
-    });
-  };
-  each(first);
-  for (int64_t row = 0; row < rows; ++row) between(row / shape.groups, row % shape.groups);
-  each(second);
+  torch::stable::parallel_for(0, units * of_unit, 1, each(first));
+  for (int64_t unit = 0; unit < units; ++unit) close(unit);
+  torch::stable::parallel_for(0, units * of_unit, 1, each(second));
 }
 
 // A number for each channel of every image, repeated as the kernels read it beside a line: see NormRun.

@@ -1,4 +1,4 @@
-"""Convolutions of a single image on a CPU: the same numbers as torch's, by the fast library."""
+"""Convolutions on a CPU: the same numbers as torch's, by the fast library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lungkit.nn import build_model
-from lungkit.nn.convolution import CONVOLUTIONS
+from lungkit.nn.convolution import CHANNELS_LAST, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
 OPTIONS = [
     {},
@@ -45,8 +45,66 @@ def test_values_and_gradients_are_torchs(dims, batch, options):
     torch.manual_seed(0)
     ours = CONVOLUTIONS[dims](4, 6, **options)
     theirs = {2: nn.Conv2d, 3: nn.Conv3d}[dims](4, 6, **options)
+    compare(ours, theirs, torch.randn(batch, 4, *(9, 7, 8)[:dims]))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2, 3)], ids=str)
+def test_products_of_channels_last_features_are_torchs_convolutions(
+    dims, transposed, bias, stride, one_thread
+):
+    steps = stride[:dims] if isinstance(stride, tuple) else (stride,) * dims
+    torch.manual_seed(0)
+    kinds = (TRANSPOSED_CONVOLUTIONS if transposed else CONVOLUTIONS)[dims], *PLAIN[transposed, dims]
+    ours, theirs = (kind(4, 6, steps if transposed else 1, steps, bias=bias) for kind in kinds)
+    x = torch.randn(2, 4, *(9, 7, 8)[:dims]).to(memory_format=CHANNELS_LAST[dims])
+    compare(ours, theirs, x)
+    used = operators(lambda: ours(x))
+    assert ("aten::convolution" not in used) == (transposed or steps == (1,) * dims)
+    assert ours(x).is_contiguous(memory_format=CHANNELS_LAST[dims])
+    assert "aten::convolution" in operators(lambda: ours(x.contiguous()))
+    with torch.no_grad():
+        assert ("aten::convolution" in operators(lambda: ours(x))) == (transposed or steps != (1,) * dims)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"output_padding": 1}, {"groups": 2}, {"kernel_size": 3}], ids=str
+)
+def test_other_transposed_convolutions_are_torchs_own(options):
+    options = {"kernel_size": 2, "stride": 2, **options}
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 5).to(memory_format=torch.channels_last)
+    ours, theirs = TRANSPOSED_CONVOLUTIONS[2](4, 6, **options), nn.ConvTranspose2d(4, 6, **options)
+    compare(ours, theirs, x)
+    assert "aten::convolution" in operators(lambda: ours(x))
+    layer = TRANSPOSED_CONVOLUTIONS[2](4, 6, 2, 2)
+    assert layer(x, output_size=[13, 11]).shape == (2, 6, 13, 11)
+    with pytest.raises(RuntimeError, match="to have 4 channels"):
+        layer(torch.zeros(1, 3, 4, 4).to(memory_format=torch.channels_last))
+    with pytest.raises(RuntimeError, match="to have 4 channels"):
+        CONVOLUTIONS[2](4, 6, 1)(torch.zeros(1, 3, 4, 4).to(memory_format=torch.channels_last))
+
+
+PLAIN = {
+    (False, 2): [nn.Conv2d],
+    (False, 3): [nn.Conv3d],
+    (True, 2): [nn.ConvTranspose2d],
+    (True, 3): [nn.ConvTranspose3d],
+}
+
+
+def compare(ours, theirs, x):
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(batch, 4, *(9, 7, 8)[:dims])
     gradients = []
     outputs = []
     for layer in (ours, theirs):
