@@ -64,7 +64,7 @@ def _bundles(shards: list[DTensor]) -> Iterator[list[DTensor]]:
     bundle: list[DTensor] = []
     size = 0
     for shard in shards:
-        own = _padded_rows(shard) * _row_size(shard) * shard.dtype.itemsize
+        own = _padded_size(shard) * shard.dtype.itemsize
         if bundle and (shard.dtype != bundle[0].dtype or size + own > _LARGEST_BUNDLE):
             yield bundle
             bundle, size = [], 0
@@ -77,7 +77,7 @@ def _bundles(shards: list[DTensor]) -> Iterator[list[DTensor]]:
 def _gathered_together(bundle: list[DTensor]) -> list[Tensor]:
     """Whole tensors of shards along their first axis, by one message of each process."""
     mesh = bundle[0].device_mesh
-    own = [_padded_rows(shard) * _row_size(shard) for shard in bundle]
+    own = [_padded_size(shard) for shard in bundle]
     sent = torch.zeros(sum(own), dtype=bundle[0].dtype, device=bundle[0].device)
     for part, shard in zip(sent.split(own), bundle, strict=True):
         local = shard.to_local().detach()
@@ -91,13 +91,9 @@ def _gathered_together(bundle: list[DTensor]) -> list[Tensor]:
     ]
 
 
-def _padded_rows(shard: DTensor) -> int:
-    """Rows of the first process's part, which no other's exceeds (``torch.chunk``)."""
-    return -(-shard.shape[0] // shard.device_mesh.size())
-
-
-def _row_size(shard: DTensor) -> int:
-    return math.prod(shard.shape[1:])
+def _padded_size(shard: DTensor) -> int:
+    """Elements of the first process's part, which no other's exceeds (``torch.chunk``)."""
+    return math.ceil(shard.shape[0] / shard.device_mesh.size()) * math.prod(shard.shape[1:])
 
 
 def shared_out(whole: Tensor, like: Tensor) -> Tensor:

@@ -90,11 +90,8 @@ class TimeBudget:
         clock: Callable[[], float],
     ) -> None:
         self.seconds, self.pace = seconds, pace
-        self._steps_per_epoch, self._is_open, self.total_steps = (
-            steps_per_epoch,
-            validate_every is None,
-            total_steps,
-        )
+        self._steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self._is_open = validate_every is None
         self._clock, self._looked = clock, clock()
         self._is_warm = False
         if pace.last_step is None:
