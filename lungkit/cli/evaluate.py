@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="REGEX=LABEL",
         help="structures of DICOM masks whose whole name fits, in any case, are of this class; repeatable "
-        "(default: those called like the classes)",
+        "(default, and where a mask has none that fits: those called like the classes)",
     )
     parser.add_argument(
         "--scans",

@@ -85,8 +85,9 @@ class MaskReader:
 
     Args:
         values: value of each class, by name.
-        rules: which structures of a DICOM mask are which class. None: those called like a class; or the only one that
-            there is, where there is one class.
+        rules: which structures of a DICOM mask are which class. A class of theirs that they find nothing of in a mask,
+            such as a prediction beside contours with a clinic's own names, is the structure called like it. Without
+            rules: those called like a class; or the only one that there is, where there is one class.
         archive: with the series that DICOM masks were made on. None: the grid of the other mask of the pair, or, where
             both are DICOM, the series in their own folders.
         max_voxels: refuse larger files.
@@ -142,7 +143,7 @@ class MaskReader:
             )
         dtype = np.min_scalar_type(max(self.values.values()))
         labels: np.ndarray = np.zeros(scan.volume.array.shape, dtype, order="F")
-        add_structures(labels, path, scan, mask.structures, self.rules or self._rules_for(mask), self.values)
+        add_structures(labels, path, scan, mask.structures, self._rules_for(mask), self.values)
         return Volume(labels, scan.volume.affine, path)
 
     def _scan_of(self, mask: FoundMask, archives: Sequence[Archive]) -> DicomScan:
@@ -160,12 +161,16 @@ class MaskReader:
         from lungkit.data.dicom.read_label import StructureRule
 
         classes = {name.lower(): name for name, value in self.values.items() if value != 0}
+        chosen = {rule.label for rule in self.rules for name in mask.structures if rule.fits(name)}
+        by_name = {rule.label for rule in self.rules} - chosen if self.rules else set(classes.values())
         rules = tuple(
             StructureRule(re.compile(re.escape(name.strip()), re.IGNORECASE), classes[name.strip().lower()])
             for name in mask.structures
-            if name.strip().lower() in classes
+            if classes.get(name.strip().lower()) in by_name
         )
-        if not rules and len(mask.structures) == len(classes) == 1:
+        if chosen:
+            return self.rules + rules
+        if not rules and not self.rules and len(mask.structures) == len(classes) == 1:
             (name,), (only,) = mask.structures, classes.values()
             rules = (StructureRule(re.compile(re.escape(name.strip()), re.IGNORECASE), only),)
         if not rules:

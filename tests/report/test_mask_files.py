@@ -74,6 +74,29 @@ def test_structures_are_chosen_by_rule_or_by_the_name_of_the_class(
         MaskReader({"background": 0, "nodule": 1}).read(masks / "a.nii.gz", masks / "b.dcm")
 
 
+def test_rules_for_the_names_of_one_mask_leave_the_other_to_the_names_of_the_classes(
+    scan: DicomScan, masks: Path, tmp_path: Path
+) -> None:
+    write_rtstruct(masks / "b.dcm", scan, make_mask(), {"GTV-1": 1, "Lung": 2})
+    reader = MaskReader(
+        {"background": 0, "tumour": 1},
+        (StructureRule.parse("GTV.*=tumour"),),
+        find_archive(tmp_path / "scans"),
+    )
+    for found in reader.read(masks / "a_seg.dcm", masks / "b.dcm"):
+        np.testing.assert_array_equal(found.array, make_mask() == 1)
+    both = tuple(map(StructureRule.parse, ("GTV.*=tumour", "lung=lung")))
+    for found in MaskReader(CLASSES, both, reader.archive).read(masks / "a_seg.dcm", masks / "b.dcm"):
+        np.testing.assert_array_equal(found.array, make_mask())
+
+
+def test_a_mask_of_which_no_structure_is_chosen_is_refused(scan: DicomScan, masks: Path) -> None:
+    write_rtstruct(masks / "b.dcm", scan, (make_mask() == 2).astype(np.uint8), {"Lung": 1})
+    rules = (StructureRule.parse("GTV.*=tumour"),)
+    with pytest.raises(DataError, match=r"holds 'Lung', the classes are tumour; .*--roi"):
+        MaskReader({"background": 0, "tumour": 1}, rules).read(masks / "a.nii.gz", masks / "b.dcm")
+
+
 def test_values_are_those_of_the_other_masks(scan: DicomScan, masks: Path) -> None:
     values = {"background": 0, "tumour": 7, "lung": 300}
     found = MaskReader(values).read(masks / "a.nii.gz", masks / "a_seg.dcm")[1]
