@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BETTER, _WORSE, _UNCLEAR = "#2a9d6f", "#c0392b", "#5c6670"
+_ROOM_FOR_P = 0.2  # beside the intervals, as a share of their panel
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def save_forest(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = [[effect.name for effect in found] for found in effects.values()]
     if not names or not names[0] or any(other != names[0] for other in names):
@@ -70,6 +72,9 @@ def save_forest(
         _draw(ax, found, better=-1 if title in lower_is_better else 1)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("difference", fontsize=8)
+        low, high = ax.get_xlim()
+        ax.set_xlim(low, high + _ROOM_FOR_P * (high - low))
+        ax.xaxis.set_major_locator(MaxNLocator(4))  # more would run into each other
     panels[0].set_yticks(range(len(names[0])), names[0], fontsize=8)
     panels[0].set_ylim(len(names[0]) - 0.4, -0.6)
     figure.suptitle(f"Differences to {baseline}, with 95 % intervals and p", fontsize=10)
