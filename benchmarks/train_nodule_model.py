@@ -69,7 +69,8 @@ def _start(options: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
     command = [
         *_TRAIN, "--data", str(work / "data"), "--data.cache", str(work / "cache"),
         "--data.fold", str(_runs()[name]), "--epochs", str(options.epochs), "--steps_per_epoch", str(STEPS_PER_EPOCH),
-        "--validate_every", str(options.epochs), "--runs", str(work / "runs"), "--name", name, "--quiet",
+        "--validate_every", str(options.epochs), "--loss.batch_dice", "true",
+        "--runs", str(work / "runs"), "--name", name, "--quiet",
         *options.more,
     ]  # fmt: skip
     if (work / "runs" / name).is_dir():

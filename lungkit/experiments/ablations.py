@@ -42,7 +42,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "twice the features": {"model.features": [32, 64, 128, 256]},
         "five levels": {"model.features": [16, 32, 64, 128, 256]},
         "Dice alone": {"loss.ce_weight": 0},
-        "Dice of each image": {"loss.batch_dice": False},
+        "Dice over the batch": {"loss.batch_dice": True},
         "focal Tversky": {"loss.overlap": "focal_tversky", "loss.ce_weight": 0},
         "focal Tversky + pyramid + deep supervision": {
             "loss.overlap": "focal_tversky",

@@ -117,7 +117,7 @@ class LossConfig:
     Args:
         dice_weight: weight of the overlap term.
         ce_weight: weight of the cross-entropy.
-        batch_dice: sum over the batch before the division.
+        batch_dice: sum over the batch before the division, not each image by itself.
         include_background: count the background class in the overlap term.
         overlap: "dice", or "focal_tversky" (Abraham and Khan, 2019; theirs has no cross-entropy), which with
             model.deep_supervision has the exponent on the side outputs only, and counts every output alike.
@@ -131,7 +131,7 @@ class LossConfig:
 
     dice_weight: float = 1.0
     ce_weight: float = 1.0
-    batch_dice: bool = True
+    batch_dice: bool = False
     include_background: bool = False
     overlap: Literal["dice", "focal_tversky"] = "dice"
     tversky_beta: float = 0.7

@@ -15,7 +15,7 @@ from lungkit.training.config import LossConfig
 from lungkit.training.criterion import make_criterion
 from lungkit.training.lesion_numbers import number_lesions
 
-OPTIONS: dict[str, Any] = {"softmax": True, "include_background": False, "batch": True, "ignore_index": 255}
+OPTIONS: dict[str, Any] = {"softmax": True, "include_background": False, "batch": False, "ignore_index": 255}
 
 
 def criterion_of(options: dict[str, Any], *arguments: Any, deep: bool = False) -> nn.Module:
@@ -34,6 +34,9 @@ def logits_and_labels() -> tuple[Tensor, Tensor]:
 def test_without_options_it_is_dice_ce() -> None:
     logits, labels = logits_and_labels()
     assert torch.equal(criterion_of({})(logits, labels), DiceCELoss(**OPTIONS)(logits, labels))
+    over_the_batch = DiceCELoss(**{**OPTIONS, "batch": True})(logits, labels)
+    assert torch.equal(criterion_of({"batch_dice": True})(logits, labels), over_the_batch)
+    assert not torch.equal(over_the_batch, DiceCELoss(**OPTIONS)(logits, labels))
 
 
 def test_hard_negatives_leave_the_overlap_as_it_is() -> None:
