@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lungkit._allocator import keep_freed_memory
+from lungkit._leaving import leave
 from lungkit._terminal import SafeFormatter, coloured, set_quiet
 from lungkit.cli._streams import lasting_streams
 from lungkit.errors import Interrupted, LungkitError, ResourceError, of_system
@@ -31,6 +32,8 @@ def run_command(command: Callable[[], int]) -> int:
     Standard output and error may go away meanwhile, and the command goes on in silence: its files and its log are what
     counts. Only where its result was to be read on the output, and has not arrived, that is an error.
 
+    A process that trained as one of several does not return from here, but ends with the code.
+
     Exit codes: 0 ok, 1 other failure, 2 usage, 3 bad data, 4 checkpoint, 5 resources, 75 interrupted and saved (SIGTERM
     or SIGHUP: what was done stays), 130 interrupted and not saved.
     """
@@ -47,13 +50,15 @@ def run_command(command: Callable[[], int]) -> int:
         except SystemExit as stop:
             output.flush()
             if stop.code or not _is_lost(output.error):
+                if stop.code is None or isinstance(stop.code, int):
+                    leave(stop.code or 0)
                 raise
             code = 0
         output.flush()
         if code == 0 and _is_lost(output.error):
             _LOG.error("error: standard output cannot be written (%s)", output.error)
-            return ResourceError.exit_code
-        return code
+            code = ResourceError.exit_code
+    return leave(code)
 
 
 def _exit_code(command: Callable[[], int]) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed
 
+from lungkit._leaving import become_one_of_several
 from lungkit.errors import ResourceError, UsageError
 from lungkit.inference.precision import automatic_precision
 from lungkit.training.config import EngineConfig
@@ -93,6 +94,7 @@ def start_engine(config: EngineConfig) -> Fabric:
     if fabric.global_rank > 0:
         _LOG.setLevel(logging.ERROR)  # every process comes to the same lines; one of them says them
     if fabric.world_size > 1:
+        become_one_of_several()
         # Channels-last gradients of 1 x 1 convolutions: the strides differ in name only.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if config.deterministic:
