@@ -28,8 +28,7 @@ def leave(code: int) -> int:
     atexit._run_exitfuncs()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # a closed pipe, a closed file, none at all
+        # It may be a pipe without a reader, closed, or absent.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(code)
