@@ -27,8 +27,8 @@ def train_monai(
     val: Sequence[str],
     masks: Path,
     dice_of: Callable[[Path], float],
-) -> dict[str, Any]:
-    """Train one of the networks; the masks are those of the last weights."""
+) -> tuple[dict[str, Any], Callable[[Path, Path], None]]:
+    """Train one of the networks; the masks are those of the last weights, which predict other images too."""
     from monai.data import CacheDataset, DataLoader, set_track_meta
     from monai.losses import DiceCELoss
     from monai.transforms import Compose
@@ -74,7 +74,7 @@ def train_monai(
             curve.append((round(seconds, 2), dice_of(masks)))
             sys.stdout.write(f"{seconds:.0f} s, step {step}: mean Dice {curve[-1][1]:.4f}\n")
             sys.stdout.flush()
-    return {
+    found = {
         "tool": "MONAI",
         "network": f"{type(network).__name__}, 2D with both neighbours" + (", bf16" if options.bf16 else ""),
         "versions": {name: metadata.version(name) for name in ("monai", "torch")},
@@ -88,6 +88,7 @@ def train_monai(
         "seconds_per_step": seconds / step,
         "curve": curve,
     }
+    return found, lambda data, masks: predict_monai(network, data, val, masks, bf16=options.bf16)
 
 
 def monai_network(peer: str, classes: int) -> torch.nn.Module:

@@ -10,6 +10,9 @@ DATA is a dataset in nnU-Net raw layout with its folds; of the fold (``--fold``)
 validation cases are measured, nothing is chosen on them: the weights are those at the end. The output folder gets
 ``masks`` of the held-out cases, which ``lungkit-evaluate`` takes as well, and ``run.json``.
 
+The stacks have the nodule in the middle, which a network can learn where its training patches lie alike. So every
+held-out stack is measured again as a window of ``--window`` pixels, cut from it at random but the same for all tools.
+
 Minutes are those of training steps with their waiting for data. Reading and preprocessing before, and the validations
 of the curve, do not count; of a lungkit run, whose ``max_minutes`` hold its validations too, the curve leaves them out
 as well, so that it trains for less than the others. All schedules end with the minutes.
@@ -26,19 +29,24 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai_peer import train_monai
 from nnunet_peer import train_nnunet
 
+from lungkit.data import read_volume, write_nifti
 from lungkit.errors import DataError, UsageError
 from lungkit.inference import Predictor
 from lungkit.metrics import CaseTable, MetricGroup, MetricOptions, bca_interval
 from lungkit.report.evaluation import evaluate_pairs, find_label_scheme
 from lungkit.training.config_io import load_config
+
+Predict = Callable[[Path, Path], None]
+"""Predict the held-out cases of a dataset into a folder of masks."""
 
 PEERS = ("monai-unet", "monai-attention-unet", "nnunet", "lungkit")
 METRICS = ("dice", "iou", "lesion_f1", "hd95_directed_mm")
@@ -65,13 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def dice_of(folder: Path) -> float:
         return measure(folder, options.data, val, overlap).mean("dice")
 
+    predict: Predict | None = None
     if options.peer == "lungkit":
-        found = read_lungkit(options, val, masks)
+        found, predict = read_lungkit(options, val)
+        predict(options.data, masks)
     elif options.peer == "nnunet":
         found = train_nnunet(options, val, masks, dice_of)
     else:
-        found = train_monai(options, split["train"], val, masks, dice_of)
+        found, predict = train_monai(options, split["train"], val, masks, dice_of)
     end = measure(masks, options.data, val, MetricOptions())
+    if predict is not None:
+        windows = cut_windows(options.data, val, options.window, options.output / "windows")
+        predict(windows, windows / "masks")
+        found["dice_in_windows"] = _number(measure(windows / "masks", windows, val, overlap).mean("dice"))
     record = {
         "peer": options.peer,
         "fold": options.fold,
@@ -100,8 +114,27 @@ def measure(masks: Path, data: Path, cases: Sequence[str], options: MetricOption
     return evaluation.table
 
 
-def read_lungkit(options: argparse.Namespace, val: Sequence[str], masks: Path) -> dict[str, Any]:
-    """The curve of a finished run, and the masks of its last weights without postprocessing.
+def cut_windows(data: Path, cases: Sequence[str], size: int, folder: Path) -> Path:
+    """A dataset of the cases, each cut to ``size`` x ``size`` pixels at a position drawn from all, always the same."""
+    for name in ("imagesTr", "labelsTr", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").write_bytes((data / "dataset.json").read_bytes())
+    random = np.random.default_rng(0)
+    for case in sorted(cases):
+        corner: list[int] | None = None
+        for name in (f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"):
+            volume = read_volume(data / name)
+            if corner is None:
+                corner = [
+                    int(random.integers(max(0, length - size) + 1)) for length in volume.array.shape[:2]
+                ]
+            x, y = corner
+            write_nifti(folder / name, volume.array[x : x + size, y : y + size], volume.affine)
+    return folder
+
+
+def read_lungkit(options: argparse.Namespace, val: Sequence[str]) -> tuple[dict[str, Any], Predict]:
+    """The curve of a finished run, and what its last weights predict, without postprocessing.
 
     Its best weights and its postprocessing were chosen on the held-out cases, and are left alone therefore.
     """
@@ -122,10 +155,13 @@ def read_lungkit(options: argparse.Namespace, val: Sequence[str], masks: Path) -
         if row.get("val_dice") is not None:
             curve.append((round(seconds, 2), row["val_dice"]))
     predictor = Predictor.from_run(options.run / "checkpoints" / "last", device="cpu")
-    for case in val:
-        predictor(options.data / "imagesTr" / f"{case}_0000.nii.gz").save(masks / f"{case}.nii.gz")
+
+    def predict(data: Path, masks: Path) -> None:
+        for case in val:
+            predictor(data / "imagesTr" / f"{case}_0000.nii.gz").save(masks / f"{case}.nii.gz")
+
     environment = json.loads((options.run / "env.json").read_text(encoding="utf-8"))
-    return {
+    found = {
         "tool": "lungkit",
         "network": f"{config.model.name}, {config.data.dims}D, {config.engine.precision}",
         "versions": {name: environment["versions"][name] for name in ("lungkit", "torch")},
@@ -141,6 +177,7 @@ def read_lungkit(options: argparse.Namespace, val: Sequence[str], masks: Path) -
         "curve": curve,
         "note": "the curve is that of its own validations, on the grid of training",
     }
+    return found, predict
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -165,12 +202,13 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         "Minutes are those of training steps and their waiting for data, without preprocessing before and validations",
         "on the way; lungkit's budget holds its validations, so that it trains for less. The minutes to a mean Dice",
         "are those of the first validation that has it. HD95 leaves out cases without a mask, whose number follows it.",
+        "The stacks have their nodule in the middle; `in windows` is the Dice of windows cut from them at random.",
         "",
         "| tool | network | seed | parameters | steps of batch | minutes trained | Dice [95 % interval] | IoU "
-        "| lesion F1 | HD95 mm (without) | "
+        "| lesion F1 | HD95 mm (without) | in windows | "
         + " | ".join(f"minutes to {target:.2f}" for target in TARGETS)
         + " |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | "
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | "
         + " | ".join("---:" for _ in TARGETS)
         + " |",
     ]
@@ -190,6 +228,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             f"{end['iou']:.3f}",
             f"{end['lesion_f1']:.3f}",
             f"{distance} ({missing})",
+            "-" if record.get("dice_in_windows") is None else f"{record['dice_in_windows']:.3f}",
             *(_minutes_to(record["curve"], target) for target in TARGETS),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -224,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer", choices=PEERS)
     parser.add_argument("-o", "--output", type=Path, help="new folder")
     parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--window", type=int, default=96, help="pixels, of the cases that are cut again")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training")
     parser.add_argument("--checkpoints", type=int, default=10, help="points of the curve")
     parser.add_argument("--batch_size", type=int, help="default: 16, of nnU-Net its plan's")

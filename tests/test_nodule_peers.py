@@ -6,9 +6,10 @@ import json
 
 import monai_peer
 import nodule_peers
+import numpy as np
 import pytest
 
-from lungkit.data import write_phantom_dataset
+from lungkit.data import read_volume, write_phantom_dataset
 
 
 def test_monai_peer_leaves_masks_a_curve_and_what_they_measure(tmp_path, monkeypatch, capsys):
@@ -18,7 +19,7 @@ def test_monai_peer_leaves_masks_a_curve_and_what_they_measure(tmp_path, monkeyp
     monkeypatch.setattr(monai_peer, "PATCH", (32, 32))
     data = write_phantom_dataset(tmp_path / "data", cases=5, shape=(2, 48, 48), dims=3)
     arguments = [str(data), "--peer", "monai-unet", "--minutes", "0.005", "--checkpoints", "1"]
-    arguments += ["--batch_size", "2", "--workers", "0", "-o", str(tmp_path / "run")]
+    arguments += ["--batch_size", "2", "--workers", "0", "--window", "32", "-o", str(tmp_path / "run")]
     try:
         assert nodule_peers.main(arguments) == 0
     finally:
@@ -32,6 +33,28 @@ def test_monai_peer_leaves_masks_a_curve_and_what_they_measure(tmp_path, monkeyp
     (seconds, dice), *others = record["curve"]
     assert not others and seconds == record["seconds"] >= 0.3 and record["steps"] >= 1
     assert dice == pytest.approx(record["end"]["dice"])
+    windows = tmp_path / "run" / "windows"
+    assert 0 <= record["dice_in_windows"] <= 1
+    for case in held_out:
+        assert read_volume(windows / "masks" / f"{case}.nii.gz").array.shape == (32, 32, 2)
+
+
+def test_windows_are_cut_anywhere_from_image_and_label_alike(tmp_path):
+    data = write_phantom_dataset(tmp_path / "data", cases=5, shape=(2, 48, 40), dims=3)
+    cases = [path.name.removesuffix(".nii.gz") for path in (data / "labelsTr").iterdir()]
+    first, second = (nodule_peers.cut_windows(data, cases, 24, tmp_path / name) for name in ("a", "b"))
+    corners = set()
+    for case in cases:
+        for name in (f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"):
+            whole, cut = read_volume(data / name).array, read_volume(first / name).array
+            np.testing.assert_array_equal(cut, read_volume(second / name).array)
+            if name.startswith("images"):
+                places = np.lib.stride_tricks.sliding_window_view(whole, cut.shape)
+                (corner,) = np.argwhere((places == cut).all(axis=(3, 4, 5)))
+                corners.add(tuple(corner.tolist()))
+            x, y, _ = corner
+            np.testing.assert_array_equal(cut, whole[x : x + 24, y : y + 24])
+    assert len(corners) == len(cases)
 
 
 def record(**changes):
@@ -58,7 +81,7 @@ def record(**changes):
 
 def test_table_tells_when_each_dice_was_reached_and_how_sure_the_end_is(tmp_path):
     paths = [tmp_path / "monai.json", tmp_path / "other.json"]
-    paths[0].write_text(json.dumps(record()))
+    paths[0].write_text(json.dumps(record(dice_in_windows=0.75)))
     paths[1].write_text(json.dumps(record(tool="other", threads=1, seed=None, note="mirrored.")))
     assert nodule_peers.main(["--table", *map(str, paths), "--results", str(tmp_path / "table.md")]) == 0
     text = (tmp_path / "table.md").read_text()
@@ -66,5 +89,5 @@ def test_table_tells_when_each_dice_was_reached_and_how_sure_the_end_is(tmp_path
     row = next(line for line in text.splitlines() if line.startswith("| MONAI"))
     assert row == (
         "| MONAI | UNet | 0 | 1.25 M | 100 x 16 | 20.0 | 0.800 [0.600, 0.800] | 0.700 | 1.000 | 2.00 (1) "
-        "| 4.0 | not reached |"
+        "| 0.750 | 4.0 | not reached |"
     )

@@ -60,9 +60,13 @@ class PatchSampler:
     hold floor(n f) or ceil(n f) foreground patches: the share is exact, as in nnU-Net's rule "the last
     third of a batch" (Isensee et al. 2021, Nature Methods 18:203), and needs no knowledge of the batch.
     A foreground patch draws a case uniformly from those that have foreground, then one of its foreground
-    voxels uniformly, then one position uniformly from all patch positions that lie inside the case and hold
-    that voxel. The voxel falls anywhere in the patch, so that its centre tells a network nothing.
-    Any other patch draws a case uniformly from all cases and a position uniformly.
+    voxels uniformly, then one position uniformly from all that hold that voxel. The voxel falls anywhere in the
+    patch, so that its centre tells a network nothing. Any other patch draws a case uniformly from all cases, and
+    the voxel of its middle uniformly.
+
+    *Borders.* A patch that would hang over the border of a larger case is moved inside and lies along the border then,
+    as often as its middle would have been too near to it. Where every position inside had the same chance, voxels at
+    the border would hardly be seen, and patches along it neither, which most are in prediction.
 
     *Background.* Foreground is rarely far in small crops, and a network learns little of what merely looks like it.
     With ``background_fraction`` so many of the other patches, at random, draw their position again until no foreground
@@ -239,14 +243,17 @@ class PatchSampler:
 def _position(
     shape: Sequence[int], size: Sequence[int], voxel: np.ndarray | None, random: np.random.Generator
 ) -> list[int]:
-    """A position of a patch in its case, drawn from all, or from those that hold ``voxel``."""
+    """A position of a patch in its case: the patch lies around a point or a voxel, and moves inside from the border."""
     start = []
     for axis, (length, extent) in enumerate(zip(size, shape, strict=True)):
-        first, last = min(0, extent - length), max(0, extent - length)
-        if voxel is not None:
-            first = max(first, int(voxel[axis]) - length + 1)
-            last = min(last, int(voxel[axis]))
-        start.append(int(random.integers(first, last + 1)))
+        if extent <= length:
+            first, last = extent - length, 0
+        elif voxel is None:
+            first, last = -(length // 2), extent - 1 - length // 2
+        else:
+            first, last = int(voxel[axis]) - length + 1, int(voxel[axis])
+        drawn = int(random.integers(first, last + 1))
+        start.append(min(max(drawn, 0), extent - length) if extent > length else drawn)
     return start
 
 

@@ -16,20 +16,23 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 """The memory format by the number of spatial axes."""
 
 
-def _is_plain(layer: _ConvNd, x: Tensor, weight: Tensor) -> bool:
-    """Whether torch would compute ``layer(x)`` itself, at once, in float32 on a CPU."""
+def _plain_dtype(layer: _ConvNd, x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What torch would compute ``layer(x)`` in, itself and at once, on a CPU; None where it would do something else."""
     # Compilers and exporters choose for themselves, and modes and transforms know torch's own convolution alone. Asked
     # first: sizes may not be known to them.
-    return (
+    is_plain = (
         runs_plainly()
         and type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
         and x.dim() == weight.dim()
         and x.numel() > 0
         and layer.padding_mode == "zeros"
-        and not torch.is_autocast_enabled("cpu")
     )
+    if not is_plain:
+        return None
+    if torch.is_autocast_enabled("cpu") and {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype if x.dtype == weight.dtype else None
 
 
 def _is_by_voxel(x: Tensor) -> bool:
@@ -44,7 +47,7 @@ def _convolved(layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -
     is over 20480, the last axis of a volume not being counted: most levels of a 3D network that predicts window by
     window. oneDNN does them.
     """
-    if isinstance(layer.padding, str) or not _is_plain(layer, x, weight):
+    if isinstance(layer.padding, str) or _plain_dtype(layer, x, weight) != torch.float32:
         return None
     if math.prod(layer.kernel_size) == 1:
         is_product = layer.groups == math.prod(layer.stride) == 1 and not any(layer.padding)
@@ -62,8 +65,8 @@ def _convolved(layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -
 def _enlarged(layer: _ConvNd, x: Tensor) -> Tensor | None:
     """A transposed convolution whose kernel is its stride as one product, each voxel becoming a block of the output.
 
-    Its gradients are up to three times as fast as torch's. None where it is another one, x is not channels-last, or no
-    gradients are wanted: torch's own is then as fast, and needs less memory.
+    Its gradients are up to three times as fast as torch's, in float32 and bfloat16. None where it is another one, x is
+    not channels-last, or no gradients are wanted: torch's own is then as fast, and needs less memory.
     """
     weight, bias, size = layer.weight, layer.bias, layer.kernel_size
     is_block = (
@@ -72,7 +75,12 @@ def _enlarged(layer: _ConvNd, x: Tensor) -> Tensor | None:
         and not any(layer.padding)
         and not any(layer.output_padding)
     )
-    fits = is_block and _is_plain(layer, x, weight) and _is_by_voxel(x) and x.shape[1] == weight.shape[0]
+    fits = (
+        is_block
+        and _plain_dtype(layer, x, weight) in (torch.float32, torch.bfloat16)
+        and _is_by_voxel(x)
+        and x.shape[1] == weight.shape[0]
+    )
     if not fits or not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         return None
     dims, channels = len(size), weight.shape[1]
@@ -111,7 +119,7 @@ class Conv3d(nn.Conv3d):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """:class:`torch.nn.ConvTranspose2d`, faster on a CPU for channels-last float32 where the kernel is the stride.
+    """:class:`torch.nn.ConvTranspose2d`, faster on a CPU for channels-last features where the kernel is the stride.
 
     Example:
         >>> ConvTranspose2d(4, 2, 2, stride=2)(torch.zeros(1, 4, 8, 8)).shape
@@ -124,7 +132,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
-    """:class:`torch.nn.ConvTranspose3d`, faster on a CPU for channels-last float32 where the kernel is the stride.
+    """:class:`torch.nn.ConvTranspose3d`, faster on a CPU for channels-last features where the kernel is the stride.
 
     Example:
         >>> ConvTranspose3d(4, 2, 2, stride=2)(torch.zeros(1, 4, 8, 8, 8)).shape

@@ -38,9 +38,9 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
 
     Example:
         >>> resolve_engine(EngineConfig(accelerator="cpu", precision="bf16")).channels_last
-        False
-        >>> resolve_engine(EngineConfig(accelerator="cpu", precision="fp32")).channels_last
         True
+        >>> resolve_engine(EngineConfig(accelerator="cpu", channels_last=False)).channels_last
+        False
     """
     accelerator = config.accelerator.partition(":")[0]
     on_gpu = accelerator in ("cuda", "gpu", "auto") and torch.cuda.is_available()
@@ -48,10 +48,7 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
     if precision == "auto":
         known = accelerator in ("cpu", "auto") or on_gpu
         precision = automatic_precision("cuda" if on_gpu else "cpu") if known else "fp32"
-    channels_last = config.channels_last
-    if channels_last is None:
-        channels_last = on_gpu or precision != "bf16"
-    return replace(config, precision=precision, channels_last=channels_last)
+    return replace(config, precision=precision, channels_last=config.channels_last is not False)
 
 
 def start_engine(config: EngineConfig) -> Fabric:

@@ -138,6 +138,20 @@ def test_patch_stays_inside_a_larger_case() -> None:
         assert (start <= (2, 10, 14)).all()
 
 
+@pytest.mark.parametrize("foreground_fraction", [0.0, 1.0])
+def test_patches_lie_along_the_border_as_often_as_they_would_hang_over_it(foreground_fraction: float) -> None:
+    label = np.zeros((1, 60, 60), np.uint8)
+    label[0, 30, 30] = 1
+    case = StoredCase("middle", np.zeros((1, 1, 60, 60), np.int16), label)
+    sampler = PatchSampler([case], (40, 40), foreground_fraction=foreground_fraction)
+    starts = np.array([sampler.sample(index).start[1:] for index in range(2000)])
+    # Of 60 middles 21 are too near to the beginning or just fit; of 40 positions that hold voxel 30, 10.
+    low, high = (21 / 60, 20 / 60) if foreground_fraction == 0 else (10 / 40, 11 / 40)
+    assert np.mean(starts == 0) == pytest.approx(low, abs=0.03)
+    assert np.mean(starts == 20) == pytest.approx(high, abs=0.03)
+    assert set(starts.ravel().tolist()) == set(range(21))
+
+
 def test_slices_are_drawn_from_the_whole_stack() -> None:
     sampler = PatchSampler([numbered_case()], (8, 8), foreground_fraction=0.0)
     assert {sampler.sample(index).start[0] for index in range(100)} == set(range(6))

@@ -69,6 +69,29 @@ def test_products_of_channels_last_features_are_torchs_convolutions(
         assert ("aten::convolution" in operators(lambda: ours(x))) == (transposed or steps != (1,) * dims)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_transposed_products_in_bfloat16_are_torchs_convolutions(dims, autocast):
+    torch.manual_seed(0)
+    layer = TRANSPOSED_CONVOLUTIONS[dims](4, 6, 2, 2)
+    exact = PLAIN[True, dims][0](4, 6, 2, 2)
+    x = torch.randn(2, 4, *(9, 7, 8)[:dims]).bfloat16().to(memory_format=CHANNELS_LAST[dims])
+    if not autocast:
+        layer = layer.bfloat16()
+    exact.load_state_dict({name: value.float() for name, value in layer.state_dict().items()})
+    inputs = x.clone().requires_grad_(), x.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert "aten::convolution" not in operators(lambda: layer(inputs[0]))
+        found = layer(inputs[0])
+    expected = exact(inputs[1])
+    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=CHANNELS_LAST[dims])
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+    found.float().sum().backward()
+    expected.sum().backward()
+    for ours, theirs in [(inputs[0].grad, inputs[1].grad), (layer.weight.grad, exact.weight.grad)]:
+        torch.testing.assert_close(ours.float(), theirs, rtol=2e-2, atol=5e-2)
+
+
 @pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
