@@ -61,7 +61,7 @@ def make_dataset(source: Path, target: Path) -> None:
 
 
 def _runs() -> dict[str, int]:
-    return {"all": FOLDS, **{f"fold-{fold}": fold for fold in range(FOLDS)}}
+    return {**{f"fold-{fold}": fold for fold in range(FOLDS)}, "all": FOLDS}
 
 
 def _start(options: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
@@ -69,7 +69,7 @@ def _start(options: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
     command = [
         *_TRAIN, "--data", str(work / "data"), "--data.cache", str(work / "cache"),
         "--data.fold", str(_runs()[name]), "--epochs", str(options.epochs), "--steps_per_epoch", str(STEPS_PER_EPOCH),
-        "--validate_every", str(options.epochs), "--loss.batch_dice", "true",
+        "--validate_every", str(options.epochs),
         "--runs", str(work / "runs"), "--name", name, "--quiet",
         *options.more,
     ]  # fmt: skip

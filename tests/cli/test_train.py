@@ -219,7 +219,7 @@ def test_a_signal_saves_and_ends_with_75(program, options: Options, tmp_path: Pa
 def test_two_processes_train_one_network(program, options: Options, tmp_path: Path):
     # Two processes with one patch each see the batches of one process with two. Without augmentation, which draws
     # for each process, loss and gradients are then those of one process, up to rounding.
-    same = ("--epochs=2", "--augment.enabled=false")
+    same = ("--epochs=2", "--augment.enabled=false", "--engine.precision=fp32")
     done = subprocess.run(
         [*program, *options(*same, "--batch_size=1", "--engine.devices=2")],
         env=environment(),
