@@ -9,6 +9,7 @@ import pytest
 import torch
 from training_step_providers import CONVOLUTIONS, FAMILIES, GRAPH, TrainingStepCase
 
+from lungkit.inference.precision import cpu_computes_bf16
 from lungkit.training.captured_step import REHEARSALS
 
 _WIDTHS = (16, 32, 64, 128, 256)
@@ -23,7 +24,7 @@ _ON_CUDA = [(1, 2, (128, 128, 128))]
 
 
 def steps(selection: str, device: str, threads: tuple[int, ...]) -> list[TrainingStepCase]:
-    """ "smoke" runs in seconds, "default" in minutes; "full" adds bf16 on the CPU and compiled networks."""
+    """ "smoke" runs in seconds, "default" in minutes, bf16 too where a CPU computes it; "full" adds the rest."""
     if selection == "smoke":
         return [
             TrainingStepCase(device, threads[0], family, (32, 32), (4, 4, 4, 4, 4), batch=1)
@@ -31,7 +32,7 @@ def steps(selection: str, device: str, threads: tuple[int, ...]) -> list[Trainin
         ]
     full, on_gpu = selection == "full", device == "cuda"
     sizes = _SIZES + (_ON_CUDA if on_gpu else []) if full or on_gpu else [_SIZES[0], _SIZES[2]]
-    types = (False, True) if full or on_gpu else (False,)
+    types = (False, True) if full or on_gpu or cpu_computes_bf16() else (False,)
     return [
         TrainingStepCase(device, threads[0], family, size, _WIDTHS, channels, batch, autocast, compiled=full)
         for (channels, batch, size), autocast, family in product(sizes, types, FAMILIES)
