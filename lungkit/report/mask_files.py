@@ -163,22 +163,23 @@ class MaskReader:
         classes = {name.lower(): name for name, value in self.values.items() if value != 0}
         chosen = {rule.label for rule in self.rules for name in mask.structures if rule.fits(name)}
         by_name = {rule.label for rule in self.rules} - chosen if self.rules else set(classes.values())
-        rules = tuple(
-            StructureRule(re.compile(re.escape(name.strip()), re.IGNORECASE), classes[name.strip().lower()])
+        named = {
+            name: classes[name.strip().lower()]
             for name in mask.structures
             if classes.get(name.strip().lower()) in by_name
-        )
-        if chosen:
-            return self.rules + rules
-        if not rules and not self.rules and len(mask.structures) == len(classes) == 1:
-            (name,), (only,) = mask.structures, classes.values()
-            rules = (StructureRule(re.compile(re.escape(name.strip()), re.IGNORECASE), only),)
-        if not rules:
+        }
+        if not self.rules and not named and len(mask.structures) == len(classes) == 1:
+            named = {mask.structures[0]: next(iter(classes.values()))}
+        if not chosen and not named:
             raise DataError(
                 f"{mask.path}: holds {shorten(map(repr, mask.structures))}, the classes are "
                 f"{', '.join(classes.values())}; say which structures are which class, e.g. --roi 'GTV.*=tumour'"
             )
-        return rules
+        by_their_names = (
+            StructureRule(re.compile(re.escape(name.strip()), re.IGNORECASE), label)
+            for name, label in named.items()
+        )
+        return (*(self.rules if chosen else ()), *by_their_names)
 
 
 def _grid_as_scan(volume: Volume) -> DicomScan:
