@@ -121,14 +121,10 @@ def cut_windows(data: Path, cases: Sequence[str], size: int, folder: Path) -> Pa
     (folder / "dataset.json").write_bytes((data / "dataset.json").read_bytes())
     random = np.random.default_rng(0)
     for case in sorted(cases):
-        corner: list[int] | None = None
-        for name in (f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"):
-            volume = read_volume(data / name)
-            if corner is None:
-                corner = [
-                    int(random.integers(max(0, length - size) + 1)) for length in volume.array.shape[:2]
-                ]
-            x, y = corner
+        names = f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"
+        volumes = [read_volume(data / name) for name in names]
+        x, y = (int(random.integers(max(0, length - size) + 1)) for length in volumes[0].array.shape[:2])
+        for name, volume in zip(names, volumes, strict=True):
             write_nifti(folder / name, volume.array[x : x + size, y : y + size], volume.affine)
     return folder
 

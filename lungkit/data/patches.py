@@ -246,14 +246,15 @@ def _position(
     """A position of a patch in its case: the patch lies around a point or a voxel, and moves inside from the border."""
     start = []
     for axis, (length, extent) in enumerate(zip(size, shape, strict=True)):
-        if extent <= length:
-            first, last = extent - length, 0
+        room = extent - length
+        if room <= 0:
+            first, last = room, 0
         elif voxel is None:
             first, last = -(length // 2), extent - 1 - length // 2
         else:
             first, last = int(voxel[axis]) - length + 1, int(voxel[axis])
         drawn = int(random.integers(first, last + 1))
-        start.append(min(max(drawn, 0), extent - length) if extent > length else drawn)
+        start.append(min(max(drawn, min(0, room)), max(0, room)))
     return start
 
 

@@ -192,7 +192,7 @@ class EngineConfig:
         precision: "fp32", "bf16" or "fp16" (mixed); "auto" is bf16 where the device computes with it (GPUs from Ampere
             on, CPUs with AVX-512 BF16 or AMX), fp16 on older GPUs, else fp32.
         compile: torch.compile the network.
-        channels_last: memory format of the network; None is channels-last, which is the faster one everywhere.
+        channels_last: memory format of the network; None is channels-last, the faster one wherever it was measured.
         deterministic: only algorithms that give the same bits on every run.
         cuda_graph: record the training step (forward, loss, backward, clipping) as a CUDA graph and replay it: the same
             weights, without the time that the host takes to launch it. None does so on CUDA where it can be done: one
