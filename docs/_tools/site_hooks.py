@@ -25,9 +25,11 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     files.append(File.generated(config, "reference/commands.md", content=commands_page()))
     contributing = (ROOT / "CONTRIBUTING.md").read_text().replace("(docs/", "(")
     files.append(File.generated(config, "contributing.md", content=contributing))
-    for path in sorted((ROOT / "benchmarks" / "results").iterdir()):
+    results = ROOT / "benchmarks" / "results"
+    for path in sorted(results.rglob("*")):
         if path.suffix in (".md", ".png"):
-            files.append(File.generated(config, f"benchmark-results/{path.name}", abs_src_path=str(path)))
+            name = f"benchmark-results/{path.relative_to(results).as_posix()}"
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
