@@ -43,12 +43,13 @@ def learning_rate_factor(
 
 
 class WeightAverage:
-    r"""Exponential moving average of a network's parameters; other state (norm statistics) is copied.
+    r"""Exponential moving average of a network's parameters and of the running statistics of its norms.
 
     .. math:: a \leftarrow d\,a + (1 - d)\,w, \qquad d = \min(\text{decay}, (1 + n)/(10 + n))
 
-    so that the average of a short run is not held back by its first weights. Source: Tarvainen and Valpola, "Mean
-    teachers are better role models", 2017.
+    so that the average of a short run is not held back by its first weights. Statistics of the last few steps would be
+    those of other weights than the averaged ones; counts are copied. Source: Tarvainen and Valpola, "Mean teachers are
+    better role models", 2017.
 
     Args:
         network: the network that is trained; updates follow this one.
@@ -69,20 +70,26 @@ class WeightAverage:
     def __init__(self, network: nn.Module, *, decay: float) -> None:
         self.decay = decay
         self.network = copy.deepcopy(network)
-        self._trained = network
         # To collect them from a network of a hundred modules takes longer than to average them.
         self._weights: list[Tensor] = list(network.parameters())
         self._averages: list[Tensor] = list(self.network.parameters())
-        self._has_buffers = next(network.buffers(), None) is not None
+        self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, *, updates: int) -> None:
         """Move the average towards the weights; ``updates`` counts the updates before this one."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
-        if self._has_buffers:
-            for average, value in zip(self.network.buffers(), self._trained.buffers(), strict=True):
-                average.copy_(value)
+        average_buffers(self._buffers, decay)
+
+
+def average_buffers(pairs: Iterable[tuple[Tensor, Tensor]], decay: float) -> None:
+    """Move each buffer towards its second one; whole numbers, which count something, are taken over."""
+    for average, value in pairs:
+        if average.is_floating_point():
+            average.lerp_(value, 1 - decay)
+        else:
+            average.copy_(value)
 
 
 def parameter_groups(network: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from lungkit.training.schedule import average_buffers
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -138,6 +140,7 @@ class ShardedWeightAverage:
         self.network = whole
         self._trained = network
         self._averages = [parameter.detach().clone() for parameter in network.parameters()]
+        self._buffers = list(zip(whole.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, *, updates: int) -> None:
@@ -146,14 +149,13 @@ class ShardedWeightAverage:
         averages = [_local(value) for value in self._averages]
         weights = [_local(value.detach()) for value in self._trained.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
+        average_buffers(self._buffers, decay)
 
     @torch.no_grad()
     def gather(self) -> None:
         """Bring :attr:`network` up to date; every process must call it."""
         for whole, average in zip(self.network.parameters(), gathered(self._averages), strict=True):
             whole.copy_(average)
-        for copied, value in zip(self.network.buffers(), self._trained.buffers(), strict=True):
-            copied.copy_(value)
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:

@@ -62,13 +62,16 @@ def test_average_without_decay_is_the_network_itself():
     assert torch.equal(average.network.weight, layer.weight)
 
 
-def test_norm_statistics_are_copied_not_averaged():
+def test_norm_statistics_are_averaged_as_the_weights_are_and_counts_copied():
     norm = torch.nn.BatchNorm2d(2)
     average = WeightAverage(norm, decay=0.9)
-    norm(torch.randn(4, 2, 3, 3) + 5)
-    average.update(updates=1000)
-    assert torch.equal(average.network.running_mean, norm.running_mean)
-    assert average.network.num_batches_tracked == 1
+    expected = norm.running_mean.clone()
+    for step in range(3):
+        norm(torch.randn(4, 2, 3, 3) + 5 * step)
+        average.update(updates=1000)
+        expected = 0.9 * expected + 0.1 * norm.running_mean
+    torch.testing.assert_close(average.network.running_mean, expected)
+    assert average.network.num_batches_tracked == 3
 
 
 def test_averaging_leaves_the_network_alone():
