@@ -8,27 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from lungkit.errors import UsageError
-from lungkit.experiments.arms import Arm
+from lungkit.experiments.arms import PLAIN, Arm
 from lungkit.training.config_io import named_options, parse_arguments
 from lungkit.training.safe_yaml import load_yaml
 
 _OF_THE_EXPERIMENT = ("data.fold", "seed", "runs", "name")
 
 ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    # The paper's two changes, told apart.
+    # The paper's two changes, told apart, and what lungkit has by default beside them.
     "paper": {
-        "U-Net + CE": {"model.name": "unet", "loss.dice_weight": 0},
-        "U-Net + Dice + CE": {"model.name": "unet"},
-        "Attention U-Net + CE": {"model.name": "attention-unet", "loss.dice_weight": 0},
-        "Attention U-Net + Dice + CE": {"model.name": "attention-unet"},
+        "U-Net + CE": {"model.name": "unet", "loss.dice_weight": 0, **PLAIN},
+        "U-Net + Dice + CE": {"model.name": "unet", **PLAIN},
+        "Attention U-Net + CE": {"model.name": "attention-unet", "loss.dice_weight": 0, **PLAIN},
+        "Attention U-Net + Dice + CE": {"model.name": "attention-unet", **PLAIN},
+        "default": {"model.name": "attention-unet"},
     },
     # One change at a time to the default, then changes that belong together.
     "recipe": {
         "default": {},
-        "deep supervision": {"model.deep_supervision": True},
+        "no deep supervision": {"model.deep_supervision": False},
+        "no input pyramid": {"model.input_pyramid": False},
+        "neither pyramid nor deep supervision": PLAIN,
         "residual blocks": {"model.residual": True},
-        "input pyramid": {"model.input_pyramid": True},
-        "pyramid + deep supervision": {"model.input_pyramid": True, "model.deep_supervision": True},
         "scSE decoder": {"model.decoder_scse": True},
         "gates driven by the patch": {"model.gate_signal": "global"},
         "gates driven by both": {"model.gate_signal": "both"},
@@ -37,19 +38,13 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "finest skip not gated": {"model.gate_finest": False},
         "group norm": {"model.norm": "group"},
         "no slices on either side": {"data.context_slices": 0},
+        "one slice on either side": {"data.context_slices": 1},
         "two slices on either side": {"data.context_slices": 2},
-        "three slices on either side": {"data.context_slices": 3},
         "twice the features": {"model.features": [32, 64, 128, 256]},
         "five levels": {"model.features": [16, 32, 64, 128, 256]},
         "Dice alone": {"loss.ce_weight": 0},
         "Dice over the batch": {"loss.batch_dice": True},
         "focal Tversky": {"loss.overlap": "focal_tversky", "loss.ce_weight": 0},
-        "focal Tversky + pyramid + deep supervision": {
-            "loss.overlap": "focal_tversky",
-            "loss.ce_weight": 0,
-            "model.input_pyramid": True,
-            "model.deep_supervision": True,
-        },
         "focal Tversky + CE": {"loss.overlap": "focal_tversky"},
         "hardest tenth of the background": {"loss.hard_negatives": 0.1},
         "Dice of each lesion": {"loss.lesion_weight": 0.5},
@@ -85,7 +80,7 @@ def ablation_arms(ablation: str, options: Sequence[str] = ()) -> list[Arm]:
 
     Example:
         >>> [arm.config.model.name for arm in ablation_arms("paper", ["--epochs", "3"])]
-        ['unet', 'unet', 'attention-unet', 'attention-unet']
+        ['unet', 'unet', 'attention-unet', 'attention-unet', 'attention-unet']
     """
     if ablation in ABLATIONS:
         return arms_from_overrides(ABLATIONS[ablation], options)

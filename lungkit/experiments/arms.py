@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lungkit.errors import UsageError
 from lungkit.training.config import TrainConfig
 from lungkit.training.config_io import named_options, parse_arguments
 
 BASELINE, CANDIDATE = "U-Net + CE", "Attention U-Net + Dice + CE"
+
+PLAIN: Mapping[str, Any] = {"model.input_pyramid": False, "model.deep_supervision": False}
+"""The paper's networks have neither."""
 
 _STEPS_PER_EPOCH = 100
 _DIFFERENCES = ("model", "model.name", "loss.dice_weight", "loss.ce_weight")
@@ -75,9 +79,10 @@ def paper_arms(options: Sequence[str] = ()) -> list[Arm]:
             raise UsageError(
                 f"{option} is what the arms differ in; name your own arms with --arm NAME=FILE.yaml"
             )
+    plain = [f"--{name}={str(value).lower()}" for name, value in PLAIN.items()]
     return [
-        Arm(BASELINE, parse_arguments([*options, "--model.name", "unet", "--loss.dice_weight", "0"])),
-        Arm(CANDIDATE, parse_arguments([*options, "--model.name", "attention-unet"])),
+        Arm(BASELINE, parse_arguments([*plain, *options, "--model.name", "unet", "--loss.dice_weight", "0"])),
+        Arm(CANDIDATE, parse_arguments([*plain, *options, "--model.name", "attention-unet"])),
     ]
 
 

@@ -32,8 +32,8 @@ class DataConfig:
         readers: how many readers there were, for votes of a dataset whose dataset.json does not tell.
         dims: 2 for axial slices, 3 for volumes.
         patch_size: (Y, X) or (Z, Y, X) in voxels.
-        context_slices: slices on either side that a 2D network sees as further channels; None is 1 for stacks of
-            slices, 0 for single slices.
+        context_slices: slices on either side that a 2D network sees as further channels; None is 3 for stacks of
+            slices (half the stack where it has fewer than 6), 0 for single slices.
         window: "auto", "lung", "mediastinum", "full", "percentiles", or low and high.
         spacing_mm: "auto", "native", or (z, y, x) to resample to.
         foreground_fraction: share of patches that are sure to hold foreground.
@@ -79,7 +79,7 @@ class ModelConfig:
         kernel_size: for all levels.
         norm: "instance", "batch", "group" or "none".
         residual: residual blocks.
-        deep_supervision: train on the logits of every decoder level.
+        deep_supervision: train on the logits of every decoder level; None does, with init.model where that one did.
         dropout: probability of dropping a channel.
         input_pyramid: every encoder level sees the image too, pooled to its grid (Abraham and Khan, 2019).
         decoder_scse: recalibrate decoder features by channel and voxel (Roy et al., 2018).
@@ -98,9 +98,9 @@ class ModelConfig:
     kernel_size: int = 3
     norm: Literal["instance", "batch", "group", "none"] = "instance"
     residual: bool = False
-    deep_supervision: bool = False
+    deep_supervision: bool | None = None
     dropout: float = 0.0
-    input_pyramid: bool = False
+    input_pyramid: bool = True
     decoder_scse: bool = False
     gate_finest: bool = True
     gate_heads: int = 1

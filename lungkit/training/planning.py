@@ -44,6 +44,7 @@ _PHANTOM_SHAPE = (1, 128, 128)
 _PHANTOM_SEED = 0
 _FOLDS_SEED = 0
 _MAX_PATCH = {2: (256, 256), 3: (64, 128, 128)}
+_CONTEXT_SLICES = 3
 _FLAT_STACK = 16  # a median of fewer slices leaves a 3D network little to pool over
 
 Progress = Callable[[str, int, int], None]
@@ -319,7 +320,7 @@ def make_plan(
     patch = config.data.patch_size or _default_patch(shape[3 - dims :], dims)
     context = config.data.context_slices
     if context is None:
-        context = 1 if dims == 2 and shape[0] > 1 else 0
+        context = min(_CONTEXT_SLICES, int(shape[0]) // 2) if dims == 2 else 0
     if context and dims == 3:
         raise UsageError(
             f"data.context_slices is {context}, but the run is 3D, where patches have depth; leave it out"
@@ -477,7 +478,7 @@ def _model_options(model: ModelConfig, features: tuple[int, ...], strides: Any) 
         "kernel_size": model.kernel_size,
         "norm": model.norm,
         "residual": model.residual,
-        "deep_supervision": model.deep_supervision,
+        "deep_supervision": model.deep_supervision is not False,
         "dropout": model.dropout,
         "input_pyramid": model.input_pyramid,
         "decoder_scse": model.decoder_scse,

@@ -9,6 +9,7 @@ import pytest
 from lungkit.errors import UsageError
 from lungkit.experiments.ablations import ABLATIONS, ablation_arms
 from lungkit.experiments.arms import check_arms
+from lungkit.training.config_io import parse_arguments
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -22,12 +23,24 @@ def test_built_in_arms_are_valid_and_differ(name: str) -> None:
 
 def test_the_papers_changes_are_told_apart() -> None:
     arms = ablation_arms("paper", ["--epochs", "2"])
-    assert [(arm.config.model.name, arm.config.loss.dice_weight, arm.config.epochs) for arm in arms] == [
-        ("unet", 0, 2),
-        ("unet", 1, 2),
-        ("attention-unet", 0, 2),
-        ("attention-unet", 1, 2),
+    *papers, default = [
+        (
+            arm.config.model.name,
+            arm.config.loss.dice_weight,
+            arm.config.model.input_pyramid,
+            arm.config.epochs,
+        )
+        for arm in arms
     ]
+    assert papers == [
+        ("unet", 0, False, 2),
+        ("unet", 1, False, 2),
+        ("attention-unet", 0, False, 2),
+        ("attention-unet", 1, False, 2),
+    ]
+    assert {arm.config.model.deep_supervision for arm in arms[:-1]} == {False}
+    assert arms[-1].config == parse_arguments(["--epochs", "2"])
+    assert default == ("attention-unet", 1, True, 2)
 
 
 def test_a_file_names_arms_and_what_they_share(tmp_path: Path) -> None:

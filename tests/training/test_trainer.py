@@ -276,7 +276,7 @@ def test_a_run_begun_before_an_option_existed_goes_on(tiny, monkeypatch):
 
     def of_an_older_version(config):
         content = options_of(config)
-        del content["model"]["input_pyramid"], content["init"]
+        del content["model"]["decoder_scse"], content["init"]
         return content | {"epochs": config.epochs, "patience": config.patience}  # which were compared
 
     with monkeypatch.context() as patched:
