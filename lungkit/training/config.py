@@ -32,8 +32,8 @@ class DataConfig:
         readers: how many readers there were, for votes of a dataset whose dataset.json does not tell.
         dims: 2 for axial slices, 3 for volumes.
         patch_size: (Y, X) or (Z, Y, X) in voxels.
-        context_slices: slices on either side that a 2D network sees as further channels; None is 3 for stacks of
-            slices (half the stack where it has fewer than 6), 0 for single slices.
+        context_slices: slices on either side that a 2D network sees as further channels; None is 3, or
+            as many as the median case has besides one.
         window: "auto", "lung", "mediastinum", "full", "percentiles", or low and high.
         spacing_mm: "auto", "native", or (z, y, x) to resample to.
         foreground_fraction: share of patches that are sure to hold foreground.

@@ -320,7 +320,7 @@ def make_plan(
     patch = config.data.patch_size or _default_patch(shape[3 - dims :], dims)
     context = config.data.context_slices
     if context is None:
-        context = min(_CONTEXT_SLICES, int(shape[0]) // 2) if dims == 2 else 0
+        context = min(_CONTEXT_SLICES, int(shape[0]) - 1) if dims == 2 else 0
     if context and dims == 3:
         raise UsageError(
             f"data.context_slices is {context}, but the run is 3D, where patches have depth; leave it out"

@@ -286,7 +286,7 @@ def test_finished_runs_are_measured_on_the_device_that_is_named(
     assert "device 'abacus' cannot be used" in capsys.readouterr().err
 
 
-def test_four_arms_in_two_shares_are_compared_with_the_first_by_the_last_to_end(
+def test_five_arms_in_two_shares_are_compared_with_the_first_by_the_last_to_end(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The module, whose name in the package is that of its function.
@@ -295,12 +295,12 @@ def test_four_arms_in_two_shares_are_compared_with_the_first_by_the_last_to_end(
     output = tmp_path / "out"
     command = ["-o", str(output), "--ablation", "paper", *options]
     assert main([*command, "--shard", "1/2"]) == 0
-    assert "2 runs of others are not" in capsys.readouterr().err
+    assert "3 runs of others are not" in capsys.readouterr().err
     assert not (output / "table.csv").exists()
     assert main([*command, "--shard", "0/2"]) == 0
     lines = (output / "table.csv").read_text().splitlines()
-    assert [line.split(",")[2] for line in lines[1:5]] == [*ABLATIONS["paper"]]
-    assert "adjusted for 3 comparisons" in (output / "table.md").read_text()
+    assert [line.split(",")[2] for line in lines[1:6]] == [*ABLATIONS["paper"]]
+    assert "adjusted for 4 comparisons" in (output / "table.md").read_text()
     # Nothing is trained or measured a second time.
     monkeypatch.setattr(runs.Trainer, "fit", lambda self: pytest.fail("trained again"))
     monkeypatch.setattr(

@@ -77,8 +77,8 @@ def test_volumes_train_in_3d(make_dataset: MakeDataset, tiny: Tiny, pictures: No
 def test_stacks_train_in_2d_with_their_neighbours(make_dataset: MakeDataset, tiny: Tiny) -> None:
     root = make_dataset(shape=(5, 24, 24), validation=1)
     _, checkpoint = train(tiny(data__root=str(root), epochs=1))
-    assert checkpoint.description["context_slices"] == 1
-    assert checkpoint.description["model"]["in_channels"] == 3
+    assert checkpoint.description["context_slices"] == 3
+    assert checkpoint.description["model"]["in_channels"] == 7
 
 
 def test_several_channels_train(make_dataset: MakeDataset, tiny: Tiny, pictures: None) -> None:
