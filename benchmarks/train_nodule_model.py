@@ -13,6 +13,7 @@ LIDC_FOLDER --folds WORK_FOLDER/runs`` then measures the out-of-fold figures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -50,7 +51,7 @@ def make_dataset(source: Path, target: Path) -> None:
     """Links to the set, and its folds with one more."""
     target.mkdir(parents=True, exist_ok=True)
     for name in ("imagesTr", "labelsTr", "dataset.json"):
-        if not (target / name).exists():
+        with contextlib.suppress(FileExistsError):  # of an earlier start, or of one beside
             (target / name).symlink_to(source / name)
     folds = json.loads((source / "splits_final.json").read_text())
     everything = sorted(folds[0]["train"] + folds[0]["val"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lungkit.ops._context import runs_plainly
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 """The memory format by the number of spatial axes."""
+
+_SHALLOW, _PLANE = 16, 4096
 
 
 def _plain_dtype(layer: _ConvNd, x: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -47,7 +50,12 @@ def _convolved(layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -
     is over 20480, the last axis of a volume not being counted: most levels of a 3D network that predicts window by
     window. oneDNN does them.
     """
-    if isinstance(layer.padding, str) or _plain_dtype(layer, x, weight) != torch.float32:
+    if isinstance(layer.padding, str):
+        return None
+    dtype = _plain_dtype(layer, x, weight)
+    if dtype == torch.bfloat16 and torch.is_grad_enabled() and weight.requires_grad and _overflows(layer, x):
+        return _convolved_in_parts(layer, x, weight, bias)
+    if dtype != torch.float32:
         return None
     if math.prod(layer.kernel_size) == 1:
         is_product = layer.groups == math.prod(layer.stride) == 1 and not any(layer.padding)
@@ -60,6 +68,40 @@ def _convolved(layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -
     return torch.mkldnn_convolution(
         x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups
     )
+
+
+def _output_size(layer: _ConvNd, size: Sequence[int]) -> list[int]:
+    sides = zip(size, layer.kernel_size, layer.stride, map(int, layer.padding), layer.dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
+
+
+def _overflows(layer: _ConvNd, x: Tensor) -> bool:
+    """Whether oneDNN may write past its workspace in the gradient of the weights of this convolution in bfloat16.
+
+    With AMX it does (torch 2.13) where the output has few slices of a large plane: 8 of 96 x 96 with 16 channels by 58
+    KB. No such size was found with 11 slices and more, with planes of up to 80 x 80, or in 2D.
+    """
+    if x.dim() != 5 or math.prod(layer.kernel_size) == 1:
+        return False
+    depth, *plane = _output_size(layer, x.shape[2:])
+    return depth < _SHALLOW and math.prod(plane) > _PLANE
+
+
+def _convolved_in_parts(layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution, some rows of every slice at a time."""
+    _, rows, columns = _output_size(layer, x.shape[2:])
+    reach = layer.dilation[1] * (layer.kernel_size[1] - 1) + 1
+    stride, (depth, padding, width) = layer.stride[1], map(int, layer.padding)
+    padded = F.pad(x, (0, 0, padding, padding))
+    step = max(1, _PLANE // columns)
+    parts = [
+        F.conv3d(
+            padded.narrow(3, first * stride, (min(step, rows - first) - 1) * stride + reach),
+            weight, bias, layer.stride, (depth, 0, width), layer.dilation, layer.groups,
+        )
+        for first in range(0, rows, step)
+    ]  # fmt: skip
+    return torch.cat(parts, dim=3)
 
 
 def _enlarged(layer: _ConvNd, x: Tensor) -> Tensor | None:

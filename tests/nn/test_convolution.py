@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lungkit.nn import build_model
+from lungkit.nn import build_model, convolution
 from lungkit.nn.convolution import CHANNELS_LAST, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
 OPTIONS = [
@@ -46,6 +46,70 @@ def test_values_and_gradients_are_torchs(dims, batch, options):
     ours = CONVOLUTIONS[dims](4, 6, **options)
     theirs = {2: nn.Conv2d, 3: nn.Conv3d}[dims](4, 6, **options)
     compare(ours, theirs, torch.randn(batch, 4, *(9, 7, 8)[:dims]))
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Shapes of what conv3d of the module gives, one by one."""
+    shapes, conv3d = [], F.conv3d
+
+    def recorded(*arguments):
+        out = conv3d(*arguments)
+        shapes.append(tuple(out.shape))
+        return out
+
+    monkeypatch.setattr(convolution.F, "conv3d", recorded)
+    return shapes
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"padding": 1}, [45, 45, 6]),
+        ({"padding": (0, 2, 1), "stride": (1, 1, 2), "bias": False}, [91, 7]),
+        ({"padding": 1, "dilation": (1, 2, 1), "groups": 2}, [45, 45, 4]),
+    ],
+    ids=str,
+)
+def test_few_large_slices_in_bf16_are_convolved_in_parts(options, rows, channels_last, parts, monkeypatch):
+    """oneDNN with AMX writes past its workspace otherwise."""
+    torch.manual_seed(0)
+    layer = CONVOLUTIONS[3](4, 8, 3, **options)
+    x = torch.randn(2, 4, 3, 96, 90)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert [shape[3] for shape in parts] == rows
+    assert all(shape[3] * shape[4] <= 4096 for shape in parts) and out.dtype == torch.bfloat16
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, (x, *layer.parameters()), grad)
+    monkeypatch.undo()
+    exact = layer.double()
+    wanted_x = x.detach().double().requires_grad_()
+    wanted = exact(wanted_x)
+    gradients = torch.autograd.grad(wanted, (wanted_x, *exact.parameters()), grad.double())
+    for one, other in zip((out, *found), (wanted, *gradients), strict=True):
+        assert one.shape == other.shape
+        assert (one.double() - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("size", "trains", "dtype"),
+    [
+        ((16, 70, 70), True, torch.bfloat16),  # deep
+        ((3, 64, 64), True, torch.bfloat16),  # small
+        ((3, 70, 70), False, torch.bfloat16),
+        ((3, 70, 70), True, torch.float32),
+    ],
+    ids=str,
+)
+def test_other_volumes_are_convolved_at_once(size, trains, dtype, parts):
+    layer = CONVOLUTIONS[3](1, 2, 3, padding=1).requires_grad_(trains).to(dtype)
+    layer(torch.zeros(1, 1, *size, dtype=dtype))
+    assert len(parts) <= 1
 
 
 @pytest.mark.parametrize("dims", [2, 3])
