@@ -79,12 +79,13 @@ def _overflows(layer: _ConvNd, x: Tensor) -> bool:
     """Whether oneDNN may write past its workspace in the gradient of the weights of this convolution in bfloat16.
 
     With AMX it does (torch 2.13) where the output has few slices of a large plane: 8 of 96 x 96 with 16 channels by 58
-    KB. No such size was found with 11 slices and more, with planes of up to 80 x 80, or in 2D.
+    KB, 12 of 100 x 512 with 32. No such size was found among 16 slices and more, planes of up to 4096 voxels, and in 2D.
     """
     if x.dim() != 5 or math.prod(layer.kernel_size) == 1:
         return False
-    depth, *plane = _output_size(layer, x.shape[2:])
-    return depth < _SHALLOW and math.prod(plane) > _PLANE
+    depth, *sides = _output_size(layer, x.shape[2:])
+    plane = math.prod(sides)
+    return plane > _PLANE and depth < max(_SHALLOW, plane // 2048)
 
 
 def _convolved_in_parts(layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

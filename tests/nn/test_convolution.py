@@ -100,6 +100,7 @@ def test_few_large_slices_in_bf16_are_convolved_in_parts(options, rows, channels
     ("size", "trains", "dtype"),
     [
         ((16, 70, 70), True, torch.bfloat16),  # deep
+        ((12, 64, 64), True, torch.bfloat16),
         ((3, 64, 64), True, torch.bfloat16),  # small
         ((3, 70, 70), False, torch.bfloat16),
         ((3, 70, 70), True, torch.float32),
