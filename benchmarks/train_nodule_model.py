@@ -1,11 +1,11 @@
-"""Trains the packaged model of nodules: on all patients, and once without each fifth of them for its figures.
+"""Trains a model of nodules: on all patients, and once without each fifth of them for its figures.
 
     python benchmarks/train_nodule_model.py LIDC_FOLDER WORK_FOLDER [--epochs 12] [--processes 6] [OPTIONS]
 
 LIDC_FOLDER is the set of nodule stacks in nnU-Net raw layout, with its five folds (split by patient); OPTIONS are those
-of lungkit-train. WORK_FOLDER gets ``data`` (links to the set, with a sixth fold that trains on everything but one stack
-of a patient with several: a run needs something to validate, and that number means nothing), ``runs/fold-0`` to
-``runs/fold-4`` and ``runs/all``.
+of lungkit-train, and the card of the packaged model names those that it was trained with. WORK_FOLDER gets ``data``
+(links to the set, with a sixth fold that trains on everything but one stack of a patient with several: a run needs
+something to validate, and that number means nothing), ``runs/fold-0`` to ``runs/fold-4`` and ``runs/all``.
 Nothing is chosen on held-out cases: the weights are those at the end of the budget. ``benchmarks/nodule_model.py
 LIDC_FOLDER --folds WORK_FOLDER/runs`` then measures the out-of-fold figures.
 """

@@ -79,7 +79,7 @@ def _overflows(layer: _ConvNd, x: Tensor) -> bool:
     """Whether oneDNN may write past its workspace in the gradient of the weights of this convolution in bfloat16.
 
     With AMX it does (torch 2.13) where the output has few slices of a large plane: 8 of 96 x 96 with 16 channels by 58
-    KB, 12 of 100 x 512 with 32. No such size was found among 16 slices and more, planes of up to 4096 voxels, and in 2D.
+    KB, 12 of 100 x 512 with 32. None was found among 16 slices and more, planes of up to 4096 voxels, and in 2D.
     """
     if x.dim() != 5 or math.prod(layer.kernel_size) == 1:
         return False
