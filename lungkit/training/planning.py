@@ -28,7 +28,7 @@ from lungkit.data import (
 )
 from lungkit.data.cache_folder import default_cache_folder
 from lungkit.data.readers import ReaderCodes, reader_codes
-from lungkit.errors import CheckpointError, DataError, UsageError
+from lungkit.errors import CheckpointError, DataError, UsageError, shorten
 from lungkit.inference import TrainedModel
 from lungkit.nn import build_model
 from lungkit.training.config import GATE_OPTIONS, MODEL_NAMES, ModelConfig, TrainConfig
@@ -262,9 +262,21 @@ def codes_of_labels(config: TrainConfig, dataset: Dataset) -> ReaderCodes | None
 def prepare_cases(
     prepared: Prepared, config: TrainConfig, *, progress: Progress | None = None
 ) -> tuple[list[CachedCase], list[CachedCase]]:
-    """Preprocess the training and validation cases into the cache, or open them from it."""
+    """Preprocess the training and validation cases into the cache, or open them from it.
+
+    Raises:
+        DataError: a scan cannot be used, or the run is 3D and is to be measured on a single slice.
+    """
     cases = fill_cache(prepared, config, progress=progress)
-    return cases[: len(prepared.split.train)], cases[len(prepared.split.train) :]
+    train, val = cases[: len(prepared.split.train)], cases[len(prepared.split.train) :]
+    flat = [case.case_id for case in val if case.shape[0] == 1]
+    if prepared.plan.dims == 3 and flat:
+        raise DataError(
+            f"{prepared.dataset.root}: fold {config.data.fold} is to be measured on {len(flat)} single slice"
+            f"{'s' if len(flat) > 1 else ''} ({shorten(flat)}), but the run is 3D, whose models take volumes; train in "
+            "2D (--data.dims 2) or leave these cases out"
+        )
+    return train, val
 
 
 def fill_cache(

@@ -18,7 +18,7 @@ from pictures import has_colour
 from torch import Tensor
 
 from lungkit.data import AugmentConfig, read_volume, write_nifti
-from lungkit.errors import Interrupted, UsageError
+from lungkit.errors import DataError, Interrupted, UsageError
 from lungkit.inference import Predictor
 from lungkit.inference.export import export_model
 from lungkit.nn import build_model
@@ -72,6 +72,17 @@ def test_volumes_train_in_3d(make_dataset: MakeDataset, tiny: Tiny, pictures: No
     assert result.table.case_ids == ("case_0",)
     overlays = list((result.run_folder / "overlays").glob("*.png"))
     assert len(overlays) == 3 and all(has_colour(path, "#3ddc84") for path in overlays)  # the truth's outline
+
+
+def test_a_3d_run_is_not_measured_on_single_slices(make_dataset: MakeDataset, tiny: Tiny) -> None:
+    """Said before training: predictors refuse them, so it could not be measured at the end."""
+    root = make_dataset(shape=(16, 24, 24), validation=1)
+    for path in (root / "imagesTr" / "case_0_0000.nii.gz", root / "labelsTr" / "case_0.nii.gz"):
+        volume = read_volume(path)
+        write_nifti(path, volume.array[..., :1], volume.affine)
+    config = tiny(data__root=str(root), data__dims=3, data__patch_size=(8, 16, 16), epochs=1)
+    with pytest.raises(DataError, match=r"1 single slice \(case_0\), but the run is 3D.*--data.dims 2"):
+        train(config)
 
 
 def test_stacks_train_in_2d_with_their_neighbours(make_dataset: MakeDataset, tiny: Tiny) -> None:
