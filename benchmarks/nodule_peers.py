@@ -17,9 +17,9 @@ Minutes are those of training steps with their waiting for data. Reading and pre
 of the curve, do not count; of a lungkit run, whose ``max_minutes`` hold its validations too, the curve leaves them out
 as well, so that it trains for less than the others. All schedules end with the minutes.
 
-MONAI's networks (monai_peer.py) get a slice with its neighbours, as lungkit's default has it, its own transforms, loss
-and sliding window, and widths of (16, 32, 64, 128, 256). nnU-Net (nnunet_peer.py) goes by its own 2D plan, which is
-made for a GPU of 8 GB: ``--batch_size`` replaces that of the plan, with which a CPU takes a minute for a few steps.
+MONAI's networks (monai_peer.py) get a slice with its two neighbours (lungkit's default has six), its own transforms,
+loss and sliding window, and widths of (16, 32, 64, 128, 256). nnU-Net (nnunet_peer.py) goes by its own 2D plan, which
+is made for a GPU of 8 GB: ``--batch_size`` replaces that of the plan, with which a CPU takes a minute for a few steps.
 """
 
 from __future__ import annotations
