@@ -34,17 +34,11 @@ struct Shape {
         chunks(ceil_div(layout.voxels, chunk_voxels)) {}
 
   int64_t lines() const { return layout.batch * lines_per_image; }
+  int64_t group_channels() const { return layout.channels / groups; }
   int64_t voxels_of(int64_t chunk) const {
     return std::min(chunk_voxels, layout.voxels - chunk * chunk_voxels);
   }
-  double group_size() const { return static_cast<double>(layout.channels / groups * layout.voxels); }
-  // Of chunk `chunk` of line `line` in a tensor of this shape and order of memory.
-  int64_t offset(const Tensor& tensor, int64_t line, int64_t chunk) const {
-    const VoxelLayout own = readable_layout(tensor);
-    const int64_t image = line / lines_per_image, channel = line % lines_per_image;
-    return (image * own.batch_stride + channel * own.channel_stride + chunk * chunk_voxels * line_channels) *
-           size;
-  }
+  double group_size() const { return static_cast<double>(group_channels() * layout.voxels); }
 
   VoxelLayout layout;
   bool by_voxel;
@@ -57,46 +51,91 @@ struct Shape {
   int64_t chunks;
 };
 
-const void* read_at(const Shape& shape, const MaybeTensor& tensor, int64_t line, int64_t chunk) {
-  if (!tensor) return nullptr;
-  return static_cast<const char*>(tensor->const_data_ptr()) + shape.offset(*tensor, line, chunk);
-}
-void* write_at(const Shape& shape, const MaybeTensor& tensor, int64_t line, int64_t chunk) {
-  if (!tensor) return nullptr;
-  return static_cast<char*>(tensor->mutable_data_ptr()) + shape.offset(*tensor, line, chunk);
-}
+// Where each chunk of a tensor of that shape and order of memory begins; null where there is no tensor.
+class Chunks {
+ public:
+  Chunks(const Shape& shape, const MaybeTensor& tensor, bool written = false) : shape_(shape) {
+    if (!tensor) return;
+    // Only what is written is asked for as such: that has to be memory of its own.
+    begin_ = written ? static_cast<char*>(tensor->mutable_data_ptr())
+                     : const_cast<char*>(static_cast<const char*>(tensor->const_data_ptr()));
+    const VoxelLayout own = readable_layout(*tensor);
+    of_image_ = own.batch_stride * shape.size;
+    of_channel_ = own.channel_stride * shape.size;
+    of_chunk_ = shape.chunk_voxels * shape.line_channels * shape.size;
+  }
+  char* at(int64_t line, int64_t chunk) const {
+    if (begin_ == nullptr) return nullptr;
+    const int64_t image = line / shape_.lines_per_image, channel = line % shape_.lines_per_image;
+    return begin_ + image * of_image_ + channel * of_channel_ + chunk * of_chunk_;
+  }
 
-// first(line, chunk) for every chunk, between(image, group) once its chunks are done, then second(line,
-// chunk).
-template <class First, class Between, class Second>
-void in_two_passes(const Shape& shape, const First& first, const Between& between, const Second& second) {
-  // What lies together and has statistics of its own: a row, or a channels-last image with all its groups.
+ private:
+  const Shape& shape_;
+  char* begin_ = nullptr;
+  int64_t of_image_ = 0, of_channel_ = 0, of_chunk_ = 0;
+};
+
+// What lies together and has statistics of its own: one group, or a channels-last image with all its groups.
+struct Unit {
+  int64_t image;
+  int64_t first_group, last_group;
+  int64_t first_channel, last_channel;
+};
+
+// first(line, chunk, scratch) for every chunk, between(unit) once its chunks are done, then second(line,
+// chunk). The scratch, `numbers` of T, is the thread's own.
+template <class T, class First, class Between, class Second>
+void in_two_passes(const Shape& shape, int64_t numbers, const First& first, const Between& between,
+                   const Second& second) {
   const int64_t units_per_image = shape.by_voxel ? 1 : shape.groups,
                 units = shape.layout.batch * units_per_image;
   const int64_t of_unit = shape.lines() / units * shape.chunks;
   const int64_t threads = torch::stable::get_num_threads();
   const auto close = [&](int64_t unit) {
-    if (!shape.by_voxel) return between(unit / units_per_image, unit % units_per_image);
-    for (int64_t group = 0; group < shape.groups; ++group) between(unit, group);
+    const int64_t begin = shape.by_voxel ? 0 : unit % units_per_image,
+                  end = shape.by_voxel ? shape.groups : begin + 1;
+    between(Unit{unit / units_per_image, begin, end, begin * shape.group_channels(),
+                 end * shape.group_channels()});
   };
-  const auto each = [&](const auto& pass) {
-    return [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) pass(i / shape.chunks, i % shape.chunks);
-    };
+  const auto measure = [&](int64_t begin, int64_t end, std::vector<T>& scratch) {
+    for (int64_t i = begin; i < end; ++i) first(i / shape.chunks, i % shape.chunks, scratch.data());
+  };
+  const auto apply = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) second(i / shape.chunks, i % shape.chunks);
   };
   if (units % threads == 0 || units >= units_worth_a_thread * threads) {
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(numbers);
       for (int64_t unit = begin; unit < end; ++unit) {
-        each(first)(unit * of_unit, (unit + 1) * of_unit);
+        measure(unit * of_unit, (unit + 1) * of_unit, scratch);
         close(unit);
-        each(second)(unit * of_unit, (unit + 1) * of_unit);
+        apply(unit * of_unit, (unit + 1) * of_unit);
       }
     });
     return;
   }
-  torch::stable::parallel_for(0, units * of_unit, 1, each(first));
+  torch::stable::parallel_for(0, units * of_unit, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(numbers);
+    measure(begin, end, scratch);
+  });
   for (int64_t unit = 0; unit < units; ++unit) close(unit);
-  torch::stable::parallel_for(0, units * of_unit, 1, each(second));
+  torch::stable::parallel_for(0, units * of_unit, 1, apply);
+}
+
+// body(channel, group) for the channels of a unit.
+template <class Body>
+void for_each_channel(const Shape& shape, const Unit& unit, const Body& body) {
+  const int64_t each = shape.group_channels();
+  for (int64_t group = unit.first_group; group < unit.last_group; ++group) {
+    for (int64_t c = group * each; c < (group + 1) * each; ++c) body(c, group);
+  }
+}
+
+// Repeats the first `period` of `count` numbers.
+template <class T>
+void repeat(T* numbers, int64_t period, int64_t count) {
+  for (int64_t i = period; i < count; ++i) numbers[i] = numbers[i - period];
 }
 
 // A number for each channel of every image, repeated as the kernels read it beside a line: see NormRun.
@@ -105,10 +144,18 @@ class Slots {
  public:
   Slots(const Shape& shape, int64_t slots) : shape_(shape), slots_(slots), values_(shape.lines() * slots) {}
   const T* of_line(int64_t line) const { return &values_[line * slots_]; }
-  void set(int64_t image, int64_t channel, T value) {
-    const int64_t line = shape_.by_voxel ? image : image * shape_.layout.channels + channel;
-    const int64_t first = shape_.by_voxel ? channel : 0;
-    for (int64_t s = first; s < slots_; s += shape_.line_channels) values_[line * slots_ + s] = value;
+  // value(channel, group) for the channels of a unit.
+  template <class Value>
+  void fill(const Unit& unit, const Value& value) {
+    T* line = &values_[unit.image * shape_.lines_per_image * slots_];
+    for_each_channel(shape_, unit, [&](int64_t c, int64_t group) {
+      if (shape_.by_voxel) {
+        line[c] = value(c, group);
+      } else {
+        std::fill_n(line + c * slots_, slots_, value(c, group));
+      }
+    });
+    if (shape_.by_voxel) repeat(line, shape_.line_channels, slots_);
   }
 
  private:
@@ -117,22 +164,36 @@ class Slots {
   std::vector<T> values_;
 };
 
-// Sums of every chunk of every channel, in double.
+// Sums of every channel of every chunk, in double.
 class ChunkSums {
  public:
   explicit ChunkSums(const Shape& shape)
       : shape_(shape), values_(shape.layout.batch * shape.layout.channels * shape.chunks) {}
-  double& at(int64_t image, int64_t channel, int64_t chunk) {
-    const int64_t line = shape_.by_voxel ? image : image * shape_.layout.channels + channel;
-    const int64_t inner = shape_.by_voxel ? channel : 0;
-    return values_[(line * shape_.chunks + chunk) * shape_.line_channels + inner];
+  // Of all channels of the image.
+  const double* of_chunk(int64_t image, int64_t chunk) const {
+    return &values_[(image * shape_.chunks + chunk) * shape_.layout.channels];
   }
-  // Adds up the slots of a run.
+  double* of_chunk(int64_t image, int64_t chunk) {
+    return &values_[(image * shape_.chunks + chunk) * shape_.layout.channels];
+  }
+  // Adds up the slots of a run; returns the sums of the line's channels.
   template <class T>
-  double* fold(int64_t line, int64_t chunk, const std::vector<T>& slots) {
-    double* sums = &values_[(line * shape_.chunks + chunk) * shape_.line_channels];
-    std::fill_n(sums, shape_.line_channels, 0.0);
-    for (size_t s = 0; s < slots.size(); ++s) sums[s % shape_.line_channels] += static_cast<double>(slots[s]);
+  double* fold(int64_t line, int64_t chunk, const T* slots, int64_t count) {
+    const int64_t channels = shape_.line_channels;
+    double* sums = of_chunk(line / shape_.lines_per_image, chunk) + line % shape_.lines_per_image;
+    std::fill_n(sums, channels, 0.0);
+    for (int64_t s = 0; s < count; s += channels) {
+      for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<double>(slots[s + c]);
+    }
+    return sums;
+  }
+  // Of the unit's channels over all chunks, in order.
+  std::vector<double> total(const Unit& unit) const {
+    std::vector<double> sums(unit.last_channel - unit.first_channel);
+    for (int64_t k = 0; k < shape_.chunks; ++k) {
+      const double* of_channels = of_chunk(unit.image, k) + unit.first_channel;
+      for (size_t c = 0; c < sums.size(); ++c) sums[c] += of_channels[c];
+    }
     return sums;
   }
 
@@ -167,6 +228,14 @@ struct Affine {
   NormAffine of_line(int64_t line) const {
     return {mean.of_line(line), scale.of_line(line), shift.of_line(line)};
   }
+  // From the statistics (B, groups) and the parameters (C).
+  void fill(const Unit& unit, const Shape& shape, const T* means, const T* rstds,
+            const std::vector<T>& weights, const std::vector<T>& biases) {
+    const T *of_mean = means + unit.image * shape.groups, *of_rstd = rstds + unit.image * shape.groups;
+    mean.fill(unit, [&](int64_t, int64_t group) { return of_mean[group]; });
+    scale.fill(unit, [&](int64_t c, int64_t group) { return of_rstd[group] * weights[c]; });
+    shift.fill(unit, [&](int64_t c, int64_t) { return biases[c]; });
+  }
   Slots<T> mean, scale, shift;
 };
 
@@ -181,57 +250,57 @@ void norm_forward(const Tensor& x, const Tensor& y, const Tensor& mean, const Te
                        biases = parameter_values<T>(bias, channels, 0);
   auto* means = static_cast<T*>(mean.mutable_data_ptr());
   auto* rstds = static_cast<T*>(rstd.mutable_data_ptr());
-  ChunkSums chunk_means(shape), chunk_squares(shape);
+  const Chunks x_chunks(shape, x), residual_chunks(shape, residual), y_chunks(shape, y, true);
+  ChunkSums chunk_sums(shape), chunk_squares(shape);
   Affine<T> affine(shape, slots);
   const auto run_of = [&](int64_t line, int64_t chunk) {
-    return NormRun{shape.type, shape.voxels_of(chunk) * shape.line_channels, slots,
-                   read_at(shape, x, line, chunk)};
+    return NormRun{shape.type, shape.voxels_of(chunk) * shape.line_channels, slots, x_chunks.at(line, chunk)};
   };
 
-  const auto measure = [&](int64_t line, int64_t chunk) {
+  const auto measure = [&](int64_t line, int64_t chunk, T* scratch) {
     const NormRun run = run_of(line, chunk);
-    std::vector<T> sums(slots, T(0)), centres(slots);
-    kernels.sums(run, sums.data());
-    double* of_channels = chunk_means.fold(line, chunk, sums);
-    for (int64_t c = 0; c < shape.line_channels; ++c)
-      of_channels[c] /= static_cast<double>(shape.voxels_of(chunk));
-    for (int64_t s = 0; s < slots; ++s) centres[s] = static_cast<T>(of_channels[s % shape.line_channels]);
-    // What was subtracted is what counts as the chunk's mean; the rest of it is below the rounding of the
-    // sum.
-    std::fill(sums.begin(), sums.end(), T(0));
-    kernels.squares(run, centres.data(), sums.data());
-    chunk_squares.fold(line, chunk, sums);
+    T *sums = scratch, *centres = scratch + slots;
+    std::fill_n(sums, slots, T(0));
+    kernels.sums(run, sums);
+    double* of_channels = chunk_sums.fold(line, chunk, sums, slots);
+    // What is subtracted is what counts as the chunk's mean; the rest of it is below the rounding of the sum.
+    const auto voxels = static_cast<double>(shape.voxels_of(chunk));
+    for (int64_t c = 0; c < shape.line_channels; ++c) centres[c] = static_cast<T>(of_channels[c] / voxels);
+    repeat(centres, shape.line_channels, slots);
+    std::fill_n(sums, slots, T(0));
+    kernels.squares(run, centres, sums);
+    chunk_squares.fold(line, chunk, sums, slots);
   };
-  const auto combine = [&](int64_t image, int64_t group) {
-    const int64_t first = group * (channels / shape.groups), last = first + channels / shape.groups;
-    double centre = 0, squares = 0;
-    for (int64_t c = first; c < last; ++c) {
-      for (int64_t k = 0; k < shape.chunks; ++k) {
-        centre += chunk_means.at(image, c, k) * static_cast<double>(shape.voxels_of(k));
+  const auto combine = [&](const Unit& unit) {
+    const int64_t each = shape.group_channels(), count = unit.last_channel - unit.first_channel;
+    std::vector<double> sums = chunk_sums.total(unit), centres(count), squares(count);
+    for (int64_t first = 0; first < count; first += each) {
+      const double sum = std::accumulate(&sums[first], &sums[first] + each, 0.0);
+      std::fill_n(&centres[first], each, sum / shape.group_size());
+    }
+    for (int64_t k = 0; k < shape.chunks; ++k) {
+      const auto voxels = static_cast<double>(shape.voxels_of(k));
+      const double* of_sums = chunk_sums.of_chunk(unit.image, k) + unit.first_channel;
+      const double* of_squares = chunk_squares.of_chunk(unit.image, k) + unit.first_channel;
+      for (int64_t c = 0; c < count; ++c) {
+        const double distance = of_sums[c] / voxels - centres[c];
+        squares[c] += of_squares[c] + distance * distance * voxels;
       }
     }
-    centre /= shape.group_size();
-    for (int64_t c = first; c < last; ++c) {
-      for (int64_t k = 0; k < shape.chunks; ++k) {
-        const double distance = chunk_means.at(image, c, k) - centre;
-        squares +=
-            chunk_squares.at(image, c, k) + distance * distance * static_cast<double>(shape.voxels_of(k));
-      }
+    for (int64_t group = unit.first_group; group < unit.last_group; ++group) {
+      const int64_t first = (group - unit.first_group) * each;
+      const double square = std::accumulate(&squares[first], &squares[first] + each, 0.0);
+      means[unit.image * shape.groups + group] = static_cast<T>(centres[first]);
+      rstds[unit.image * shape.groups + group] =
+          static_cast<T>(1 / std::sqrt(square / shape.group_size() + eps));
     }
-    const double inverse = 1 / std::sqrt(squares / shape.group_size() + eps);
-    means[image * shape.groups + group] = static_cast<T>(centre);
-    rstds[image * shape.groups + group] = static_cast<T>(inverse);
-    for (int64_t c = first; c < last; ++c) {
-      affine.mean.set(image, c, static_cast<T>(centre));
-      affine.scale.set(image, c, static_cast<T>(inverse) * weights[c]);
-      affine.shift.set(image, c, biases[c]);
-    }
+    affine.fill(unit, shape, means, rstds, weights, biases);
   };
   const auto apply = [&](int64_t line, int64_t chunk) {
-    kernels.forward(run_of(line, chunk), {affine.of_line(line), read_at(shape, residual, line, chunk), slope,
-                                          write_at(shape, y, line, chunk)});
+    kernels.forward(run_of(line, chunk),
+                    {affine.of_line(line), residual_chunks.at(line, chunk), slope, y_chunks.at(line, chunk)});
   };
-  in_two_passes(shape, measure, combine, apply);
+  in_two_passes<T>(shape, 2 * slots, measure, combine, apply);
 }
 
 template <class T>
@@ -242,69 +311,68 @@ void norm_backward(const Tensor& grad_y, const Tensor& x, const MaybeTensor& y, 
   const Shape shape(x, mean.size(1));
   const NormKernels& kernels = LUNGKIT_SELECT_KERNELS(norm_kernels);
   const int64_t slots = slots_of<T>(shape, kernels), channels = shape.layout.channels;
-  const int64_t group_channels = channels / shape.groups;
+  const auto whole = [&](int64_t image) { return Unit{image, 0, shape.groups, 0, channels}; };
   const std::vector<T> weights = parameter_values<T>(weight, channels, 1),
                        biases = parameter_values<T>(bias, channels, 0);
   const Tensor own_mean = torch::stable::contiguous(mean), own_rstd = torch::stable::contiguous(rstd);
   const auto* means = static_cast<const T*>(own_mean.const_data_ptr());
   const auto* rstds = static_cast<const T*>(own_rstd.const_data_ptr());
+  const Chunks x_chunks(shape, x), y_chunks(shape, y), grad_y_chunks(shape, grad_y),
+      grad_x_chunks(shape, grad_x, true), grad_residual_chunks(shape, grad_residual, true);
   ChunkSums chunk_g(shape), chunk_gx(shape);
   Affine<T> affine(shape, slots);
   Slots<T> to_gradient(shape, slots), constant(shape, slots), to_x(shape, slots);
   for (int64_t image = 0; image < shape.layout.batch; ++image) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t row = image * shape.groups + c / group_channels;
-      affine.mean.set(image, c, means[row]);
-      affine.scale.set(image, c, rstds[row] * weights[c]);
-      affine.shift.set(image, c, biases[c]);
-    }
+    affine.fill(whole(image), shape, means, rstds, weights, biases);
   }
+  // Of every image and channel, and from there on of the parameters.
+  std::vector<double> image_g(shape.layout.batch * channels), image_gx(image_g.size());
   const auto run_of = [&](int64_t line, int64_t chunk) {
-    return NormRun{shape.type, shape.voxels_of(chunk) * shape.line_channels, slots,
-                   read_at(shape, x, line, chunk)};
+    return NormRun{shape.type, shape.voxels_of(chunk) * shape.line_channels, slots, x_chunks.at(line, chunk)};
   };
   const auto gradient_of = [&](int64_t line, int64_t chunk) {
-    return NormGradient{affine.of_line(line), read_at(shape, grad_y, line, chunk),
-                        read_at(shape, y, line, chunk), slope};
+    return NormGradient{affine.of_line(line), grad_y_chunks.at(line, chunk), y_chunks.at(line, chunk), slope};
   };
 
-  const auto measure = [&](int64_t line, int64_t chunk) {
-    std::vector<T> sum_g(slots, T(0)), sum_gx(slots, T(0));
-    kernels.gradient_sums(run_of(line, chunk), gradient_of(line, chunk), sum_g.data(), sum_gx.data());
-    chunk_g.fold(line, chunk, sum_g);
-    chunk_gx.fold(line, chunk, sum_gx);
+  const auto measure = [&](int64_t line, int64_t chunk, T* scratch) {
+    T *sum_g = scratch, *sum_gx = scratch + slots;
+    std::fill_n(scratch, 2 * slots, T(0));
+    kernels.gradient_sums(run_of(line, chunk), gradient_of(line, chunk), sum_g, sum_gx);
+    chunk_g.fold(line, chunk, sum_g, slots);
+    chunk_gx.fold(line, chunk, sum_gx, slots);
   };
-  const auto combine = [&](int64_t image, int64_t group) {
-    double of_g = 0, of_gx = 0;
-    for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c) {
-      // The first chunk holds the channel's sum from here on.
-      for (int64_t k = 1; k < shape.chunks; ++k) {
-        chunk_g.at(image, c, 0) += chunk_g.at(image, c, k);
-        chunk_gx.at(image, c, 0) += chunk_gx.at(image, c, k);
-      }
-      of_g += static_cast<double>(weights[c]) * chunk_g.at(image, c, 0);
-      of_gx += static_cast<double>(weights[c]) * chunk_gx.at(image, c, 0);
+  const auto combine = [&](const Unit& unit) {
+    const std::vector<double> sums_g = chunk_g.total(unit), sums_gx = chunk_gx.total(unit);
+    std::copy(sums_g.begin(), sums_g.end(), &image_g[unit.image * channels + unit.first_channel]);
+    std::copy(sums_gx.begin(), sums_gx.end(), &image_gx[unit.image * channels + unit.first_channel]);
+    const T* inverses = rstds + unit.image * shape.groups;
+    std::vector<double> of_g(shape.groups), of_gx(shape.groups);
+    for_each_channel(shape, unit, [&](int64_t c, int64_t group) {
+      of_g[group] += static_cast<double>(weights[c]) * sums_g[c - unit.first_channel];
+      of_gx[group] += static_cast<double>(weights[c]) * sums_gx[c - unit.first_channel];
+    });
+    for (int64_t group = unit.first_group; group < unit.last_group; ++group) {
+      const auto inverse = static_cast<double>(inverses[group]);
+      of_g[group] *= inverse / shape.group_size();
+      of_gx[group] *= inverse * inverse * inverse / shape.group_size();
     }
-    const double inverse = static_cast<double>(rstds[image * shape.groups + group]);
-    for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c) {
-      to_gradient.set(image, c, static_cast<T>(inverse) * weights[c]);
-      constant.set(image, c, static_cast<T>(inverse * of_g / shape.group_size()));
-      to_x.set(image, c, static_cast<T>(inverse * inverse * inverse * of_gx / shape.group_size()));
-    }
+    to_gradient.fill(unit, [&](int64_t c, int64_t group) { return inverses[group] * weights[c]; });
+    constant.fill(unit, [&](int64_t, int64_t group) { return static_cast<T>(of_g[group]); });
+    to_x.fill(unit, [&](int64_t, int64_t group) { return static_cast<T>(of_gx[group]); });
   };
   const auto apply = [&](int64_t line, int64_t chunk) {
-    kernels.input_gradient(
-        run_of(line, chunk), gradient_of(line, chunk),
-        {to_gradient.of_line(line), constant.of_line(line), to_x.of_line(line),
-         write_at(shape, grad_x, line, chunk), write_at(shape, grad_residual, line, chunk)});
+    kernels.input_gradient(run_of(line, chunk), gradient_of(line, chunk),
+                           {to_gradient.of_line(line), constant.of_line(line), to_x.of_line(line),
+                            grad_x_chunks.at(line, chunk), grad_residual_chunks.at(line, chunk)});
   };
-  in_two_passes(shape, measure, combine, apply);
+  in_two_passes<T>(shape, 2 * slots, measure, combine, apply);
   for (int64_t image = 0; image < shape.layout.batch; ++image) {
-    for (int64_t c = 0; c < channels; ++c) {
-      grad_bias[c] += chunk_g.at(image, c, 0);
-      grad_weight[c] +=
-          chunk_gx.at(image, c, 0) * static_cast<double>(rstds[image * shape.groups + c / group_channels]);
-    }
+    const double *of_g = &image_g[image * channels], *of_gx = &image_gx[image * channels];
+    const T* inverses = rstds + image * shape.groups;
+    for_each_channel(shape, whole(image), [&](int64_t c, int64_t group) {
+      grad_bias[c] += of_g[c];
+      grad_weight[c] += of_gx[c] * static_cast<double>(inverses[group]);
+    });
   }
 }
 

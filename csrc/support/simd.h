@@ -99,9 +99,8 @@ struct Format<BFloat16> {
   // To the nearest, ties to even; NaN keeps its sign and becomes quiet.
   static Packed pack(Vec<float> v) {
     const Bits32 bits = bit_cast<Bits32>(v);
-    const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Bits32 quiet = (bits >> 16) | 0x40;
-    return narrow((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+    const Bits32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return narrow((v != v ? bits | 0x400000 : rounded) >> 16);
   }
 };
 
