@@ -3,14 +3,14 @@ r"""Group or instance norm, residual and leaky ReLU in one op: a block's tail be
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lungkit.errors import UsageError
-from lungkit.ops._context import autocast_dtype, is_transformed
+from lungkit.ops._context import autocast_dtype, is_transformed, runs_plainly
 from lungkit.ops._layout import new_features
 from lungkit.ops._library import define_op, is_native
 
@@ -75,8 +75,10 @@ def norm_act(
     if in_place and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         torch.ops.lungkit.norm_act_(x, weight, bias, residual, groups, eps, slope)
         return x
-    y, _, _ = torch.ops.lungkit.norm_act(x, weight, bias, residual, groups, eps, slope)
-    return y
+    is_eager = torch.is_grad_enabled() and type(x) is Tensor and runs_plainly()
+    op = _Recorded.apply if is_eager else torch.ops.lungkit.norm_act
+    y, _, _ = op(x, weight, bias, residual, groups, eps, slope)
+    return cast(Tensor, y)
 
 
 def _by_group_norm(
@@ -322,6 +324,24 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tenso
 
 
 torch.library.register_autograd("lungkit::norm_act", _backward, setup_context=_setup)
+
+
+class _Recorded(torch.autograd.Function):
+    """The same formula without what torch.library does around it, which takes longer than a small norm."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = cast(tuple[Tensor, Tensor, Tensor], torch.ops.lungkit.norm_act(*inputs))
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # towards a second derivative, which the op refuses
+            return _backward(ctx, *gradients)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(ctx, *gradients)
 
 
 def _raise_on_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
