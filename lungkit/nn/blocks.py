@@ -6,15 +6,16 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lungkit.errors import UsageError
-from lungkit.nn.convolution import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from lungkit.nn.convolution import CHANNELS_LAST, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lungkit.nn.norms import GroupNorm, make_norm
+from lungkit.ops._context import runs_plainly
 
 _DROPOUTS: dict[int, Any] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 AVERAGE_POOLS: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -63,6 +64,36 @@ def concatenate(first: Tensor, second: Tensor) -> Tensor:
         if first.is_contiguous(memory_format=order) and second.is_contiguous(memory_format=order):
             return torch.cat((first.movedim(1, -1), second.movedim(1, -1)), dim=-1).movedim(-1, 1)
     return torch.cat((first, second), dim=1)
+
+
+class _Branch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()  # a view may have another stride along a batch of one, and torch.cat minds
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        channels_last = gradient.dim() > 3 and gradient.stride(1) == 1
+        return gradient.contiguous(
+            memory_format=CHANNELS_LAST[gradient.dim() - 2] if channels_last else torch.contiguous_format
+        )
+
+
+def branch(x: Tensor) -> Tensor:
+    """``x`` for one of its readers. On a CPU a half gradient from there is packed before torch adds the others to it.
+
+    A reader that concatenates ``x`` gives back a part of wider rows, and torch adds such parts of half features a row
+    at a time: on two threads 1 x 16 x 64^3 channels-last bfloat16 features in 3.2 ms; packing and adding take 1.2.
+
+    Example:
+        >>> import torch
+        >>> from lungkit.nn.blocks import branch
+        >>> branch(torch.ones(1, 2, 4, 4)).shape
+        torch.Size([1, 2, 4, 4])
+    """
+    packs = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x.requires_grad
+    return cast(Tensor, _Branch.apply(x)) if packs and runs_plainly() else x
 
 
 class ConvUnit(nn.Sequential):

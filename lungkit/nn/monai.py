@@ -13,7 +13,7 @@ from lungkit.nn import _options
 from lungkit.nn._foreign_weights import check_fits
 from lungkit.nn._grid import check_image, crop_to, pad_to_multiple, scales_of
 from lungkit.nn.attention_gate import MonaiAttentionGate
-from lungkit.nn.blocks import concatenate, seeded
+from lungkit.nn.blocks import branch, concatenate, seeded
 from lungkit.nn.convolution import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lungkit.nn.norms import BATCH_NORMS, InstanceNorm
 
@@ -154,7 +154,7 @@ class MonaiAttentionUNet(nn.Module):
         for level in reversed(range(len(self.decoder))):
             g = self.upsample[level](x)
             skip, alpha = self.gates[level](g, skips[level], return_attention=True)
-            x = self.decoder[level](concatenate(skip, g))
+            x = self.decoder[level](concatenate(skip, branch(g)))
             if return_attention:
                 maps.insert(0, crop_to(alpha, size, self.scales[level]))
         logits = crop_to(self.head(x), size, self.scales[0])

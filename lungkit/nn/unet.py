@@ -15,6 +15,7 @@ from lungkit.nn.blocks import (
     UPSAMPLINGS,
     ConvBlock,
     Upsample,
+    branch,
     concatenate,
     initialise,
     seeded,
@@ -275,7 +276,7 @@ class UNet(nn.Module):
         logits: list[Tensor] = []
         maps: list[Tensor] = []
         for level in reversed(range(len(self.decoder))):
-            skip, alpha = self._gate(level, skips[level], x)
+            skip, alpha = self._gate(level, branch(skips[level]), x)
             # The upsampled features come first, as in nnU-Net.
             x = self.decoder[level](concatenate(self.upsample[level](x), skip))
             if self.recalibration is not None:

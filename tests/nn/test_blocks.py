@@ -8,7 +8,17 @@ from torch import nn
 
 from lungkit.errors import UsageError
 from lungkit.nn import UNet
-from lungkit.nn.blocks import ACTIVATIONS, ConvBlock, ConvUnit, Upsample, initialise, make_activation, seeded
+from lungkit.nn.blocks import (
+    ACTIVATIONS,
+    ConvBlock,
+    ConvUnit,
+    Upsample,
+    branch,
+    concatenate,
+    initialise,
+    make_activation,
+    seeded,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,6 +120,45 @@ def test_initialisation_keeps_the_variance_of_a_transposed_convolution():
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(64, 32, 2, 2).apply(initialise)
     assert 0.9 < layer(torch.randn(4, 64, 16, 16)).var() < 1.1
+
+
+def _forked(x, dims, *, read=branch):
+    """Gradient of what reads ``x`` twice, once beside other features; and the features beside which it lay."""
+    joined = concatenate(x.detach() + 1, read(x))
+    weight = torch.arange(joined.numel()).reshape(joined.shape).to(x.dtype) / joined.numel()
+    (gradient,) = torch.autograd.grad(
+        (joined * weight.to(memory_format=LAYOUTS[dims])).sum() + (x * x).sum(), x
+    )
+    return gradient, joined
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", ["channels-last", "channels-first"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_branch_changes_no_number_and_no_layout(dims, batch, layout, dtype):
+    order = LAYOUTS[dims] if layout == "channels-last" else torch.contiguous_format
+    x = torch.randn(batch, 4, *SIZES[dims]).to(dtype).contiguous(memory_format=order).requires_grad_()
+    gradient, joined = _forked(x, dims)
+    expected, plainly = _forked(x, dims, read=lambda x: x)
+    assert torch.equal(gradient, expected)
+    assert joined.stride() == plainly.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_branch_packs_the_gradient_of_a_part_of_wider_rows(dtype):
+    x = torch.randn(2, 4, 5, 3).to(dtype).requires_grad_()
+    rows = torch.randn(2, 9, 5, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    (packed,) = torch.autograd.grad(branch(x), x, rows[:, 2:6])
+    assert torch.equal(packed, rows[:, 2:6])
+    assert packed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_branch_is_nothing_where_nothing_is_gained():
+    x = torch.randn(1, 2, 3, 3, requires_grad=True)
+    assert branch(x) is x
+    half = x.detach().bfloat16()
+    assert branch(half) is half
 
 
 def test_seeded_gives_the_random_state_back():
