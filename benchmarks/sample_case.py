@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from harness import Case, Provider
+from harness import COMPILED, Case, Provider
 from torch import Tensor
 
 MIB = 2**20
@@ -29,6 +29,8 @@ class HeldMemory(Case):
     def build(self, provider: str, inputs: Tensor) -> Provider:
         if provider == "missing":
             raise ImportError("No module named 'missing'", name="missing")
+        if COMPILED in provider:
+            raise AssertionError("expected stride 1\nof an operator")
 
         def forward() -> Tensor:
             scratch = bytearray(b"x") * (32 * MIB)  # by malloc, which torch's own counters do not see

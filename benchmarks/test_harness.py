@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import COPY, measure
+from harness import COMPILED, COPY, OURS, measure
 from peak_memory import MemoryWorker
 from sample_case import MIB, HeldMemory
 
@@ -19,6 +19,15 @@ def test_a_provider_that_is_not_installed_is_left_out_with_a_reason() -> None:
     assert measure(HeldMemory("cpu", 1), ["missing"], seconds=0, rounds=1).left_out == {
         "missing": "not installed: missing"
     }
+
+
+def test_a_network_of_others_that_the_compiler_refuses_is_left_out_and_ours_is_not() -> None:
+    case, theirs, ours = HeldMemory("cpu", 1), f"theirs, {COMPILED}", f"{OURS}, {COMPILED}"
+    assert measure(case, [theirs], seconds=0, rounds=1).left_out == {
+        theirs: "does not run compiled: expected stride 1"
+    }
+    with pytest.raises(AssertionError, match="expected stride 1"):
+        measure(case, [ours], seconds=0, rounds=1)
 
 
 def test_threads_are_set_back() -> None:

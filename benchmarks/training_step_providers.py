@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import OURS, Case, Provider
+from harness import COMPILED, OURS, Case, Provider
 from torch import Tensor, nn
 
 from lungkit.losses import DiceCELoss
@@ -134,7 +134,7 @@ class TrainingStepCase(Case):
         if self.device == "cuda":
             names.append(GRAPH)
         if self.compiled:
-            names += [f"{name}, channels-last, compiled" for name in FAMILIES[self.family]]
+            names += [f"{name}, channels-last, {COMPILED}" for name in FAMILIES[self.family]]
         return (*names, CONVOLUTIONS)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ class TrainingStepCase(Case):
             return _convolutions_alone(self, self._network(OURS, channels_last=True), image)
         if provider == GRAPH:
             return _as_graph(self.build(OURS, inputs))
-        name, compiled = provider.removesuffix(", compiled"), provider.endswith(", compiled")
+        name, compiled = provider.removesuffix(f", {COMPILED}"), provider.endswith(f", {COMPILED}")
         layout = next((known for known in LAYOUTS if name.endswith(f", {known}")), "channels-last")
         channels_last = LAYOUTS[layout]
         network = self._network(name.removesuffix(f", {layout}"), channels_last=channels_last)
