@@ -212,7 +212,7 @@ What these measurements showed and the floors do not know:
 
 {_table(("budget, of the predicted values", "at most", "largest", ""), budgets)}
 
-Why some are missed. The block that finishes the loss makes one round trip to memory and issues about 900 instructions
+Why some are missed. The block that finishes the loss makes one round trip to memory and issues about 650 instructions
 of one warp, one after the other; the same rule gives about 13 us for the kernel that it replaced, of which 12 were
 measured. Counts of four classes: half of the instructions set up a block and hand on its sums. Counts of logits: 79
 instructions for 32 voxels. Losses of 128^3 voxels: chunks are short beside what one leaves.

@@ -155,7 +155,7 @@ struct Cpu {
     std::vector<double> slopes(sums.size());
     const auto at = [&](int64_t row, int64_t b, int64_t c) { return (row * images + b) * classes + c; };
     const double loss = finish(
-        Alone{}, images, classes, a.class_indices, a.options,
+        Alone{}, images, classes, a.class_indices, a.options, LossFactors(images, classes, a.options),
         [&](Row row, int64_t b, int64_t c) { return sums[at(row, b, c)]; },
         [&](int64_t c) { return weights[c]; },
         [&](Row row, int64_t b, int64_t c, double value) { slopes[at(row, b, c)] = value; });

@@ -224,14 +224,15 @@ struct Cuda {
     }
     with_statistics_type(a.logits, [&](auto zero) {
       using A = decltype(zero);
-      const auto finish_by = [&]<class Team>(Team) {
+      const auto finish_by = [&]<class Team>(Team team) {
         LUNGKIT_LAUNCH((finish_loss<A, Team>), 1, finish_threads, 0, current_stream(a.logits), sums.of<A>(),
                        weight ? static_cast<const A*>(weight->const_data_ptr()) : nullptr, a.class_indices,
-                       a.options, totals ? static_cast<double*>(totals->mutable_data_ptr()) : nullptr,
+                       a.options, LossFactors(sums.images, sums.classes, a.options), team,
+                       totals ? static_cast<double*>(totals->mutable_data_ptr()) : nullptr,
                        static_cast<A*>(loss.mutable_data_ptr()), static_cast<A*>(slopes.mutable_data_ptr()));
       };
-      const bool by_warp = most_warp_terms >= sums.images * sums.classes;
-      by_warp ? finish_by(Warp{}) : finish_by(Block{});
+      const int64_t terms = sums.images * sums.classes;
+      terms <= most_warp_terms ? finish_by(Warp(terms)) : finish_by(Block(terms));
     });
     return {loss, slopes};
   }

@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(finish_threads)
 
 // The threads of one block, for finish(). Each must call add_up(), once.
 struct Block {
+  explicit Block(int64_t) {}
   __device__ int rank() const { return threadIdx.x; }
   __device__ static constexpr int size() { return finish_threads; }
 
@@ -84,15 +85,24 @@ struct Block {
   }
 };
 
-// Those of its first warp.
+// Those of its first warp. The lanes from 2 first_distance on have nothing to add.
 struct Warp {
+  explicit Warp(int64_t terms) {
+    while (2 * first_distance < std::min<int64_t>(terms, size()))
+      first_distance = std::max(1, 2 * first_distance);
+  }
   __device__ int rank() const { return threadIdx.x; }
-  __device__ static constexpr int size() { return 32; }
+  LUNGKIT_HD static constexpr int size() { return 32; }
 
   template <class... Number>
   __device__ void add_up(Number&... numbers) const {
-    ((numbers = __shfl_sync(0xffffffffu, warp_sum(numbers), 0)), ...);
+#pragma unroll 1
+    for (int distance = first_distance; distance > 0; distance /= 2) {
+      ((numbers += __shfl_xor_sync(0xffffffffu, numbers, distance)), ...);
+    }
   }
+
+  int first_distance = 0;
 };
 
 // One block, of which a Team finishes. `memory` has room for images * width numbers, and may be null up to
@@ -100,26 +110,26 @@ struct Warp {
 template <class A, class Team>
 __global__ void __launch_bounds__(finish_threads)
     finish_loss(Partial<A> partial, const A* __restrict__ weight, bool class_indices, DiceCeOptions options,
-                double* __restrict__ memory, A* __restrict__ loss, A* __restrict__ slopes) {
+                LossFactors factors, Team team, double* __restrict__ memory, A* __restrict__ loss,
+                A* __restrict__ slopes) {
   __shared__ double shared[most_shared_sums];
   const int images = static_cast<int>(partial.images), classes = partial.classes, width = partial.width();
-  const int outputs = images * width;
+  const int outputs = images * width, terms = images * classes;
   double* const sums = outputs <= most_shared_sums ? shared : memory;
   for (int output = threadIdx.x / 32; output < outputs; output += finish_warps) {
     const double total = partial.total(output);
     if (threadIdx.x % 32 == 0) sums[output] = total;
   }
   __syncthreads();
-  const Team team;
   if (threadIdx.x >= Team::size()) return;
   const double value = finish(
-      team, images, classes, class_indices, options,
+      team, images, classes, class_indices, options, factors,
       [&](Row row, int b, int c) {
         return sums[b * width + (row == row_voxels ? width - 1 : row * classes + c)];
       },
       [&](int c) { return weight == nullptr ? 1.0 : static_cast<double>(weight[c]); },
       [&](Row row, int b, int c, double slope) {
-        slopes[(row * images + b) * classes + c] = static_cast<A>(slope);
+        slopes[row * terms + b * classes + c] = static_cast<A>(slope);
       });
   if (threadIdx.x == 0) *loss = static_cast<A>(value);
 }

@@ -2,6 +2,7 @@
 // All in double: there is little of it, and the Dice terms subtract nearly equal numbers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../support/host_device.h"
@@ -21,10 +22,22 @@ LUNGKIT_HD DiceTerm dice_term(double intersection, double total, const DiceCeOpt
   const double numerator = 2 * intersection + options.smooth_nr;
   const double divisor = (options.jaccard ? 2 * (total - intersection) : total) + options.smooth_dr;
   if (divisor == 0) return {0, 0, 0};
-  const double ratio = numerator / divisor, inverse = 1 / divisor;
+  const double ratio = numerator / divisor, inverse = 1 / divisor;  // 1 where they are equal
   return {1 - ratio, -2 * (options.jaccard ? 1 + ratio : 1) * inverse,
           (options.jaccard ? 2 : 1) * ratio * inverse};
 }
+
+// Factors of the terms, made where divisions cost nothing: a GPU's one warp would wait for each.
+struct LossFactors {
+  LossFactors(int64_t images, int64_t classes, const DiceCeOptions& options) {
+    const int64_t counted = options.include_background || classes == 1 ? classes : classes - 1;
+    const int64_t terms = (options.batch ? std::min<int64_t>(images, 1) : images) * counted;
+    dice = options.lambda_dice / (options.mean ? static_cast<double>(terms) : 1.0);
+    other_label = options.label_smoothing / static_cast<double>(classes);
+  }
+  double dice;         // of every Dice term
+  double other_label;  // of every class, the label's included: the weight that smoothing gives it
+};
 
 // The pairs (row, column), in their order, of which a member of a team takes every size-th: a division each
 // would take longer than what is done with them.
@@ -58,24 +71,25 @@ struct Pairs {
 // call team.add_up(numbers...), which makes each number its sum over the team. Index holds images * classes.
 template <class Index, class Team, class Sum, class Weight, class Slope>
 LUNGKIT_HD double finish(const Team& team, Index images, Index classes, bool class_indices,
-                         const DiceCeOptions& options, const Sum& sum, const Weight& weight,
-                         const Slope& slope) {
+                         const DiceCeOptions& options, const LossFactors& factors, const Sum& sum,
+                         const Weight& weight, const Slope& slope) {
   const Index first = options.include_background || classes == 1 ? 0 : 1, counted = classes - first;
   const Index groups = !options.batch ? images : images > 0 ? 1 : 0;
   const Index images_a_group = options.batch ? images : 1;
-  const double of_term = options.lambda_dice / (options.mean ? static_cast<double>(groups * counted) : 1.0);
   const Pairs<Index> pairs(team, classes);
   double dice = 0;
   pairs.for_each(groups, [&](Index group, Index c) {
     double intersection = 0, total = 0;
+#pragma unroll 1
     for (Index b = group; b < group + images_a_group; ++b) {
       intersection += sum(row_intersection, b, c);
       total += sum(row_prediction, b, c) + sum(row_label, b, c);
     }
     const DiceTerm term = c < first ? DiceTerm{0, 0, 0} : dice_term(intersection, total, options);
     // A class that counts alone is not weighted.
-    const double scale = of_term * (counted > 1 ? weight(c) : 1.0);
+    const double scale = factors.dice * (counted > 1 ? weight(c) : 1.0);
     dice += scale * term.loss;
+#pragma unroll 1
     for (Index b = group; b < group + images_a_group; ++b) {
       slope(row_intersection, b, c, scale * term.intersection);
       slope(row_prediction, b, c, scale * term.prediction);
@@ -88,9 +102,7 @@ LUNGKIT_HD double finish(const Team& team, Index images, Index classes, bool cla
   // mean divides by the weights of the voxels for class indices, else by the voxels.
   const bool binary = options.cross_entropy == CrossEntropy::binary;
   const auto of_label = [&](Index c) { return weight(c) * (binary ? 1 : 1 - options.label_smoothing); };
-  // Not 0 / classes: a GPU divides nothing else so slowly.
-  const double of_other = options.label_smoothing * (1 / static_cast<double>(classes));
-  const auto of_rest = [&](Index c) { return binary ? 1 : weight(c) * of_other; };
+  const auto of_rest = [&](Index c) { return binary ? 1 : weight(c) * factors.other_label; };
   double entropy = 0, divisor = 0;
   pairs.for_each(images, [&](Index b, Index c) {
     entropy += of_label(c) * sum(row_cross_entropy, b, c) + of_rest(c) * sum(row_rest, b, c);
