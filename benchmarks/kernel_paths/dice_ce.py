@@ -140,7 +140,9 @@ def loss_forward(loss: Loss) -> Configuration:
                 loss.images * loss.sums / FINISH_WARPS
             ),
             "for (Index b = group; b < group + images_a_group": 1,
-            "for (int distance = first_distance; distance > 0": math.ceil(math.log2(loss.images * loss.classes)),
+            "for (int distance = first_distance; distance > 0": math.ceil(
+                math.log2(loss.images * loss.classes)
+            ),
             # The compiler made loops of their own for kinds of cross-entropy and of weights: the longest are priced.
             "for (Index row = first_row, column = first_column": (0, 1, 1, 0, 1, 0, 0),
         },
