@@ -346,19 +346,20 @@ void norm_backward(const Tensor& grad_y, const Tensor& x, const MaybeTensor& y, 
     std::copy(sums_g.begin(), sums_g.end(), &image_g[unit.image * channels + unit.first_channel]);
     std::copy(sums_gx.begin(), sums_gx.end(), &image_gx[unit.image * channels + unit.first_channel]);
     const T* inverses = rstds + unit.image * shape.groups;
-    std::vector<double> of_g(shape.groups), of_gx(shape.groups);
+    const int64_t first = unit.first_group, count = unit.last_group - first;
+    std::vector<double> of_g(count), of_gx(count);
     for_each_channel(shape, unit, [&](int64_t c, int64_t group) {
-      of_g[group] += static_cast<double>(weights[c]) * sums_g[c - unit.first_channel];
-      of_gx[group] += static_cast<double>(weights[c]) * sums_gx[c - unit.first_channel];
+      of_g[group - first] += static_cast<double>(weights[c]) * sums_g[c - unit.first_channel];
+      of_gx[group - first] += static_cast<double>(weights[c]) * sums_gx[c - unit.first_channel];
     });
-    for (int64_t group = unit.first_group; group < unit.last_group; ++group) {
-      const auto inverse = static_cast<double>(inverses[group]);
-      of_g[group] *= inverse / shape.group_size();
-      of_gx[group] *= inverse * inverse * inverse / shape.group_size();
+    for (int64_t g = 0; g < count; ++g) {
+      const auto inverse = static_cast<double>(inverses[first + g]);
+      of_g[g] *= inverse / shape.group_size();
+      of_gx[g] *= inverse * inverse * inverse / shape.group_size();
     }
     to_gradient.fill(unit, [&](int64_t c, int64_t group) { return inverses[group] * weights[c]; });
-    constant.fill(unit, [&](int64_t, int64_t group) { return static_cast<T>(of_g[group]); });
-    to_x.fill(unit, [&](int64_t, int64_t group) { return static_cast<T>(of_gx[group]); });
+    constant.fill(unit, [&](int64_t, int64_t group) { return static_cast<T>(of_g[group - first]); });
+    to_x.fill(unit, [&](int64_t, int64_t group) { return static_cast<T>(of_gx[group - first]); });
   };
   const auto apply = [&](int64_t line, int64_t chunk) {
     kernels.input_gradient(run_of(line, chunk), gradient_of(line, chunk),
